@@ -1,0 +1,36 @@
+//! What crosses shared memory between a middlebox VM and its host.
+//!
+//! * [`Command`] is the command language; [`Command::parse`] reads one line of it and [`Display`] writes the
+//!   canonical form back.
+//! * [`Region`] maps an ivshmem region. It is the only module with `unsafe`: bytes are copied out once and no Rust
+//!   reference into the region ever exists.
+//! * [`mailbox`] is the protocol at offset 0, both ends of it.
+//!
+//! # Layout of the region
+//!
+//! All offsets and sizes are in bytes from the start of the region.
+//!
+//! | offset | size | what | written by |
+//! |---|---|---|---|
+//! | 0 | 2048 | commands: `@…@` frames of ASCII text; NUL bytes inside are skipped | the guest; the host replaces both `@` of a frame by `$` when it has taken it |
+//! | 2048 | 2048 | reply: text ended by a NUL, one line a frame | the host |
+//! | 4096 | … | left for the ring layout | nobody yet |
+//!
+//! A writer keeps the mailbox' depth of one: it writes the body and the closing `@`, the opening `@` last, waits
+//! until the opening byte has become `$`, and then reads the reply. The host writes the reply before it writes `$`.
+//!
+//! [`Display`]: std::fmt::Display
+
+mod command;
+pub mod mailbox;
+mod parse;
+mod region;
+mod value;
+
+pub use command::{
+    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, RuleNumber,
+    Services, Set, TcpClear, TcpSet,
+};
+pub use parse::{CommandError, ErrorCode, MAX_COMMAND, split_lines};
+pub use region::{DEFAULT_SIZE, Region, RegionError};
+pub use value::{EtherType, MacAddr, Protocol};

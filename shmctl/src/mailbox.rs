@@ -1,0 +1,370 @@
+//! The mailbox at offset 0: the original's `@…@` frames, and a reply.
+//!
+//! Guarantee: whatever bytes the guest writes, the host copies them out once, does bounded work, and answers each
+//! frame once. The layout is in the [crate]'s documentation.
+
+use crate::parse::MAX_COMMAND;
+use crate::region::Region;
+use crate::value::MacAddr;
+use std::time::{Duration, Instant};
+
+/// Bytes for commands, from offset 0.
+pub const COMMAND_SIZE: usize = 2048;
+/// Where the reply begins.
+pub const REPLY_OFFSET: usize = 2048;
+/// Bytes for the reply, its NUL included.
+pub const REPLY_SIZE: usize = 2048;
+
+/// Frames taken in one scan: a guest that fills the mailbox with `@` costs the host no more than this.
+const MAX_FRAMES: usize = 16;
+
+/// How long an opening `@` may stand without a closing one before it is refused.
+const TORN_AFTER: Duration = Duration::from_secs(1);
+
+const OPEN: u8 = b'@';
+const TAKEN: u8 = b'$';
+
+/// A command taken out of the mailbox, to be answered.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// The text between the marks, NUL bytes left out.
+    pub text: Result<String, FrameError>,
+    /// The offset of the opening `@`.
+    open: usize,
+    /// The offset of the closing `@`, where there is one.
+    close: Option<usize>,
+}
+
+/// Why a frame has no text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// No closing mark came.
+    #[error(
+        "'@' at offset {offset} has no closing '@' within {COMMAND_SIZE} bytes and {} s; write @COMMAND@ with at \
+         most {MAX_COMMAND} bytes between the marks",
+        TORN_AFTER.as_secs()
+    )]
+    Torn {
+        /// Where the opening mark stands.
+        offset: usize,
+    },
+    /// There are bytes that are no ASCII text.
+    #[error("byte {byte:#04x} at offset {offset} is not printable ASCII; commands are ASCII text")]
+    NotText {
+        /// The byte.
+        byte: u8,
+        /// Where it stands.
+        offset: usize,
+    },
+}
+
+/// The host's end.
+#[derive(Debug, Default)]
+pub struct HostMailbox {
+    /// An opening mark without a closing one: its offset and when it was first seen.
+    torn: Option<(usize, Instant)>,
+}
+
+impl HostMailbox {
+    /// Takes the frames that are complete, oldest first. `now` lets an opening mark without a closing one time out.
+    ///
+    /// Each frame must be given to [`HostMailbox::reply`] before the next call, or it is taken again.
+    pub fn take(&mut self, region: &Region, now: Instant) -> Vec<Frame> {
+        let mut copy = [0; COMMAND_SIZE];
+        region.read(0, &mut copy);
+        // The common case by far: nothing there, and no allocation.
+        if !copy.contains(&OPEN) {
+            self.torn = None;
+            return Vec::new();
+        }
+        let bytes: Vec<(usize, u8)> = copy.into_iter().enumerate().filter(|&(_, byte)| byte != 0).collect();
+        let mut frames = Vec::new();
+        let mut rest = bytes.as_slice();
+        while let Some(start) = rest.iter().position(|&(_, byte)| byte == OPEN) {
+            if frames.len() == MAX_FRAMES {
+                return frames;
+            }
+            let (head, body) = rest.split_at(start + 1);
+            let open = head.last().map_or(0, |&(offset, _)| offset);
+            let Some(end) = closing(body) else {
+                frames.extend(self.torn(open, now));
+                return frames;
+            };
+            let (text, after) = body.split_at(end);
+            frames.push(Frame { text: read(text), open, close: after.first().map(|&(offset, _)| offset) });
+            rest = after.get(1..).unwrap_or_default();
+        }
+        self.torn = None;
+        frames
+    }
+
+    /// An opening mark without a closing one: waits for it, and after a while makes it a frame to be refused.
+    fn torn(&mut self, open: usize, now: Instant) -> Option<Frame> {
+        let since = self.torn.filter(|&(offset, _)| offset == open).map_or(now, |(_, since)| since);
+        let expired = now.duration_since(since) >= TORN_AFTER;
+        self.torn = (!expired).then_some((open, since));
+        expired.then_some(Frame { text: Err(FrameError::Torn { offset: open }), open, close: None })
+    }
+
+    /// Writes the replies, one line a frame, then marks the frames as taken.
+    pub fn reply(&mut self, region: &Region, answered: &[(Frame, String)]) {
+        if answered.is_empty() {
+            return;
+        }
+        let mut text =
+            answered.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n").into_bytes();
+        text.truncate(REPLY_SIZE - 1);
+        text.push(0);
+        region.write(REPLY_OFFSET, &text);
+        // The closing marks first: a writer that waits for its opening mark finds the whole frame free.
+        for (frame, _) in answered {
+            if let Some(close) = frame.close {
+                region.replace(close, OPEN, TAKEN);
+            }
+            region.replace(frame.open, OPEN, TAKEN);
+        }
+    }
+}
+
+/// Where the mark that closes a frame stands in its body. A `@` before a MAC address belongs to a destination
+/// (`10.0.0.3@02:00:00:00:00:03`); one before what may become a MAC when the writer goes on leaves the frame open.
+fn closing(body: &[(usize, u8)]) -> Option<usize> {
+    let mut from = 0;
+    loop {
+        let rest = body.get(from..)?;
+        let mark = from + rest.iter().position(|&(_, byte)| byte == OPEN)?;
+        let after: Vec<u8> = body.get(mark + 1..)?.iter().take(18).map(|&(_, byte)| byte).collect();
+        let run = after.iter().take_while(|byte| byte.is_ascii_hexdigit() || **byte == b':').count();
+        let mac_text: String = after.iter().take(run).copied().map(char::from).collect();
+        let may_go_on = run > 0 && run == after.len() && mac_text.matches(':').count() <= 5;
+        match mac_text.parse::<MacAddr>() {
+            Ok(_) => {}
+            Err(()) if may_go_on => {}
+            Err(()) => return Some(mark),
+        }
+        from = mark + 1;
+    }
+}
+
+/// The text of a frame.
+fn read(body: &[(usize, u8)]) -> Result<String, FrameError> {
+    let is_text = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
+    match body.iter().find(|&&(_, byte)| !is_text(byte)) {
+        Some(&(offset, byte)) => Err(FrameError::NotText { byte, offset }),
+        None => Ok(body.iter().map(|&(_, byte)| char::from(byte)).collect()),
+    }
+}
+
+/// Why a guest got no reply.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SendError {
+    /// Not a frame.
+    #[error("'{0}' is not a frame; write @COMMAND@ with at most {MAX_COMMAND} bytes between the marks")]
+    NotAFrame(String),
+    /// An earlier command still stands in the mailbox.
+    #[error(
+        "an earlier command still waits in the mailbox; is nfqd running on the host, with this region as --shm?"
+    )]
+    Busy,
+    /// Nobody took the command.
+    #[error("nobody took the command within {} s; is nfqd running on the host, with this region as --shm?", .0.as_secs_f32())]
+    Timeout(Duration),
+}
+
+/// Writes one `@…@` frame, waits for it to be taken and returns the reply. A frame that nobody takes within `timeout`
+/// is withdrawn, so that it is not obeyed later.
+///
+/// # Errors
+/// See [`SendError`].
+pub fn send_frame(region: &Region, frame: &str, timeout: Duration) -> Result<String, SendError> {
+    let bytes = frame.as_bytes();
+    let framed = bytes.len() >= 2 && bytes.first() == Some(&OPEN) && bytes.last() == Some(&OPEN);
+    if !framed || bytes.len() > COMMAND_SIZE {
+        return Err(SendError::NotAFrame(frame.to_string()));
+    }
+    let deadline = Instant::now() + timeout;
+    let wait_until_taken = |marks: &[usize]| {
+        let mut pause = Duration::from_micros(20);
+        while marks.iter().any(|&at| region.load(at) == OPEN) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+        true
+    };
+    if !wait_until_taken(&[0]) {
+        return Err(SendError::Busy);
+    }
+    // Old text behind the frame must not be read as part of a later one.
+    let mut rest = bytes.get(1..).unwrap_or_default().to_vec();
+    rest.resize(COMMAND_SIZE - 1, 0);
+    region.write(1, &rest);
+    region.store(0, OPEN);
+    let close = bytes.len() - 1;
+    if wait_until_taken(&[0, close]) {
+        return Ok(reply(region));
+    }
+    if region.replace(0, OPEN, 0) {
+        region.replace(close, OPEN, 0);
+        return Err(SendError::Timeout(timeout));
+    }
+    Ok(reply(region))
+}
+
+/// Sends one command, see [`send_frame`].
+///
+/// # Errors
+/// See [`SendError`].
+pub fn send_command(region: &Region, command: &str, timeout: Duration) -> Result<String, SendError> {
+    send_frame(region, &format!("@{command}@"), timeout)
+}
+
+fn reply(region: &Region) -> String {
+    let mut bytes = [0; REPLY_SIZE];
+    region.read(REPLY_OFFSET, &mut bytes);
+    let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn region() -> (tempfile::TempDir, Region) {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open_or_create(&dir.path().join("region")).unwrap();
+        (dir, region)
+    }
+
+    fn texts(frames: &[Frame]) -> Vec<&str> {
+        frames.iter().map(|frame| frame.text.as_deref().unwrap()).collect()
+    }
+
+    fn answer(mailbox: &mut HostMailbox, region: &Region, frames: Vec<Frame>) {
+        let answered: Vec<_> = frames.into_iter().enumerate().map(|(n, f)| (f, format!("OK {n}"))).collect();
+        mailbox.reply(region, &answered);
+    }
+
+    fn bytes(region: &Region, len: usize) -> Vec<u8> {
+        let mut out = vec![0; len];
+        region.read(0, &mut out);
+        out
+    }
+
+    #[test]
+    fn a_frame_is_taken_marked_and_answered() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        region.write(0, b"@R F 12:13:14:15:16:17 10.129.126.15@");
+        let frames = mailbox.take(&region, Instant::now());
+        assert_eq!(texts(&frames), ["R F 12:13:14:15:16:17 10.129.126.15"]);
+        answer(&mut mailbox, &region, frames);
+        assert_eq!(bytes(&region, 37), b"$R F 12:13:14:15:16:17 10.129.126.15$");
+        assert_eq!(reply(&region), "OK 0");
+        assert_eq!(mailbox.take(&region, Instant::now()), []);
+    }
+
+    #[test]
+    fn nuls_are_skipped_and_two_commands_in_one_write_are_two() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\0junk@D 1:2:3:4:5:6 #2@");
+        let frames = mailbox.take(&region, Instant::now());
+        assert_eq!(texts(&frames), ["X 1:2:3:4:5:6", "D 1:2:3:4:5:6 #2"]);
+        answer(&mut mailbox, &region, frames);
+        assert_eq!(bytes(&region, 42), b"\0\0$X\0 1:2:3:4:5:6\0$\0junk$D 1:2:3:4:5:6 #2$");
+        assert_eq!(reply(&region), "OK 0\nOK 1");
+    }
+
+    #[test]
+    fn the_mac_of_a_destination_does_not_end_the_frame() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let command = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3";
+        region.write(0, format!("@{command}@@X 2:0:0:0:0:1@").as_bytes());
+        assert_eq!(texts(&mailbox.take(&region, Instant::now())), [command, "X 2:0:0:0:0:1"]);
+        // A writer that is in the middle of that MAC has not ended its frame.
+        region.write(0, &[0; COMMAND_SIZE]);
+        region.write(0, b"@R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0");
+        assert_eq!(mailbox.take(&region, Instant::now()), []);
+    }
+
+    #[test]
+    fn a_torn_frame_waits_and_then_is_refused() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let start = Instant::now();
+        region.write(0, b"@X 1:2:3");
+        assert_eq!(mailbox.take(&region, start), []);
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER / 2), []);
+        region.write(8, b":4:5:6@");
+        assert_eq!(texts(&mailbox.take(&region, start + TORN_AFTER)), ["X 1:2:3:4:5:6"]);
+        // Overlong: no closing mark in all of the command area.
+        region.write(0, &[b'x'; COMMAND_SIZE]);
+        region.write(0, b"@");
+        assert_eq!(mailbox.take(&region, start), []);
+        let frames = mailbox.take(&region, start + TORN_AFTER);
+        assert_eq!(
+            frames.iter().map(|f| f.text.clone()).collect::<Vec<_>>(),
+            [Err(FrameError::Torn { offset: 0 })]
+        );
+        answer(&mut mailbox, &region, frames);
+        assert_eq!(region.load(0), b'$');
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER * 3), []);
+    }
+
+    #[test]
+    fn both_ends_meet() {
+        let (_dir, region) = region();
+        let timeout = Duration::from_millis(30);
+        assert_eq!(send_command(&region, "Q", timeout), Err(SendError::Timeout(timeout)));
+        assert!(matches!(send_frame(&region, "X 1:2:3:4:5:6", timeout), Err(SendError::NotAFrame(_))));
+        // What timed out was withdrawn.
+        assert_eq!(HostMailbox::default().take(&region, Instant::now()), []);
+        let got = std::thread::scope(|scope| {
+            let guest = scope.spawn(|| {
+                (0..50)
+                    .map(|n| send_command(&region, &format!("X {n}"), Duration::from_secs(20)))
+                    .collect::<Vec<_>>()
+            });
+            let mut mailbox = HostMailbox::default();
+            while !guest.is_finished() {
+                let frames = mailbox.take(&region, Instant::now());
+                let answered: Vec<_> = frames
+                    .into_iter()
+                    .map(|f| {
+                        let text = f.text.clone().unwrap();
+                        (f, format!("OK {text}"))
+                    })
+                    .collect();
+                mailbox.reply(&region, &answered);
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            guest.join().unwrap()
+        });
+        let expected: Vec<_> = (0..50).map(|n| Ok(format!("OK X {n}"))).collect();
+        assert_eq!(got, expected);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        #[test]
+        fn garbage_ends(garbage in proptest::collection::vec(prop_oneof![any::<u8>(), Just(b'@'), Just(b':')], COMMAND_SIZE)) {
+            let (_dir, region) = region();
+            let mut mailbox = HostMailbox::default();
+            region.write(0, &garbage);
+            let start = Instant::now();
+            // Every scan but the two that wait for a torn frame takes at least one mark away.
+            for scan in 0..COMMAND_SIZE as u32 {
+                let frames = mailbox.take(&region, start + TORN_AFTER * scan);
+                prop_assert!(frames.len() <= MAX_FRAMES);
+                answer(&mut mailbox, &region, frames);
+            }
+            prop_assert!(!bytes(&region, COMMAND_SIZE).contains(&OPEN));
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! A mapped ivshmem region: bytes in, bytes out, and single bytes atomically.
+//!
+//! The other side may change any byte at any time. So there is never a Rust reference into the region: ranges are
+//! copied by volatile reads and writes, and the copy is judged. This is the only module of the crate with `unsafe`.
+#![allow(unsafe_code)]
+
+use memmap2::{MmapOptions, MmapRaw};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The size of a region that nfqd makes: 1 MiB, as the original's.
+pub const DEFAULT_SIZE: usize = 1 << 20;
+
+/// A region below this size cannot hold the mailbox.
+const MIN_SIZE: u64 = 4096;
+
+/// A shared mapping of a region.
+#[derive(Debug)]
+pub struct Region {
+    map: MmapRaw,
+    file: File,
+    path: PathBuf,
+}
+
+/// Why a region cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// It cannot be opened, made or mapped.
+    #[error("{path}: {source}; it must be a file that this user can read and write")]
+    Io {
+        /// The path asked for.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is no file that can be shared memory.
+    #[error("{path}: not a regular file or a device; give the mem-path of the VM's memory-backend-file")]
+    Kind {
+        /// The path asked for.
+        path: PathBuf,
+    },
+    /// It has no room for the mailbox, or has become smaller than it was.
+    #[error("{path}: {size} bytes long; a region has at least {needed}")]
+    Size {
+        /// The path asked for.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The size it must have in bytes.
+        needed: u64,
+    },
+}
+
+impl Region {
+    /// Maps an existing region.
+    ///
+    /// # Errors
+    /// When it is missing, unreadable, no file, or too small.
+    pub fn open(path: &Path) -> Result<Region, RegionError> {
+        Region::map(path, OpenOptions::new().read(true).write(true), false)
+    }
+
+    /// Maps a region, which is made, [`DEFAULT_SIZE`] long and for this user only, when it is not there.
+    ///
+    /// # Errors
+    /// As [`Region::open`].
+    pub fn open_or_create(path: &Path) -> Result<Region, RegionError> {
+        let mut options = OpenOptions::new();
+        Region::map(path, options.read(true).write(true).create(true).mode(0o600), true)
+    }
+
+    fn map(path: &Path, options: &OpenOptions, create: bool) -> Result<Region, RegionError> {
+        let io = |source| RegionError::Io { path: path.to_path_buf(), source };
+        let file = options.open(path).map_err(io)?;
+        let about = file.metadata().map_err(io)?;
+        let kind = about.file_type();
+        if !(kind.is_file() || kind.is_char_device()) {
+            return Err(RegionError::Kind { path: path.to_path_buf() });
+        }
+        if create && kind.is_file() && about.len() == 0 {
+            file.set_len(DEFAULT_SIZE as u64).map_err(io)?;
+        }
+        let size = file.metadata().map_err(io)?.len();
+        if size < MIN_SIZE {
+            return Err(RegionError::Size { path: path.to_path_buf(), size, needed: MIN_SIZE });
+        }
+        let map = MmapOptions::new().map_raw(&file).map_err(io)?;
+        Ok(Region { map, file, path: path.to_path_buf() })
+    }
+
+    /// Where the region is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether the file still backs the whole mapping. Touching a mapping of a file that was cut is a SIGBUS, so this
+    /// is asked before a region that another user could cut is read.
+    ///
+    /// # Errors
+    /// When the file has become smaller, or cannot be asked.
+    pub fn check_size(&self) -> Result<(), RegionError> {
+        let size =
+            self.file.metadata().map_err(|source| RegionError::Io { path: self.path.clone(), source })?.len();
+        let needed = self.map.len() as u64;
+        if size < needed {
+            return Err(RegionError::Size { path: self.path.clone(), size, needed });
+        }
+        Ok(())
+    }
+
+    /// A pointer to `len` bytes at `offset`.
+    ///
+    /// # Panics
+    /// When they are not inside the region: offsets are constants of the layout, never read from the region.
+    fn range(&self, offset: usize, len: usize) -> *mut u8 {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.map.len());
+        assert!(inside, "{len} bytes at {offset} of a region of {}", self.map.len());
+        // SAFETY: needed to name a byte of the mapping; the assertion keeps the pointer inside it.
+        unsafe { self.map.as_mut_ptr().add(offset) }
+    }
+
+    /// Copies bytes out. What the other side changes meanwhile may be seen in part.
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
+    pub fn read(&self, offset: usize, out: &mut [u8]) {
+        let from = self.range(offset, out.len());
+        for (index, byte) in out.iter_mut().enumerate() {
+            // SAFETY: needed because the memory is shared; `range` has checked all of it, and a volatile read of one
+            // byte holds for any value that another process puts there.
+            *byte = unsafe { from.add(index).read_volatile() };
+        }
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        let to = self.range(offset, bytes.len());
+        for (index, byte) in bytes.iter().enumerate() {
+            // SAFETY: as in `read`; no Rust reference to this memory exists that the write could break.
+            unsafe { to.add(index).write_volatile(*byte) };
+        }
+    }
+
+    fn atomic(&self, offset: usize) -> &AtomicU8 {
+        let at = self.range(offset, 1);
+        // SAFETY: needed for ordering between two processes; the byte is inside the mapping, which lives as long as
+        // `self`, and every access that must not be torn goes through an atomic.
+        unsafe { AtomicU8::from_ptr(at) }
+    }
+
+    /// Reads a byte; what its writer wrote before it is seen by later reads.
+    ///
+    /// # Panics
+    /// When the offset is not inside the region.
+    pub fn load(&self, offset: usize) -> u8 {
+        self.atomic(offset).load(Ordering::Acquire)
+    }
+
+    /// Writes a byte after everything written before it.
+    ///
+    /// # Panics
+    /// When the offset is not inside the region.
+    pub fn store(&self, offset: usize, byte: u8) {
+        self.atomic(offset).store(byte, Ordering::Release);
+    }
+
+    /// Replaces `old` by `new` when the byte is still `old`, and says whether it was.
+    ///
+    /// # Panics
+    /// When the offset is not inside the region.
+    pub fn replace(&self, offset: usize, old: u8, new: u8) -> bool {
+        self.atomic(offset).compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_mappings_see_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("region");
+        assert!(matches!(Region::open(&path), Err(RegionError::Io { .. })));
+        let host = Region::open_or_create(&path).unwrap();
+        let guest = Region::open(&path).unwrap();
+        assert_eq!((host.size(), guest.size()), (DEFAULT_SIZE, DEFAULT_SIZE));
+        guest.write(DEFAULT_SIZE - 3, b"end");
+        let mut out = [0; 3];
+        host.read(DEFAULT_SIZE - 3, &mut out);
+        assert_eq!(&out, b"end");
+        guest.store(0, b'@');
+        assert_eq!(host.load(0), b'@');
+        assert!(host.replace(0, b'@', b'$'));
+        assert!(!host.replace(0, b'@', b'$'));
+    }
+
+    #[test]
+    fn what_is_no_region_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Region::open_or_create(dir.path()).is_err());
+        let small = dir.path().join("small");
+        std::fs::write(&small, [0; 100]).unwrap();
+        assert!(matches!(Region::open_or_create(&small), Err(RegionError::Size { size: 100, .. })));
+    }
+
+    #[test]
+    fn a_cut_file_is_noticed_before_it_is_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("region");
+        let region = Region::open_or_create(&path).unwrap();
+        region.check_size().unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+        assert!(matches!(region.check_size(), Err(RegionError::Size { size: 4096, .. })));
+    }
+
+    #[test]
+    #[should_panic(expected = "2 bytes at 1048575")]
+    fn a_range_outside_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open_or_create(&dir.path().join("region")).unwrap();
+        region.read(DEFAULT_SIZE - 1, &mut [0; 2]);
+    }
+}

@@ -1,0 +1,213 @@
+//! The words of the command language as types that cannot be wrong: MAC addresses, EtherTypes, protocols.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A 48-bit Ethernet address, in the order it has on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl MacAddr {
+    /// Whether it can name one station: not all zeros, and the group bit (IEEE 802, the lowest bit of the first
+    /// byte) is off.
+    pub fn is_station(self) -> bool {
+        self.0 != [0; 6] && self.0[0] & 1 == 0
+    }
+}
+
+/// Reads six hexadecimal bytes, of one or two digits each, between colons.
+impl FromStr for MacAddr {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or(())?;
+            let digits = matches!(part.len(), 1 | 2) && part.bytes().all(|b| b.is_ascii_hexdigit());
+            *byte = if digits { u8::from_str_radix(part, 16).map_err(drop)? } else { return Err(()) };
+        }
+        parts.next().is_none().then_some(MacAddr(bytes)).ok_or(())
+    }
+}
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// An Ethernet protocol number in host order, never below 0x0600 (smaller values are 802.3 lengths).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct EtherType(u16);
+
+impl EtherType {
+    /// IPv4, 0x0800.
+    pub const IPV4: EtherType = EtherType(0x0800);
+    /// ARP, 0x0806.
+    pub const ARP: EtherType = EtherType(0x0806);
+    /// IPv6, 0x86dd.
+    pub const IPV6: EtherType = EtherType(0x86dd);
+
+    /// The EtherType of this number, unless it is an 802.3 length.
+    pub fn new(number: u16) -> Option<EtherType> {
+        (number >= 0x0600).then_some(EtherType(number))
+    }
+
+    /// The number, in host order.
+    pub fn number(self) -> u16 {
+        self.0
+    }
+}
+
+/// A decimal is the raw field as a little-endian host reads it (8 is 0x0800), as the original took it; hexadecimal
+/// numbers and the names `ip`, `arp` and `ip6` mean themselves.
+impl FromStr for EtherType {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let lower = text.to_ascii_lowercase();
+        match lower.as_str() {
+            "ip" => return Ok(EtherType::IPV4),
+            "arp" => return Ok(EtherType::ARP),
+            "ip6" => return Ok(EtherType::IPV6),
+            _ => {}
+        }
+        let number = match lower.strip_prefix("0x") {
+            Some(hex) if hex.len() <= 4 && hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                u16::from_str_radix(hex, 16).map_err(drop)?
+            }
+            Some(_) => return Err(()),
+            None => decimal::<u16>(&lower).ok_or(())?.swap_bytes(),
+        };
+        EtherType::new(number).ok_or(())
+    }
+}
+
+impl fmt::Display for EtherType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#06x}", self.0)
+    }
+}
+
+/// An IP protocol number (IANA "Assigned Internet Protocol Numbers").
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Protocol(pub u8);
+
+/// Names that are read and written, with their numbers. The first name of a number is the one written.
+const PROTOCOLS: [(&str, u8); 14] = [
+    ("icmp", 1),
+    ("igmp", 2),
+    ("tcp", 6),
+    ("udp", 17),
+    ("dccp", 33),
+    ("gre", 47),
+    ("esp", 50),
+    ("ah", 51),
+    ("icmp6", 58),
+    ("ipv6-icmp", 58),
+    ("ospf", 89),
+    ("vrrp", 112),
+    ("sctp", 132),
+    ("udplite", 136),
+];
+
+impl Protocol {
+    /// ICMP for IPv4.
+    pub const ICMP: Protocol = Protocol(1);
+    /// TCP.
+    pub const TCP: Protocol = Protocol(6);
+    /// UDP.
+    pub const UDP: Protocol = Protocol(17);
+    /// ICMP for IPv6.
+    pub const ICMPV6: Protocol = Protocol(58);
+    /// UDP-Lite.
+    pub const UDPLITE: Protocol = Protocol(136);
+}
+
+impl FromStr for Protocol {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let known = PROTOCOLS.iter().find(|(name, _)| name.eq_ignore_ascii_case(text));
+        known.map(|&(_, number)| number).or_else(|| number(text)).map(Protocol).ok_or(())
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match PROTOCOLS.iter().find(|(_, number)| *number == self.0) {
+            Some((name, _)) => f.write_str(name),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// Reads plain decimal digits: no sign, no blanks, nothing that does not fit.
+pub(crate) fn decimal<T: FromStr>(text: &str) -> Option<T> {
+    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
+}
+
+/// Reads a byte written in decimal or, behind `0x`, in hexadecimal.
+pub(crate) fn number(text: &str) -> Option<u8> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) if !hex.starts_with('+') => u8::from_str_radix(hex, 16).ok(),
+        Some(_) => None,
+        None => decimal(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_and_long_macs_are_the_same() {
+        let mac: MacAddr = "1:2:3:4:5:6".parse().unwrap();
+        assert_eq!(mac, "01:02:03:04:05:06".parse().unwrap());
+        assert_eq!(mac.to_string(), "01:02:03:04:05:06");
+        for bad in
+            ["", "1:2:3:4:5", "1:2:3:4:5:6:7", "001:2:3:4:5:6", "1:2:3:4:5:g", "+1:2:3:4:5:6", "1::3:4:5:6"]
+        {
+            assert!(bad.parse::<MacAddr>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_group_address_names_no_station() {
+        assert!(MacAddr([2, 0, 0, 0, 0, 1]).is_station());
+        assert!(!MacAddr([1, 0, 0x5e, 0, 0, 1]).is_station());
+        assert!(!MacAddr([0; 6]).is_station());
+    }
+
+    #[test]
+    fn decimal_ethertypes_are_the_raw_field_of_a_little_endian_host() {
+        for (text, number) in
+            [("8", 0x0800), ("1544", 0x0806), ("56710", 0x86dd), ("0x88CC", 0x88cc), ("ARP", 0x0806)]
+        {
+            assert_eq!(text.parse(), Ok(EtherType(number)), "{text}");
+        }
+        for bad in ["2048x", "5", "0x05ff", "0x", "0x10800", "65536", "-8", "0x+800", ""] {
+            assert!(bad.parse::<EtherType>().is_err(), "{bad}");
+        }
+        // 2048 raw is 0x0008: a length, not a type; what was meant is 8 or 0x0800.
+        assert!("2048".parse::<EtherType>().is_err());
+    }
+
+    #[test]
+    fn protocols_by_name_and_number() {
+        assert_eq!("TCP".parse(), Ok(Protocol::TCP));
+        assert_eq!("ipv6-icmp".parse::<Protocol>().map(|p| p.to_string()), Ok("icmp6".to_string()));
+        assert_eq!("0x11".parse(), Ok(Protocol::UDP));
+        assert_eq!("200".parse::<Protocol>().map(|p| p.to_string()), Ok("200".to_string()));
+        assert!("256".parse::<Protocol>().is_err());
+        assert!("0x+6".parse::<Protocol>().is_err());
+    }
+}
