@@ -1,1 +1,16 @@
+//! The policy of nfqd, without any packet I/O.
+//!
+//! * [`Policy`]: what is registered, changed by one command at a time.
+//! * [`packet`]: what a frame says about itself.
+//! * [`decide`]: what a packet deserves; pure.
+//! * [`rewrite`]: how a redirected frame looks.
+//! * [`mark`]: the fast path in nftables, which says the same in the kernel.
 
+pub mod decide;
+pub mod filter;
+pub mod mark;
+pub mod packet;
+mod policy;
+pub mod rewrite;
+
+pub use policy::{Firewall, MAX_RULES, MAX_SERVICES, Middlebox, Policy};

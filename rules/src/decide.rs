@@ -1,0 +1,133 @@
+//! What a packet deserves under a policy, without regard to flows: the reference that the fast path, the engine and
+//! offline replay must agree with.
+
+use crate::packet::Packet;
+use crate::policy::{Middlebox, Policy};
+use nfqd_shmctl::{Balance, Destination, RuleNumber};
+use std::net::IpAddr;
+
+/// What is to happen to a packet on its way to its destination MAC.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Decision<'p> {
+    /// It goes on unchanged.
+    Accept,
+    /// A deny rule matches; the lowest number that does.
+    Drop(RuleNumber),
+    /// It goes to a backend.
+    Redirect {
+        /// The service's address, which clients use.
+        vip: IpAddr,
+        /// The backend.
+        to: &'p Destination,
+    },
+}
+
+/// The lowest deny rule of the middlebox that a packet matches.
+pub fn denied(middlebox: &Middlebox, packet: &Packet) -> Option<RuleNumber> {
+    let conditions = middlebox.firewall()?.conditions();
+    conditions.iter().find(|(_, conditions)| conditions.match_packet(packet)).map(|&(number, _)| number)
+}
+
+/// The service of the middlebox that takes a packet: the one with the packet's destination address before the others,
+/// which follow in the order of their addresses.
+///
+/// A packet whose checksums are cut off cannot be rewritten and is not taken; nor is one that comes from the backend
+/// itself, which could not answer itself.
+pub fn redirected<'p>(middlebox: &'p Middlebox, packet: &Packet) -> Option<(IpAddr, &'p Destination)> {
+    let ip = packet.ip.filter(|ip| ip.mendable)?;
+    let services = middlebox.services();
+    let own = services.get_key_value(&ip.destination);
+    let others = services.iter().filter(|(vip, _)| **vip != ip.destination);
+    let takes = |(vip, balance): (&IpAddr, &'p Balance)| {
+        let to = balance.destination();
+        let from_source = match balance {
+            Balance::Static(_) => true,
+            Balance::Source(source, _) => *source == ip.source,
+        };
+        let same_family = vip.is_ipv4() == ip.source.is_ipv4();
+        (same_family && from_source && to.ip != ip.source).then_some((*vip, to))
+    };
+    own.into_iter().chain(others).find_map(takes)
+}
+
+/// What a packet deserves: filters first, then balancing.
+pub fn decide<'p>(policy: &'p Policy, packet: &Packet) -> Decision<'p> {
+    let Some(middlebox) = policy.get(packet.link.destination) else { return Decision::Accept };
+    if let Some(number) = denied(middlebox, packet) {
+        return Decision::Drop(number);
+    }
+    match redirected(middlebox, packet) {
+        Some((vip, to)) => Decision::Redirect { vip, to },
+        None => Decision::Accept,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::PacketBuilder;
+
+    fn frame(source: [u8; 4], sport: u16, dport: u16) -> Packet {
+        let mut bytes = Vec::new();
+        PacketBuilder::ethernet2([1, 2, 3, 4, 5, 6], [2, 0, 0, 0, 0, 9])
+            .ipv4(source, [10, 0, 0, 9], 64)
+            .tcp(sport, dport, 0, 0)
+            .write(&mut bytes, &[])
+            .unwrap();
+        Packet::from_frame(&bytes).unwrap()
+    }
+
+    fn verdict(lines: &[&str], packet: &Packet) -> String {
+        let mut policy = Policy::default();
+        for line in lines {
+            policy.apply_line(&line.replace("MB", "2:0:0:0:0:9")).unwrap();
+        }
+        match decide(&policy, packet) {
+            Decision::Accept => "accept".to_string(),
+            Decision::Drop(number) => format!("drop {number}"),
+            Decision::Redirect { vip, to } => format!("{vip} -> {}", to.ip),
+        }
+    }
+
+    #[test]
+    fn all_bits_that_are_on_must_match() {
+        let packet = frame([10, 0, 0, 1], 1000, 80);
+        for (filter, expected) in [
+            ("A MB I 1 s 10.0.0.1", "drop 1"),
+            ("A MB I 1 s 10.0.0.2", "accept"),
+            ("A MB I 3 s 10.0.0.1 d", "drop 1"),
+            ("A MB I 2 d 10.0.0.8", "accept"),
+            ("A MB I 4 t 0", "drop 1"),
+            ("A MB I 8 p udp", "accept"),
+            ("A MB M 5 s 1:2:3:4:5:6 p 8", "drop 1"),
+            ("A MB M 5 s 1:2:3:4:5:6 p arp", "accept"),
+            ("A MB M 2 d", "drop 1"),
+            ("A MB M 2 d 2:0:0:0:0:8", "accept"),
+            ("A MB T 2 d 80", "drop 1"),
+            ("A MB T 3 s 80 d 80", "accept"),
+            ("A MB T 0", "accept"),
+            ("A MB M 4 p arp", "accept"),
+        ] {
+            assert_eq!(verdict(&["R F MB 10.0.0.9", filter], &packet), expected, "{filter}");
+        }
+        assert_eq!(
+            verdict(&["R F MB 10.0.0.9", "A MB T 2 d 81", "A MB #4 I 2", "A MB #3 I 2"], &packet),
+            "drop 3"
+        );
+        assert_eq!(verdict(&["R F MB 10.0.0.9", "A MB T 2 d 80", "A MB I 8 p udp"], &packet), "accept");
+    }
+
+    #[test]
+    fn filters_go_before_balancing_and_the_own_address_before_others() {
+        let packet = frame([10, 0, 0, 1], 1000, 80);
+        let balance = "R L MB 10.0.0.9 0 10.0.0.5";
+        assert_eq!(verdict(&[balance], &packet), "10.0.0.9 -> 10.0.0.5");
+        assert_eq!(verdict(&[balance, "R F MB 10.0.0.9", "A MB T 2 d 80"], &packet), "drop 1");
+        assert_eq!(verdict(&["R L MB 10.0.0.7 0 10.0.0.6", balance], &packet), "10.0.0.9 -> 10.0.0.5");
+        assert_eq!(verdict(&["R L MB 10.0.0.7 0 10.0.0.6"], &packet), "10.0.0.7 -> 10.0.0.6");
+        assert_eq!(verdict(&["R L MB 10.0.0.9 1 10.0.0.1 10.0.0.6"], &packet), "10.0.0.9 -> 10.0.0.6");
+        assert_eq!(verdict(&["R L MB 10.0.0.9 1 10.0.0.2 10.0.0.6"], &packet), "accept");
+        assert_eq!(verdict(&["R L MB 10.0.0.9 0 10.0.0.1"], &packet), "accept", "from the backend itself");
+        assert_eq!(verdict(&["R L MB 2001:db8::1 0 2001:db8::2"], &packet), "accept", "the other family");
+    }
+}

@@ -1,0 +1,73 @@
+//! The packet mark: how the fast path and the engine speak to each other, in one documented layout.
+//!
+//! | bits | what |
+//! |---|---|
+//! | 28–31 | [`Operation`] |
+//! | 8–27 | index: of a middlebox on the way to the engine, of a slot (a backend of a service) on the way back |
+//! | 0–7 | not ours: never changed |
+//!
+//! A frame carries our bits only between the two base chains of the bridge's prerouting hook.
+
+/// The bits that are ours.
+pub const OURS: u32 = 0xffff_ff00;
+/// The bits of the operation.
+pub const OPERATION: u32 = 0xf000_0000;
+/// The bits of the index.
+pub const INDEX: u32 = 0x0fff_ff00;
+/// The largest index. Index 0 means none.
+pub const MAX_INDEX: u32 = INDEX >> INDEX_SHIFT;
+
+const INDEX_SHIFT: u32 = 8;
+
+/// What the other side is to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Operation {
+    /// On its way to the engine. A frame that comes back with it was let through without a verdict.
+    Ask = 1 << 28,
+    /// Rewrite the destination to the slot's backend.
+    Redirect = 2 << 28,
+    /// The same, and remember the flow.
+    RedirectLearn = 3 << 28,
+    /// Rewrite the source to the address that the slot's clients know; nothing for slot 0.
+    Reply = 4 << 28,
+    /// The same, and remember the flow.
+    ReplyLearn = 5 << 28,
+}
+
+/// The bits of an index, as the kernel's maps hold it too.
+pub fn index_bits(index: u32) -> u32 {
+    (index << INDEX_SHIFT) & INDEX
+}
+
+/// The index in a mark.
+pub fn index(mark: u32) -> u32 {
+    (mark & INDEX) >> INDEX_SHIFT
+}
+
+/// `mark` with our bits set to an operation on an index.
+pub fn with(mark: u32, operation: Operation, at: u32) -> u32 {
+    (mark & !OURS) | operation as u32 | index_bits(at)
+}
+
+/// `mark` without our bits.
+pub fn cleared(mark: u32) -> u32 {
+    mark & !OURS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_do_not_overlap_and_foreign_bits_stay() {
+        assert_eq!(OPERATION | INDEX, OURS);
+        assert_eq!(OPERATION & INDEX, 0);
+        let mark = with(0xdead_beef, Operation::ReplyLearn, MAX_INDEX);
+        assert_eq!(
+            (mark & !OURS, index(mark), mark & OPERATION),
+            (0xef, MAX_INDEX, Operation::ReplyLearn as u32)
+        );
+        assert_eq!(cleared(mark), 0xef);
+    }
+}

@@ -1,0 +1,387 @@
+//! What a frame says about itself, read once.
+//!
+//! Guarantee: any bytes at all give a [`Packet`] or, below an Ethernet header, `None`; what does not hold together is
+//! absent from it (`ip`, `ports`), never guessed. It sees exactly what nftables sees in the bridge family, so that the
+//! fast path and the engine agree: the EtherType behind one VLAN tag (`skb_vlan_untag` takes off one), an IP header
+//! only when version, header length and total length hold together (`nft_set_pktinfo_ipv4_validate`,
+//! `nft_set_pktinfo_ipv6_validate`), a protocol behind IPv6 extension headers as `ipv6_find_hdr` walks them.
+
+use etherparse::{Ethernet2HeaderSlice, Ipv4HeaderSlice, Ipv6HeaderSlice};
+use nfqd_shmctl::{EtherType, MacAddr, Protocol};
+use std::net::IpAddr;
+
+/// The facts of one frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Packet {
+    /// The Ethernet header.
+    pub link: Link,
+    /// The IP header, when it holds together.
+    pub ip: Option<Ip>,
+}
+
+/// The Ethernet header, and one VLAN tag.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Destination.
+    pub destination: MacAddr,
+    /// Source.
+    pub source: MacAddr,
+    /// The tag control information of the outer tag (IEEE 802.1Q), where there is one and the way in shows it.
+    pub vlan: Option<u16>,
+    /// The EtherType behind that tag; absent for 802.3 lengths.
+    pub ether_type: Option<EtherType>,
+}
+
+/// An IP header and what is known of the layer behind it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ip {
+    /// Source address.
+    pub source: IpAddr,
+    /// Destination address, of the same family.
+    pub destination: IpAddr,
+    /// The whole TOS or traffic-class byte.
+    pub tos: u8,
+    /// The protocol behind any IPv6 extension headers. An authentication header ends the walk, as in the kernel.
+    pub protocol: Protocol,
+    /// Whether this is a piece of a datagram.
+    pub fragment: Fragment,
+    /// The datagram's identification, for pieces.
+    pub id: u32,
+    /// The ports of TCP, UDP, UDP-Lite, DCCP or SCTP, in the first piece only.
+    pub ports: Option<Ports>,
+    /// Where the header begins, in bytes from the start of the IP header.
+    pub l4: usize,
+    /// Whether the checksum field that an address change must mend is in the packet, or there is none to mend.
+    pub mendable: bool,
+}
+
+/// A pair of ports.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Ports {
+    /// Source port.
+    pub source: u16,
+    /// Destination port.
+    pub destination: u16,
+}
+
+/// Which piece of a datagram a packet is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fragment {
+    /// All of it.
+    Whole,
+    /// The first piece, which has the ports. An IPv6 datagram of one piece with a fragment header is one too.
+    First,
+    /// A later piece.
+    Later,
+}
+
+/// Bytes of an Ethernet header.
+pub const ETHERNET_LEN: usize = 14;
+/// Bytes that one VLAN tag adds.
+pub const VLAN_LEN: usize = 4;
+
+/// Tags that the kernel takes off (`eth_type_vlan`): 802.1Q and 802.1ad.
+const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
+
+/// Where the IP header of a frame begins: behind the Ethernet header and at most one tag.
+pub fn l3_offset(frame: &[u8]) -> usize {
+    match u16_at(frame, 12) {
+        Some(ether_type) if VLAN_TYPES.contains(&ether_type) => ETHERNET_LEN + VLAN_LEN,
+        _ => ETHERNET_LEN,
+    }
+}
+
+impl Packet {
+    /// Reads a whole frame, from its destination MAC on. `None` when it has no Ethernet header, or a VLAN tag that is
+    /// cut.
+    pub fn from_frame(frame: &[u8]) -> Option<Packet> {
+        let header = Ethernet2HeaderSlice::from_slice(frame.get(..ETHERNET_LEN)?).ok()?;
+        let l3 = l3_offset(frame);
+        let tagged = l3 != ETHERNET_LEN;
+        let link = Link {
+            destination: MacAddr(header.destination()),
+            source: MacAddr(header.source()),
+            vlan: if tagged { Some(u16_at(frame, 14)?) } else { None },
+            ether_type: EtherType::new(u16_at(frame, l3 - 2)?),
+        };
+        let payload = frame.get(l3..).unwrap_or_default();
+        Some(Packet::from_payload(link, payload, payload.len(), false))
+    }
+
+    /// Reads what is behind the Ethernet header: `payload` is a copy of the first bytes of `length`. A super-packet
+    /// (`gso`) may have a total length of 0.
+    pub fn from_payload(link: Link, payload: &[u8], length: usize, gso: bool) -> Packet {
+        let ip = match link.ether_type {
+            Some(EtherType::IPV4) => ipv4(payload, length, gso),
+            Some(EtherType::IPV6) => ipv6(payload, length),
+            _ => None,
+        };
+        Packet { link, ip }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    let pair = bytes.get(at..at.checked_add(2)?)?;
+    Some(u16::from_be_bytes(pair.try_into().ok()?))
+}
+
+fn ports(payload: &[u8], protocol: Protocol, l4: usize) -> Option<Ports> {
+    // The protocols whose first four bytes are ports.
+    if !matches!(protocol.0, 6 | 17 | 33 | 132 | 136) {
+        return None;
+    }
+    Some(Ports { source: u16_at(payload, l4)?, destination: u16_at(payload, l4 + 2)? })
+}
+
+/// Where the checksum that covers the addresses stands behind the L4 header's start: the protocols that
+/// `nft_payload_l4csum_offset` mends.
+pub(crate) fn checksum_offset(protocol: Protocol) -> Option<usize> {
+    match protocol {
+        Protocol::TCP => Some(16),
+        Protocol::UDP | Protocol::UDPLITE => Some(6),
+        Protocol::ICMPV6 => Some(2),
+        _ => None,
+    }
+}
+
+fn mendable(payload: &[u8], protocol: Protocol, fragment: Fragment, l4: usize) -> bool {
+    match checksum_offset(protocol) {
+        Some(offset) if fragment != Fragment::Later => u16_at(payload, l4 + offset).is_some(),
+        _ => true,
+    }
+}
+
+fn ipv4(payload: &[u8], length: usize, gso: bool) -> Option<Ip> {
+    let header = Ipv4HeaderSlice::from_slice(payload).ok()?;
+    let header_len = usize::from(header.ihl()) * 4;
+    let total_len = match usize::from(header.total_len()) {
+        0 if gso => length,
+        total_len => total_len,
+    };
+    if total_len > length || total_len < header_len {
+        return None;
+    }
+    let protocol = Protocol(header.protocol().0);
+    let fragment = match (header.fragments_offset().value(), header.more_fragments()) {
+        (0, false) => Fragment::Whole,
+        (0, true) => Fragment::First,
+        _ => Fragment::Later,
+    };
+    Some(Ip {
+        source: header.source_addr().into(),
+        destination: header.destination_addr().into(),
+        tos: *payload.get(1)?,
+        protocol,
+        fragment,
+        id: u32::from(header.identification()),
+        ports: if fragment == Fragment::Later { None } else { ports(payload, protocol, header_len) },
+        l4: header_len,
+        mendable: mendable(payload, protocol, fragment, header_len),
+    })
+}
+
+/// IPv6 extension headers (`ipv6_ext_hdr`), without the authentication header, at which nftables stops.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+/// What may not follow a fragment header of a later piece, besides the four above: it would be walked, too.
+const AUTHENTICATION: u8 = 51;
+
+const IPV6_LEN: usize = 40;
+
+fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
+    let header = Ipv6HeaderSlice::from_slice(payload).ok()?;
+    if usize::from(header.payload_length()) + IPV6_LEN > length {
+        return None;
+    }
+    let mut next = header.next_header().0;
+    let mut at = IPV6_LEN;
+    let mut fragment = Fragment::Whole;
+    let mut id = 0;
+    // Each turn moves on by at least 8 bytes.
+    while matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+        let &[following, len] = payload.get(at..at + 2)? else { return None };
+        if next == ROUTING {
+            payload.get(at..at + 4)?;
+        }
+        if next != FRAGMENT {
+            next = following;
+            at += (usize::from(len) + 1) * 8;
+            continue;
+        }
+        let offset = u16_at(payload, at + 2)? & !7;
+        id = u32::from(u16_at(payload, at + 4).unwrap_or(0)) << 16
+            | u32::from(u16_at(payload, at + 6).unwrap_or(0));
+        next = following;
+        at += 8;
+        if offset != 0 {
+            fragment = Fragment::Later;
+            // The kernel gives up on a later piece whose next header is an extension header.
+            if matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION | AUTHENTICATION) {
+                return None;
+            }
+            break;
+        }
+        fragment = Fragment::First;
+    }
+    // `thoff > U16_MAX` in the kernel.
+    if at > usize::from(u16::MAX) {
+        return None;
+    }
+    let protocol = Protocol(next);
+    let later = fragment == Fragment::Later;
+    Some(Ip {
+        source: header.source_addr().into(),
+        destination: header.destination_addr().into(),
+        tos: header.traffic_class(),
+        protocol,
+        fragment,
+        id,
+        ports: if later { None } else { ports(payload, protocol, at) },
+        l4: at,
+        mendable: mendable(payload, protocol, fragment, at),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::PacketBuilder;
+    use proptest::prelude::*;
+
+    fn tcp4() -> Vec<u8> {
+        let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
+            .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+            .tcp(1234, 80, 7, 1000);
+        let mut frame = Vec::new();
+        builder.write(&mut frame, b"hello").unwrap();
+        frame
+    }
+
+    fn ip(frame: &[u8]) -> Option<Ip> {
+        Packet::from_frame(frame).and_then(|packet| packet.ip)
+    }
+
+    /// An IPv6 packet of these extension headers (number, bytes) and this protocol and payload.
+    fn ipv6_frame(extensions: &[(u8, Vec<u8>)], last: u8, body: &[u8]) -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd];
+        let mut chain: Vec<u8> = Vec::new();
+        for (index, (_, bytes)) in extensions.iter().enumerate() {
+            let next = extensions.get(index + 1).map_or(last, |(number, _)| *number);
+            chain.push(next);
+            chain.extend(&bytes[1..]);
+        }
+        let first = extensions.first().map_or(last, |(number, _)| *number);
+        let len = (chain.len() + body.len()) as u16;
+        frame.extend([0x6a, 0xb0, 0, 0]);
+        frame.extend(len.to_be_bytes());
+        frame.extend([first, 64]);
+        frame.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        frame.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        frame.extend(chain);
+        frame.extend(body);
+        frame
+    }
+
+    #[test]
+    fn a_tcp_packet() {
+        let packet = Packet::from_frame(&tcp4()).unwrap();
+        assert_eq!(packet.link.ether_type, Some(EtherType::IPV4));
+        let ip = packet.ip.unwrap();
+        assert_eq!(
+            (ip.protocol, ip.l4, ip.fragment, ip.mendable),
+            (Protocol::TCP, 20, Fragment::Whole, true)
+        );
+        assert_eq!(ip.ports, Some(Ports { source: 1234, destination: 80 }));
+    }
+
+    #[test]
+    fn one_tag_is_looked_through_and_two_are_not() {
+        let plain = tcp4();
+        let tagged = [&plain[..12], &[0x81, 0, 0, 7], &plain[12..]].concat();
+        let packet = Packet::from_frame(&tagged).unwrap();
+        assert_eq!((packet.link.vlan, packet.link.ether_type), (Some(7), Some(EtherType::IPV4)));
+        assert_eq!(packet.ip, ip(&plain));
+        let twice = [&tagged[..12], &[0x88, 0xa8, 0, 9], &tagged[12..]].concat();
+        let packet = Packet::from_frame(&twice).unwrap();
+        assert_eq!((packet.link.vlan, packet.link.ether_type), (Some(9), EtherType::new(0x8100)));
+        assert_eq!(packet.ip, None);
+    }
+
+    #[test]
+    fn what_does_not_hold_together_is_no_ip() {
+        let good = tcp4();
+        let broken = |at: usize, value: u8| {
+            let mut frame = good.clone();
+            frame[at] = value;
+            ip(&frame)
+        };
+        assert!(ip(&good).is_some());
+        assert!(broken(14, 0x65).is_none(), "version 6");
+        assert!(broken(14, 0x44).is_none(), "header of 16 bytes");
+        assert!(broken(14, 0x4f).is_none(), "header longer than the packet");
+        assert!(broken(16, 0xff).is_none(), "total length beyond the frame");
+        assert!(broken(17, 19).is_none(), "total length below the header");
+        assert!(ip(&good[..good.len() - 1]).is_none(), "cut frame");
+        // Padding behind the packet is no harm, and a wrong checksum is the receiver's matter.
+        assert_eq!(ip(&[&good[..], &[0; 9]].concat()), ip(&good));
+        assert!(broken(24, 0).is_some());
+    }
+
+    #[test]
+    fn fragments() {
+        let with = |flags: u8, offset: u8| {
+            let mut frame = tcp4();
+            (frame[20], frame[21]) = (flags, offset);
+            ip(&frame).unwrap()
+        };
+        assert_eq!(with(0x40, 0).fragment, Fragment::Whole);
+        assert_eq!((with(0x20, 0).fragment, with(0x20, 0).ports.is_some()), (Fragment::First, true));
+        assert_eq!((with(0x20, 1).fragment, with(0, 1).ports), (Fragment::Later, None));
+    }
+
+    #[test]
+    fn a_short_l4_header_has_no_checksum_to_mend() {
+        let mut frame = tcp4();
+        frame.truncate(14 + 20 + 17);
+        frame[17] = 37;
+        let ip = ip(&frame).unwrap();
+        assert!(ip.ports.is_some() && !ip.mendable);
+    }
+
+    #[test]
+    fn ipv6_extension_headers() {
+        let udp = [0x12, 0x34, 0, 53, 0, 8, 0, 1];
+        let options = |n: u8| [vec![0, n], vec![0; 6 + usize::from(n) * 8]].concat();
+        let chain = [(0, options(0)), (60, options(1)), (43, options(0))];
+        let ip_of = ip(&ipv6_frame(&chain, 17, &udp)).unwrap();
+        assert_eq!((ip_of.protocol, ip_of.l4, ip_of.tos), (Protocol::UDP, 40 + 8 + 16 + 8, 0xab));
+        assert_eq!(ip_of.ports, Some(Ports { source: 0x1234, destination: 53 }));
+        // An authentication header is where nftables stops.
+        assert_eq!(ip(&ipv6_frame(&[(51, options(1))], 17, &udp)).unwrap().protocol, Protocol(51));
+        // First, atomic and later fragments; a later one before another extension header is given up.
+        let piece = |offset: u16| vec![0, 0, (offset >> 8) as u8, offset as u8, 0, 0, 0, 5];
+        let first = ip(&ipv6_frame(&[(44, piece(1))], 17, &udp)).unwrap();
+        assert_eq!((first.fragment, first.id, first.ports.is_some()), (Fragment::First, 5, true));
+        let later = ip(&ipv6_frame(&[(44, piece(8))], 17, &udp)).unwrap();
+        assert_eq!((later.fragment, later.ports, later.protocol), (Fragment::Later, None, Protocol::UDP));
+        assert!(ip(&ipv6_frame(&[(44, piece(8))], 60, &udp)).is_none());
+        // A chain that leaves the packet.
+        assert!(ip(&ipv6_frame(&[(0, options(3))], 17, &udp)[..60]).is_none());
+        // No next header is a protocol like another.
+        assert_eq!(ip(&ipv6_frame(&[], 59, &[])).unwrap().protocol, Protocol(59));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_judged(bytes in proptest::collection::vec(any::<u8>(), 0..120), v6: bool) {
+            let mut frame = bytes;
+            if frame.len() > 15 {
+                frame[12..15].copy_from_slice(if v6 { &[0x86, 0xdd, 0x60] } else { &[8, 0, 0x45] });
+            }
+            let packet = Packet::from_frame(&frame);
+            prop_assert_eq!(packet.is_some(), frame.len() >= 14 && (l3_offset(&frame) == 14 || frame.len() >= 18));
+        }
+    }
+}

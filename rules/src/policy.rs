@@ -1,0 +1,358 @@
+//! The policy: which middleboxes are registered, with which deny rules and balanced addresses.
+//!
+//! A command gives a new state or a refusal, never half of it.
+
+use crate::filter::{Conditions, Rule};
+use nfqd_shmctl::{Balance, Command, CommandError, Destination, ErrorCode, MacAddr, RuleNumber, Services};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Most rules that one middlebox may have; it is bounded because guests ask for them.
+pub const MAX_RULES: usize = 1024;
+/// Most balanced addresses that one middlebox may have.
+pub const MAX_SERVICES: usize = 64;
+
+/// Everything that is registered. Cloning is cheap: middleboxes are shared until they change.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Policy {
+    middleboxes: BTreeMap<MacAddr, Arc<Middlebox>>,
+}
+
+/// One middlebox and its services.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Middlebox {
+    firewall: Option<Firewall>,
+    /// By the address that clients use.
+    services: BTreeMap<IpAddr, Balance>,
+}
+
+/// Firewall service: deny rules, which are ORed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Firewall {
+    ip: IpAddr,
+    rules: BTreeMap<RuleNumber, Rule>,
+    /// What the rules that can match ask for, by their number; kept beside them so that no packet fills in defaults.
+    conditions: Vec<(RuleNumber, Conditions)>,
+}
+
+impl Firewall {
+    fn new(ip: IpAddr) -> Firewall {
+        Firewall { ip, rules: BTreeMap::new(), conditions: Vec::new() }
+    }
+
+    /// The registered address.
+    pub fn ip(&self) -> IpAddr {
+        self.ip
+    }
+
+    /// The rules, by number.
+    pub fn rules(&self) -> &BTreeMap<RuleNumber, Rule> {
+        &self.rules
+    }
+
+    /// What the rules that can match ask for, by number.
+    pub fn conditions(&self) -> &[(RuleNumber, Conditions)] {
+        &self.conditions
+    }
+
+    fn set_rule(&mut self, mac: MacAddr, number: RuleNumber, rule: Option<Rule>) {
+        match rule {
+            Some(rule) => self.rules.insert(number, rule),
+            None => self.rules.remove(&number),
+        };
+        let matching = |(&number, rule): (&RuleNumber, &Rule)| Some((number, rule.conditions(mac, self.ip)?));
+        self.conditions = self.rules.iter().filter_map(matching).collect();
+    }
+}
+
+impl Middlebox {
+    /// The firewall service, if it is registered.
+    pub fn firewall(&self) -> Option<&Firewall> {
+        self.firewall.as_ref()
+    }
+
+    /// The balanced addresses.
+    pub fn services(&self) -> &BTreeMap<IpAddr, Balance> {
+        &self.services
+    }
+
+    /// An address to call it by.
+    pub fn ip(&self) -> Option<IpAddr> {
+        self.firewall.as_ref().map(|firewall| firewall.ip).or_else(|| self.services.keys().next().copied())
+    }
+}
+
+/// A refusal, with the index of the word it is about.
+struct Refusal {
+    word: usize,
+    code: ErrorCode,
+    expected: String,
+}
+
+fn refuse<T>(word: usize, code: ErrorCode, expected: impl ToString) -> Result<T, Refusal> {
+    Err(Refusal { word, code, expected: expected.to_string() })
+}
+
+impl Policy {
+    /// The middleboxes, by MAC.
+    pub fn middleboxes(&self) -> &BTreeMap<MacAddr, Arc<Middlebox>> {
+        &self.middleboxes
+    }
+
+    /// The middlebox of this MAC.
+    pub fn get(&self, mac: MacAddr) -> Option<&Middlebox> {
+        self.middleboxes.get(&mac).map(Arc::as_ref)
+    }
+
+    /// Every destination of every service: middlebox, the address that clients use, backend.
+    pub fn destinations(&self) -> impl Iterator<Item = (MacAddr, IpAddr, &Destination)> {
+        self.middleboxes.iter().flat_map(|(&mac, middlebox)| {
+            middlebox.services.iter().map(move |(&ip, balance)| (mac, ip, balance.destination()))
+        })
+    }
+
+    /// Reads and applies one command.
+    ///
+    /// # Errors
+    /// When the text is no command or the policy refuses it; nothing has changed then.
+    pub fn apply_line(&mut self, line: &str) -> Result<Command, CommandError> {
+        let command = Command::parse(line)?;
+        self.apply(&command)
+            .map_err(|refusal| CommandError::at_word(line, refusal.word, refusal.code, refusal.expected))?;
+        Ok(command)
+    }
+
+    fn apply(&mut self, command: &Command) -> Result<(), Refusal> {
+        match command {
+            Command::RegisterFirewall { mac, ip } => {
+                self.edit(*mac).firewall = Some(Firewall::new(*ip));
+                Ok(())
+            }
+            Command::RegisterBalance { mac, ip, balance } => {
+                let services = self.get(*mac).map(Middlebox::services);
+                let full = services.is_some_and(|s| s.len() >= MAX_SERVICES && !s.contains_key(ip));
+                if full {
+                    let expected =
+                        format!("one more than the {MAX_SERVICES} addresses that a middlebox may have");
+                    return refuse(3, ErrorCode::Quota, expected);
+                }
+                self.edit(*mac).services.insert(*ip, balance.clone());
+                Ok(())
+            }
+            Command::Add { mac, rule: number, set } => {
+                let firewall = self.firewall(*mac)?;
+                if firewall.rules.len() >= MAX_RULES && !firewall.rules.contains_key(number) {
+                    let expected = format!("one more than the {MAX_RULES} rules that a middlebox may have");
+                    return refuse(2, ErrorCode::Quota, expected);
+                }
+                let old = firewall.rules.get(number).cloned().unwrap_or_default();
+                let words_before = if *number == RuleNumber::FIRST { 3 } else { 4 };
+                let new =
+                    old.with(set, firewall.ip).or_else(|e| refuse(words_before, ErrorCode::Value, e))?;
+                self.set_rule(*mac, *number, Some(new));
+                Ok(())
+            }
+            Command::Delete { mac, rule: number, clear } => {
+                let firewall = self.firewall(*mac)?;
+                // Rule 1 always exists, as the original's one rule did.
+                let old = match firewall.rules.get(number) {
+                    Some(old) => old.clone(),
+                    None if *number == RuleNumber::FIRST => Rule::default(),
+                    None => return refuse(2, ErrorCode::Value, "no such rule; Add makes one"),
+                };
+                self.set_rule(*mac, *number, Some(old.without(clear)));
+                Ok(())
+            }
+            Command::DeleteRule { mac, rule: number } => {
+                if !self.firewall(*mac)?.rules.contains_key(number) {
+                    return refuse(2, ErrorCode::Value, "no such rule");
+                }
+                self.set_rule(*mac, *number, None);
+                Ok(())
+            }
+            Command::Unregister { mac, services } => self.unregister(*mac, *services),
+        }
+    }
+
+    fn edit(&mut self, mac: MacAddr) -> &mut Middlebox {
+        Arc::make_mut(self.middleboxes.entry(mac).or_default())
+    }
+
+    fn firewall(&self, mac: MacAddr) -> Result<&Firewall, Refusal> {
+        match self.get(mac).map(Middlebox::firewall) {
+            Some(Some(firewall)) => Ok(firewall),
+            Some(None) => refuse(
+                1,
+                ErrorCode::UnknownMac,
+                format!("not registered for firewall service; write R F {mac} IP first"),
+            ),
+            None => refuse(1, ErrorCode::UnknownMac, format!("not registered; write R F {mac} IP first")),
+        }
+    }
+
+    fn set_rule(&mut self, mac: MacAddr, number: RuleNumber, rule: Option<Rule>) {
+        if let Some(firewall) = &mut self.edit(mac).firewall {
+            firewall.set_rule(mac, number, rule);
+        }
+    }
+
+    fn unregister(&mut self, mac: MacAddr, services: Services) -> Result<(), Refusal> {
+        let Some(middlebox) = self.get(mac) else {
+            return refuse(1, ErrorCode::UnknownMac, "not registered");
+        };
+        let (firewall, balance) = match services {
+            Services::Firewall => (true, false),
+            Services::Balance => (false, true),
+            Services::All => (true, true),
+        };
+        let has = (middlebox.firewall.is_some(), !middlebox.services.is_empty());
+        if !(firewall && has.0 || balance && has.1) {
+            let service = if firewall { "firewall service" } else { "load balancing" };
+            return refuse(1, ErrorCode::UnknownMac, format!("not registered for {service}"));
+        }
+        let edited = self.edit(mac);
+        if firewall {
+            edited.firewall = None;
+        }
+        if balance {
+            edited.services.clear();
+        }
+        if edited.firewall.is_none() && edited.services.is_empty() {
+            self.middleboxes.remove(&mac);
+        }
+        Ok(())
+    }
+
+    /// The commands that make this policy of an empty one.
+    pub fn commands(&self) -> Vec<Command> {
+        let mut out = Vec::new();
+        for (&mac, middlebox) in &self.middleboxes {
+            if let Some(firewall) = &middlebox.firewall {
+                out.push(Command::RegisterFirewall { mac, ip: firewall.ip });
+                out.extend(firewall.rules.iter().flat_map(|(&number, rule)| rule.commands(mac, number)));
+            }
+            for (&ip, balance) in &middlebox.services {
+                out.push(Command::RegisterBalance { mac, ip, balance: balance.clone() });
+            }
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: &str = "12:13:14:15:16:17";
+
+    fn policy(lines: &[&str]) -> Policy {
+        let mut policy = Policy::default();
+        for line in lines {
+            policy.apply_line(&line.replace("MB", MAC)).unwrap();
+        }
+        policy
+    }
+
+    fn printed(policy: &Policy) -> Vec<String> {
+        policy.commands().iter().map(|command| command.to_string().replace(MAC, "MB")).collect()
+    }
+
+    #[test]
+    fn the_documented_examples_in_order() {
+        let mut policy = policy(&[
+            "R L MB 10.129.126.15 0 10.129.126.17",
+            "R F MB 10.129.126.15",
+            "A MB M 5 s 1:2:3:4:5:6 p 8",
+        ]);
+        assert_eq!(
+            printed(&policy),
+            [
+                "R F MB 10.129.126.15",
+                "A MB M 5 s 01:02:03:04:05:06 p 0x0800",
+                "R L MB 10.129.126.15 0 10.129.126.17"
+            ]
+        );
+        policy.apply_line("D 12:13:14:15:16:17 M 4 s").unwrap();
+        assert_eq!(printed(&policy)[1], "A MB M 4 p 0x0800");
+        policy.apply_line("X 12:13:14:15:16:17 F").unwrap();
+        assert_eq!(printed(&policy), ["R L MB 10.129.126.15 0 10.129.126.17"]);
+        policy.apply_line("X 12:13:14:15:16:17").unwrap();
+        assert_eq!(policy, Policy::default());
+    }
+
+    #[test]
+    fn add_ors_and_delete_ands() {
+        let p = policy(&["R F MB 10.0.0.9", "A MB I 1 s 10.0.0.1", "A MB I 10 p tcp d", "A MB T 2 d 80"]);
+        assert_eq!(printed(&p)[1..], ["A MB I 11 s 10.0.0.1 d p tcp", "A MB T 2 d 80"]);
+        let p = policy(&["R F MB 10.0.0.9", "A MB I 9 s 10.0.0.1 p 17", "D MB I 3"]);
+        assert_eq!(printed(&p)[1], "A MB I 1 s 10.0.0.1 p udp", "the value of an unused bit stays stored");
+        let p = policy(&["R F MB 10.0.0.9", "A MB #3 I 1 s 10.0.0.1", "D MB #3 I 0"]);
+        assert_eq!(printed(&p)[1], "A MB #3 I 0 s 10.0.0.1");
+    }
+
+    #[test]
+    fn registering_again_replaces() {
+        let p = policy(&["R F MB 10.0.0.9", "A MB I 1 s 10.0.0.1", "R F MB 10.0.0.8"]);
+        assert_eq!(printed(&p), ["R F MB 10.0.0.8"]);
+        let p = policy(&[
+            "R L MB 10.0.0.9 0 10.0.0.1",
+            "R L MB 10.0.0.9 1 10.0.0.5 10.0.0.2",
+            "R L MB 10.0.0.8 0 10.0.0.3",
+        ]);
+        assert_eq!(printed(&p), ["R L MB 10.0.0.8 0 10.0.0.3", "R L MB 10.0.0.9 1 10.0.0.5 10.0.0.2"]);
+    }
+
+    #[test]
+    fn a_refused_command_changes_nothing() {
+        let before =
+            policy(&["R F MB 10.0.0.9", "A MB I 1 s 10.0.0.1", "R L 2:0:0:0:0:1 10.0.0.7 0 10.0.0.1"]);
+        for (line, code, column, words) in [
+            ("A MB I 4", ErrorCode::Value, 23, "t never got a value"),
+            ("A MB I 3 d 2001:db8::1", ErrorCode::Value, 23, "not of one family"),
+            ("A MB T 2 s 5", ErrorCode::Value, 23, "d never got a value"),
+            ("A MB #2 M 4", ErrorCode::Value, 26, "p never got a value"),
+            ("D MB #2 M 4", ErrorCode::Value, 21, "no such rule"),
+            ("D MB #2", ErrorCode::Value, 21, "no such rule"),
+            ("X MB L", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
+            ("X 2:0:0:0:0:1 F", ErrorCode::UnknownMac, 3, "not registered for firewall"),
+            ("X 2:0:0:0:0:9", ErrorCode::UnknownMac, 3, "'2:0:0:0:0:9': not registered"),
+            ("A 2:0:0:0:0:1 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:01 IP first"),
+            ("A 2:0:0:0:0:9 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:09 IP first"),
+        ] {
+            let mut after = before.clone();
+            let error = after.apply_line(&line.replace("MB", MAC)).expect_err(line);
+            assert_eq!((error.code, error.column), (code, column), "{line}: {error}");
+            assert!(error.message.contains(words), "{line}: {error}");
+            assert_eq!(after, before, "{line}");
+        }
+    }
+
+    #[test]
+    fn guests_cannot_fill_the_host() {
+        let mut p = policy(&["R F MB 10.0.0.9"]);
+        for n in 1..=MAX_RULES {
+            p.apply_line(&format!("A {MAC} #{n} I 2")).unwrap();
+        }
+        let error = p.apply_line(&format!("A {MAC} #{} I 2", MAX_RULES + 1)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Quota);
+        p.apply_line(&format!("A {MAC} #1 T 2 d 80")).unwrap();
+    }
+
+    #[test]
+    fn the_printed_policy_makes_the_same_policy() {
+        let p = policy(&[
+            "R F MB 10.0.0.9",
+            "A MB I 15 s 10.0.0.1 t 16 p 6",
+            "A MB M 7 s 2:2:2:2:2:2 d p ip",
+            "A MB #9 T 3 s 5 d 6",
+            "A MB #10 M 0",
+            "R L MB 2001:db8::9 1 2001:db8::8 2001:db8::7@2:0:0:0:0:7",
+        ]);
+        let mut again = Policy::default();
+        for command in p.commands() {
+            again.apply_line(&command.to_string()).unwrap();
+        }
+        assert_eq!(again, p);
+    }
+}
