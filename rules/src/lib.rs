@@ -4,13 +4,15 @@
 //! * [`packet`]: what a frame says about itself.
 //! * [`decide`]: what a packet deserves; pure.
 //! * [`rewrite`]: how a redirected frame looks.
-//! * [`mark`]: the fast path in nftables, which says the same in the kernel.
+//! * [`mark`], [`slots`], [`nft`]: the fast path in nftables, which says the same in the kernel.
 
 pub mod decide;
 pub mod filter;
 pub mod mark;
+pub mod nft;
 pub mod packet;
 mod policy;
 pub mod rewrite;
+pub mod slots;
 
 pub use policy::{Firewall, MAX_RULES, MAX_SERVICES, Middlebox, Policy};

@@ -1,0 +1,267 @@
+//! Packet fields as nftables names them, and the values they are compared with.
+
+use nfqd_shmctl::{EtherType, MacAddr, Protocol};
+use std::fmt;
+use std::net::IpAddr;
+
+/// A field that a rule loads.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Field {
+    /// `ether daddr`.
+    EtherDestination,
+    /// `ether saddr`.
+    EtherSource,
+    /// `meta protocol`: the EtherType behind one VLAN tag.
+    EtherType,
+    /// `meta l4proto`: there only when the IP header holds together.
+    L4Protocol,
+    /// `meta mark & …`.
+    Mark(u32),
+    /// `ip saddr`.
+    Ip4Source,
+    /// `ip daddr`.
+    Ip4Destination,
+    /// `ip frag-off & …`: flags and offset.
+    Ip4FragmentOffset(u16),
+    /// The TOS byte, which nft shows as `ip dscp … ip ecn …`.
+    Ip4Tos,
+    /// `ip6 saddr`.
+    Ip6Source,
+    /// `ip6 daddr`.
+    Ip6Destination,
+    /// `ip6 nexthdr`: without extension headers, the protocol.
+    Ip6NextHeader,
+    /// The traffic class, which nft shows as `ip6 dscp … ip6 ecn …`.
+    Ip6TrafficClass,
+    /// `th sport`.
+    SourcePort,
+    /// `th dport`.
+    DestinationPort,
+    /// `tcp checksum`.
+    TcpChecksum,
+    /// `udp checksum`.
+    UdpChecksum,
+    /// `icmpv6 checksum`.
+    Icmp6Checksum,
+}
+
+/// The type of a set's key or data, with nft's number for it (`enum datatypes` of nft's datatype.h).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Type {
+    /// `ipv4_addr`, 4 bytes.
+    Ip4,
+    /// `ipv6_addr`, 16 bytes.
+    Ip6,
+    /// `ether_addr`, 6 bytes.
+    Mac,
+    /// `ether_type`, 2 bytes.
+    EtherType,
+    /// `inet_proto`, 1 byte.
+    Protocol,
+    /// `inet_service`, 2 bytes.
+    Port,
+    /// `mark`, 4 bytes in host order.
+    Mark,
+}
+
+impl Type {
+    /// nft's number.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Type::Ip4 => 7,
+            Type::Ip6 => 8,
+            Type::Mac => 9,
+            Type::EtherType => 10,
+            Type::Protocol => 12,
+            Type::Port => 13,
+            Type::Mark => 19,
+        }
+    }
+
+    /// Length in bytes.
+    pub(super) fn len(self) -> usize {
+        match self {
+            Type::Protocol => 1,
+            Type::EtherType | Type::Port => 2,
+            Type::Ip4 | Type::Mark => 4,
+            Type::Mac => 6,
+            Type::Ip6 => 16,
+        }
+    }
+}
+
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Type::Ip4 => "ipv4_addr",
+            Type::Ip6 => "ipv6_addr",
+            Type::Mac => "ether_addr",
+            Type::EtherType => "ether_type",
+            Type::Protocol => "inet_proto",
+            Type::Port => "inet_service",
+            Type::Mark => "mark",
+        })
+    }
+}
+
+impl Field {
+    /// The type of a set's key part that holds this field; `None` for fields that are only compared.
+    pub fn set_type(self) -> Option<Type> {
+        match self {
+            Field::EtherDestination | Field::EtherSource => Some(Type::Mac),
+            Field::EtherType => Some(Type::EtherType),
+            Field::L4Protocol | Field::Ip6NextHeader => Some(Type::Protocol),
+            Field::Mark(_) => Some(Type::Mark),
+            Field::Ip4Source | Field::Ip4Destination => Some(Type::Ip4),
+            Field::Ip6Source | Field::Ip6Destination => Some(Type::Ip6),
+            Field::SourcePort | Field::DestinationPort => Some(Type::Port),
+            Field::Ip4FragmentOffset(_)
+            | Field::Ip4Tos
+            | Field::Ip6TrafficClass
+            | Field::TcpChecksum
+            | Field::UdpChecksum
+            | Field::Icmp6Checksum => None,
+        }
+    }
+
+    /// Length in bytes of what is loaded.
+    pub(super) fn len(self) -> usize {
+        match self {
+            Field::Ip4Tos => 1,
+            Field::Ip4FragmentOffset(_)
+            | Field::Ip6TrafficClass
+            | Field::TcpChecksum
+            | Field::UdpChecksum
+            | Field::Icmp6Checksum => 2,
+            _ => self.set_type().map_or(0, Type::len),
+        }
+    }
+
+    /// How many 32-bit registers it takes.
+    pub(super) fn registers(self) -> u32 {
+        self.len().div_ceil(4) as u32
+    }
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Field::EtherDestination => "ether daddr",
+            Field::EtherSource => "ether saddr",
+            Field::EtherType => "meta protocol",
+            Field::L4Protocol => "meta l4proto",
+            Field::Mark(mask) => return write!(f, "meta mark & {mask:#010x}"),
+            Field::Ip4Source => "ip saddr",
+            Field::Ip4Destination => "ip daddr",
+            Field::Ip4FragmentOffset(mask) => return write!(f, "ip frag-off & {mask}"),
+            Field::Ip4Tos => "ip dscp",
+            Field::Ip6Source => "ip6 saddr",
+            Field::Ip6Destination => "ip6 daddr",
+            Field::Ip6NextHeader => "ip6 nexthdr",
+            Field::Ip6TrafficClass => "ip6 dscp",
+            Field::SourcePort => "th sport",
+            Field::DestinationPort => "th dport",
+            Field::TcpChecksum => "tcp checksum",
+            Field::UdpChecksum => "udp checksum",
+            Field::Icmp6Checksum => "icmpv6 checksum",
+        };
+        f.write_str(name)
+    }
+}
+
+/// A value of a field or a set.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Value {
+    /// A MAC address.
+    Mac(MacAddr),
+    /// An IP address.
+    Ip(IpAddr),
+    /// An EtherType.
+    EtherType(EtherType),
+    /// A protocol.
+    Protocol(Protocol),
+    /// A port, or another 16-bit number in network order.
+    Port(u16),
+    /// Bits of the mark.
+    Mark(u32),
+    /// A TOS or traffic-class byte.
+    Tos(u8),
+}
+
+impl Value {
+    /// The bytes as they are in a register: network order, marks in host order.
+    pub(super) fn bytes(self) -> Vec<u8> {
+        match self {
+            Value::Mac(mac) => mac.0.to_vec(),
+            Value::Ip(IpAddr::V4(ip)) => ip.octets().to_vec(),
+            Value::Ip(IpAddr::V6(ip)) => ip.octets().to_vec(),
+            Value::EtherType(ether_type) => ether_type.number().to_be_bytes().to_vec(),
+            Value::Protocol(protocol) => vec![protocol.0],
+            Value::Port(port) => port.to_be_bytes().to_vec(),
+            Value::Mark(mark) => mark.to_ne_bytes().to_vec(),
+            Value::Tos(tos) => vec![tos],
+        }
+    }
+}
+
+/// ECN code points as nft names them.
+const ECN: [&str; 4] = ["not-ect", "ect1", "ect0", "ce"];
+
+/// DSCP code points as nft of Debian 12 names them; others are numbers.
+const DSCP: [(u8, &str); 21] = [
+    (0, "cs0"),
+    (8, "cs1"),
+    (16, "cs2"),
+    (24, "cs3"),
+    (32, "cs4"),
+    (40, "cs5"),
+    (48, "cs6"),
+    (56, "cs7"),
+    (10, "af11"),
+    (12, "af12"),
+    (14, "af13"),
+    (18, "af21"),
+    (20, "af22"),
+    (22, "af23"),
+    (26, "af31"),
+    (28, "af32"),
+    (30, "af33"),
+    (34, "af41"),
+    (36, "af42"),
+    (38, "af43"),
+    (46, "ef"),
+];
+
+impl Value {
+    /// The byte as nft shows it: `0x04 ip ecn ect1` behind `ip dscp`.
+    pub(super) fn tos_text(tos: u8, family: &str) -> String {
+        let ecn = ECN.get(usize::from(tos & 3)).copied().unwrap_or_default();
+        let dscp = match DSCP.iter().find(|(number, _)| *number == tos >> 2) {
+            Some((_, name)) => (*name).to_string(),
+            None => format!("{:#04x}", tos >> 2),
+        };
+        format!("{dscp} {family} ecn {ecn}")
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Mac(mac) => mac.fmt(f),
+            Value::Ip(ip) => ip.fmt(f),
+            Value::EtherType(EtherType::IPV4) => f.write_str("ip"),
+            Value::EtherType(EtherType::IPV6) => f.write_str("ip6"),
+            Value::EtherType(EtherType::ARP) => f.write_str("arp"),
+            Value::EtherType(other) => write!(f, "{:#06x}", other.number()),
+            Value::Protocol(Protocol::TCP) => f.write_str("tcp"),
+            Value::Protocol(Protocol::UDP) => f.write_str("udp"),
+            Value::Protocol(Protocol::ICMP) => f.write_str("icmp"),
+            Value::Protocol(Protocol::ICMPV6) => f.write_str("ipv6-icmp"),
+            Value::Protocol(Protocol::UDPLITE) => f.write_str("udplite"),
+            Value::Protocol(other) => other.0.fmt(f),
+            Value::Port(port) => port.fmt(f),
+            Value::Mark(mark) => write!(f, "{mark:#010x}"),
+            Value::Tos(tos) => tos.fmt(f),
+        }
+    }
+}

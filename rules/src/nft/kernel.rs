@@ -1,0 +1,372 @@
+//! Loads rulesets into the kernel: all of one, or the difference between two, in one transaction.
+//!
+//! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet that waits in a queue.
+
+use super::field::Value;
+use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
+use super::ruleset::Ruleset;
+use super::sys::{Answers, Batch, FoundElement, Question, fd};
+use crate::mark;
+use crate::slots::SlotKey;
+use mnl::{Bus, Socket};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// The kernel's nf_tables, over one socket that stays open.
+pub struct Kernel {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// Why the kernel did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The socket cannot be made.
+    #[error("no netlink socket for nftables: {0}; is nf_tables in this kernel?")]
+    Socket(io::Error),
+    /// Not privileged.
+    #[error("the kernel does not let this user change nftables; run as root, or with CAP_NET_ADMIN")]
+    Denied,
+    /// A message of a transaction was refused; nothing of it was done.
+    #[error("the kernel refused to {what}: {errno}; nothing was changed")]
+    Refused {
+        /// What the first message that was refused should do.
+        what: String,
+        /// The kernel's reason.
+        errno: Errno,
+    },
+    /// The transaction cannot be sent or its answer not received.
+    #[error("netlink: {0}")]
+    Io(io::Error),
+    /// A table of our name that somebody else made.
+    #[error(
+        "there is a table '{family} {TABLE_NAME}' that nfqd did not make; look at it with 'nft list table {family} \
+         {TABLE_NAME}' and, if nobody needs it, remove it with 'nft delete table {family} {TABLE_NAME}'"
+    )]
+    Foreign {
+        /// Its family.
+        family: Family,
+    },
+}
+
+impl KernelError {
+    /// The kernel's reason, when it refused.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            KernelError::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+}
+
+/// Enough for transactions of some hundred thousand elements.
+const BUFFER: usize = 64 << 20;
+
+impl Kernel {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// When there is no nf_tables in this kernel.
+    pub fn open() -> Result<Kernel, KernelError> {
+        let socket = Socket::new(Bus::Netfilter).map_err(KernelError::Socket)?;
+        // Without the privilege, the first transaction says so better than a buffer size would.
+        let _ = setsockopt(&fd(&socket), sockopt::SndBufForce, &BUFFER);
+        let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER);
+        Ok(Kernel { socket, sequence: 1 })
+    }
+
+    fn batch(&self) -> Batch {
+        Batch::new(self.sequence)
+    }
+
+    /// Sends a transaction. The kernel answers before `send` returns.
+    fn commit(&mut self, batch: Batch) -> Result<(), KernelError> {
+        if batch.len() == 0 {
+            return Ok(());
+        }
+        let (bytes, awaited, batch) = batch.finish();
+        self.sequence = awaited.wrapping_add(2);
+        self.socket.send(&bytes).map_err(KernelError::Io)?;
+        let mut acknowledged = false;
+        let mut first_error = None;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(len) => {
+                    for (kind, sequence, body) in messages(buffer.get(..len).unwrap_or_default()) {
+                        let answer =
+                            body.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
+                        match answer {
+                            Some(0) if i32::from(kind) == libc::NLMSG_ERROR => {
+                                acknowledged |= sequence == awaited
+                            }
+                            Some(errno) if i32::from(kind) == libc::NLMSG_ERROR => {
+                                let errno = Errno::from_raw(-errno);
+                                first_error.get_or_insert((batch.label(sequence).to_string(), errno));
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
+                // The receive buffer overran with errors; the first ones are there.
+                Err(Errno::ENOBUFS) => {}
+                Err(errno) => return Err(KernelError::Io(errno.into())),
+            }
+        }
+        match first_error {
+            Some((_, Errno::EPERM)) => Err(KernelError::Denied),
+            Some((what, errno)) => Err(KernelError::Refused { what, errno }),
+            None if acknowledged => Ok(()),
+            None => Err(KernelError::Io(io::Error::other("the kernel did not acknowledge a transaction"))),
+        }
+    }
+
+    fn ask(&mut self, question: &Question) -> Result<Answers, KernelError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.socket.send(&question.message(self.sequence)).map_err(KernelError::Io)?;
+        let single = matches!(question, Question::Table(_));
+        let mut answers = Answers::default();
+        let mut bytes = vec![0; 1 << 16];
+        loop {
+            let len = match recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                Err(Errno::EINTR) => continue,
+                other => other.map_err(|errno| KernelError::Io(errno.into()))?,
+            };
+            for (kind, _, message) in messages(bytes.get(..len).unwrap_or_default()) {
+                match i32::from(kind) {
+                    libc::NLMSG_DONE => return Ok(answers),
+                    libc::NLMSG_ERROR => {
+                        let code =
+                            message.get(16..20).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+                        return match Errno::from_raw(-code) {
+                            _ if code == 0 => Ok(answers),
+                            // A kernel without tables of this family has none of ours.
+                            Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP => Ok(answers),
+                            Errno::EPERM => Err(KernelError::Denied),
+                            errno => {
+                                Err(KernelError::Refused { what: "list the ruleset".to_string(), errno })
+                            }
+                        };
+                    }
+                    _ => question.read(message, &mut answers),
+                }
+            }
+            if single {
+                return Ok(answers);
+            }
+        }
+    }
+
+    /// Whether our table is there.
+    ///
+    /// # Errors
+    /// When there is one that somebody else made.
+    fn ours(&mut self, family: Family) -> Result<bool, KernelError> {
+        match self.ask(&Question::Table(family))?.table_comment {
+            None => Ok(false),
+            Some(Some(comment)) if comment == TABLE_COMMENT => Ok(true),
+            Some(_) => Err(KernelError::Foreign { family }),
+        }
+    }
+
+    /// The slots that the kernel's maps carry, from an nfqd that ran before.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, or a table of our name is somebody else's.
+    pub fn slots(&mut self) -> Result<Vec<(u32, SlotKey)>, KernelError> {
+        if !self.ours(Family::Bridge)? {
+            return Ok(Vec::new());
+        }
+        let mut out = Vec::new();
+        for map in ["backend_vip4", "backend_vip6"] {
+            for element in self.elements(Family::Bridge, map)? {
+                let index = element.key.try_into().map(u32::from_ne_bytes).map(mark::index);
+                let key = element.comment.and_then(|comment| comment.parse().ok());
+                out.extend(index.ok().zip(key));
+            }
+        }
+        Ok(out)
+    }
+
+    /// The elements of one of our sets; none when there is no such set.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn elements(&mut self, family: Family, set: &str) -> Result<Vec<FoundElement>, KernelError> {
+        Ok(self.ask(&Question::Elements(family, set.to_string()))?.elements)
+    }
+
+    /// Whether this kernel takes a rule of these statements in a chain of this family: it is tried in a table of its
+    /// own, which is gone before anything else sees it.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason than not knowing the statement.
+    pub fn knows(&mut self, family: Family, statement: &Statement) -> Result<bool, KernelError> {
+        let had_table = self.ours(family)?;
+        let mut batch = self.batch();
+        batch.add_table(family);
+        batch.add_chain(family, "probe", &Chain::default());
+        let rule = Rule { statements: vec![statement.clone()], comment: None };
+        batch.add_rule(family, "probe", &rule);
+        batch.flush_rules(family, Some("probe"));
+        batch.delete_chain(family, "probe");
+        if !had_table {
+            batch.delete_table(family);
+        }
+        match self.commit(batch) {
+            Ok(()) => Ok(true),
+            Err(KernelError::Refused {
+                errno: Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT,
+                ..
+            }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the kernel's tables what `wanted` says, whatever an earlier nfqd left. Flow caches and base chains stay.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or a table of our name is somebody else's; nothing is changed then.
+    pub fn load(&mut self, wanted: &Ruleset) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        for family in [Family::Bridge, Family::Ip, Family::Ip6] {
+            let found = self.ours(family)?;
+            match (wanted.get(&family), found) {
+                (Some(table), found) => self.replace(&mut batch, table, found)?,
+                // The packets that wait there came by a way that is not used any more.
+                (None, true) => batch.delete_table(family),
+                (None, false) => {}
+            }
+        }
+        // The questions have used up sequence numbers; the batch has its own.
+        self.commit(batch)
+    }
+
+    fn replace(&mut self, batch: &mut Batch, table: &Table, found: bool) -> Result<(), KernelError> {
+        let family = table.family;
+        let (chains, sets) = if found {
+            (self.ask(&Question::Chains(family))?.chains, self.ask(&Question::Sets(family))?.sets)
+        } else {
+            Default::default()
+        };
+        batch.add_table(family);
+        if found {
+            batch.flush_rules(family, None);
+        }
+        // Maps of verdicts keep chains in use.
+        for name in sets.keys() {
+            let cache = table.sets.get(name).is_some_and(|set| set.dynamic.is_some());
+            if !cache {
+                batch.flush_set(family, name);
+            }
+        }
+        for (name, found) in &sets {
+            if !table.sets.get(name).is_some_and(|set| found.serves(set)) {
+                batch.delete_set(family, name);
+            }
+        }
+        for (name, _) in chains.iter().filter(|(name, _)| !table.chains.contains_key(*name)) {
+            batch.delete_chain(family, name);
+        }
+        for (name, chain) in &table.chains {
+            batch.add_chain(family, name, chain);
+        }
+        for (name, set) in &table.sets {
+            batch.add_set(family, name, set);
+            batch.add_elements(family, name, &set.elements);
+        }
+        for (name, chain) in &table.chains {
+            chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
+        }
+        Ok(())
+    }
+
+    /// Changes the kernel's tables from `old`, which is loaded, to `new`: only the difference is sent.
+    ///
+    /// # Errors
+    /// When the kernel refuses; nothing is changed then. `ENOENT` and `EEXIST` mean that somebody else has changed our
+    /// tables: [`Kernel::load`] repairs them.
+    pub fn change(&mut self, old: &Ruleset, new: &Ruleset) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        for (family, new) in new {
+            match old.get(family) {
+                Some(old) => difference(&mut batch, old, new),
+                None => return self.load(&Ruleset::from([(*family, new.clone())])),
+            }
+        }
+        self.commit(batch)
+    }
+
+    /// Removes our tables.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or a table of our name is somebody else's.
+    pub fn remove(&mut self) -> Result<bool, KernelError> {
+        let mut batch = self.batch();
+        for family in [Family::Bridge, Family::Ip, Family::Ip6] {
+            if self.ours(family)? {
+                batch.delete_table(family);
+            }
+        }
+        let any = batch.len() != 0;
+        self.commit(batch).map(|()| any)
+    }
+}
+
+/// The messages of a datagram: type, sequence number, and all bytes.
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
+    std::iter::from_fn(move || {
+        let word = |at: usize| bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+        let (len, kind, sequence) = (word(0)? as usize, word(4)? as u16, word(8)?);
+        if len < 16 {
+            return None;
+        }
+        let message = bytes.get(..len)?;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, sequence, message))
+    })
+}
+
+/// What a chain's rules name must be there before them; what nothing names any more goes last.
+fn difference(batch: &mut Batch, old: &Table, new: &Table) {
+    let family = new.family;
+    for (name, chain) in new.chains.iter().filter(|(name, _)| !old.chains.contains_key(*name)) {
+        batch.add_chain(family, name, chain);
+    }
+    for (name, set) in &new.sets {
+        let before = old.sets.get(name).filter(|before| before.same_kind(set));
+        if before.is_none() {
+            batch.add_set(family, name, set);
+        }
+        elements_difference(batch, family, name, before, set);
+    }
+    for (name, chain) in &new.chains {
+        let before = old.chains.get(name);
+        if before.is_some_and(|before| before.rules == chain.rules) {
+            continue;
+        }
+        if before.is_some() {
+            batch.flush_rules(family, Some(name));
+        }
+        chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
+    }
+    let gone = old.chains.iter().filter(|(name, _)| !new.chains.contains_key(*name));
+    let gone: Vec<&String> = gone.map(|(name, _)| name).collect();
+    gone.iter().for_each(|name| batch.flush_rules(family, Some(name)));
+    for name in old.sets.keys().filter(|name| !new.sets.contains_key(*name)) {
+        batch.delete_set(family, name);
+    }
+    gone.iter().for_each(|name| batch.delete_chain(family, name));
+}
+
+fn elements_difference(batch: &mut Batch, family: Family, name: &str, old: Option<&Set>, new: &Set) {
+    let none = Default::default();
+    let old = old.map_or(&none, |set| &set.elements);
+    let same = |key: &Vec<Value>| old.get(key) == new.elements.get(key);
+    batch.delete_elements(family, name, old.keys().filter(|key| !same(key)));
+    batch.add_elements(family, name, new.elements.iter().filter(|(key, _)| !same(key)));
+}

@@ -1,0 +1,355 @@
+//! What a ruleset is made of, as values that can be compared, and its text in nft's own words.
+
+use super::field::{Field, Type, Value};
+use crate::mark;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// The families nfqd has tables in.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Family {
+    /// `bridge`.
+    Bridge,
+    /// `ip`: the way into the queue by br_netfilter, for IPv4.
+    Ip,
+    /// `ip6`: the same for IPv6.
+    Ip6,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Bridge => "bridge",
+            Family::Ip => "ip",
+            Family::Ip6 => "ip6",
+        })
+    }
+}
+
+/// A table with everything in it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Table {
+    /// Its family; its name is [`TABLE_NAME`].
+    pub family: Family,
+    /// Sets and maps by name.
+    pub sets: BTreeMap<String, Set>,
+    /// Chains by name.
+    pub chains: BTreeMap<String, Chain>,
+}
+
+/// The name of every table of nfqd.
+pub const TABLE_NAME: &str = "nfqd";
+
+/// The comment that tells our tables from others' of the same name.
+pub const TABLE_COMMENT: &str = "made by nfqd, which repairs what others change here";
+
+/// A chain.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Chain {
+    /// The priority in the prerouting hook, for base chains. They are made once and never deleted while nfqd works:
+    /// deleting any base chain drops every packet that waits in a queue.
+    pub priority: Option<i32>,
+    /// Its rules.
+    pub rules: Vec<Rule>,
+}
+
+/// A rule.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// Its statements in order.
+    pub statements: Vec<Statement>,
+    /// For the reader of `nft list ruleset`.
+    pub comment: Option<String>,
+}
+
+/// A verdict.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Verdict {
+    /// The packet leaves this hook.
+    Accept,
+    /// The packet is gone.
+    Drop,
+    /// Back to the calling chain.
+    Return,
+    /// Into a chain, and back.
+    Jump(String),
+    /// Into a chain.
+    Goto(String),
+}
+
+/// An address that a rule writes, from a map keyed by slot.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Write {
+    /// The field.
+    pub field: Field,
+    /// The map: mark bits of a slot to an address.
+    pub map: String,
+}
+
+/// A statement of a rule.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Statement {
+    /// The field has this value.
+    Is(Field, Value),
+    /// The field has another value.
+    IsNot(Field, Value),
+    /// The field is there, whatever its value.
+    Present(Field),
+    /// The fields are an element of the set.
+    In(Vec<Field>, String),
+    /// The verdict that the map has for the fields.
+    Vmap(Vec<Field>, String),
+    /// The mark becomes `(mark & keep) | set`; the two do not overlap.
+    SetMark {
+        /// Bits that stay.
+        keep: u32,
+        /// Bits that are set.
+        set: u32,
+    },
+    /// Writes addresses of the slot that the packet's mark names. Nothing is written unless every map has the slot.
+    Rewrite(Vec<Write>),
+    /// Writes addresses of the slot that a map of flows has for the fields, and leaves the mark as it was.
+    RewriteFlow {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The map of flows: key to mark bits of a slot.
+        flows: String,
+        /// What is written.
+        writes: Vec<Write>,
+    },
+    /// Makes the slot of the packet's mark the data of the fields in a map of flows, whatever was there.
+    Learn {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The map.
+        map: String,
+    },
+    /// Puts the fields into a set, or renews them there.
+    Remember {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The set.
+        set: String,
+    },
+    /// Into the queues (native).
+    Queue(Queues),
+    /// Into the queues (xt target, by br_netfilter), which nft cannot print.
+    XtQueue(Queues),
+    /// Counts packets and bytes.
+    Counter,
+    /// Ends the rule.
+    Verdict(Verdict),
+}
+
+/// The queues of the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Queues {
+    /// The first number.
+    pub first: u16,
+    /// How many.
+    pub count: u16,
+    /// Without an engine packets go on, instead of being dropped.
+    pub bypass: bool,
+}
+
+/// A set or a map.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Set {
+    /// The types of the key's parts; nft of Debian 12 lists at most five rightly.
+    pub key: Vec<Type>,
+    /// What a map gives.
+    pub data: Option<Data>,
+    /// A cache that packets fill: how long an element stays, in seconds, and how many there are.
+    pub dynamic: Option<Dynamic>,
+    /// Whether each element counts packets and bytes.
+    pub counter: bool,
+    /// For the reader of `nft list ruleset`.
+    pub comment: Option<String>,
+    /// The elements that the policy wants; what packets put in is not here.
+    pub elements: BTreeMap<Vec<Value>, Element>,
+}
+
+/// What a map gives for a key.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Data {
+    /// A verdict.
+    Verdict,
+    /// A value.
+    Value(Type),
+}
+
+/// A set that packets fill.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Dynamic {
+    /// Seconds until an element goes.
+    pub timeout: u32,
+    /// The most elements.
+    pub size: u32,
+}
+
+/// What a set has for a key.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Element {
+    /// The data of a map.
+    pub data: Option<ElementData>,
+    /// For the reader of `nft list ruleset`.
+    pub comment: Option<String>,
+}
+
+/// The data of a map's element.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ElementData {
+    /// A value.
+    Value(Value),
+    /// A verdict.
+    Verdict(Verdict),
+}
+
+impl Set {
+    /// Whether both are made the same way, whatever their elements.
+    pub fn same_kind(&self, other: &Set) -> bool {
+        self.key == other.key
+            && self.data == other.data
+            && self.dynamic == other.dynamic
+            && self.counter == other.counter
+    }
+}
+
+fn key_text(fields: &[Field]) -> String {
+    fields.iter().map(Field::to_string).collect::<Vec<_>>().join(" . ")
+}
+
+/// Writes the table as `nft list` of Debian 12 shows it.
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table {} {TABLE_NAME} {{\n\tcomment \"{TABLE_COMMENT}\"", self.family)?;
+        for (name, set) in &self.sets {
+            writeln!(f, "\t{} {name} {{", if set.data.is_some() { "map" } else { "set" })?;
+            set.fmt(f)?;
+            writeln!(f, "\t}}\n")?;
+        }
+        for (name, chain) in &self.chains {
+            writeln!(f, "\tchain {name} {{")?;
+            if let Some(priority) = chain.priority {
+                writeln!(f, "\t\ttype filter hook prerouting priority {priority}; policy accept;")?;
+            }
+            chain.rules.iter().try_for_each(|rule| writeln!(f, "\t\t{rule}"))?;
+            writeln!(f, "\t}}\n")?;
+        }
+        writeln!(f, "}}")
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key: Vec<String> = self.key.iter().map(Type::to_string).collect();
+        write!(f, "\t\ttype {}", key.join(" . "))?;
+        match self.data {
+            Some(Data::Verdict) => write!(f, " : verdict")?,
+            Some(Data::Value(data)) => write!(f, " : {data}")?,
+            None => {}
+        }
+        writeln!(f)?;
+        if let Some(Dynamic { timeout, size }) = self.dynamic {
+            writeln!(f, "\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {timeout}s")?;
+        }
+        if self.counter {
+            writeln!(f, "\t\tcounter")?;
+        }
+        if let Some(comment) = &self.comment {
+            writeln!(f, "\t\tcomment \"{comment}\"")?;
+        }
+        let mut before = "\t\telements = { ";
+        for (key, element) in &self.elements {
+            let key: Vec<String> = key.iter().map(Value::to_string).collect();
+            write!(f, "{before}{}", key.join(" . "))?;
+            if let Some(comment) = &element.comment {
+                write!(f, " comment \"{comment}\"")?;
+            }
+            match &element.data {
+                Some(ElementData::Value(value)) => write!(f, " : {value}")?,
+                Some(ElementData::Verdict(verdict)) => write!(f, " : {verdict}")?,
+                None => {}
+            }
+            before = ",\n\t\t\t     ";
+        }
+        if self.elements.is_empty() { Ok(()) } else { writeln!(f, " }}") }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Accept => f.write_str("accept"),
+            Verdict::Drop => f.write_str("drop"),
+            Verdict::Return => f.write_str("return"),
+            Verdict::Jump(chain) => write!(f, "jump {chain}"),
+            Verdict::Goto(chain) => write!(f, "goto {chain}"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let statements: Vec<String> = self.statements.iter().map(Statement::to_string).collect();
+        f.write_str(&statements.join(" "))?;
+        self.comment.as_ref().map_or(Ok(()), |comment| write!(f, " comment \"{comment}\""))
+    }
+}
+
+impl fmt::Display for Statement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Statement::Is(field @ Field::Ip4Tos, Value::Tos(tos)) => {
+                write!(f, "{field} {}", Value::tos_text(*tos, "ip"))
+            }
+            Statement::Is(field @ Field::Ip6TrafficClass, Value::Tos(tos)) => {
+                write!(f, "{field} {}", Value::tos_text(*tos, "ip6"))
+            }
+            // nft shows a mask that is a prefix as one.
+            Statement::Is(Field::Mark(mask), value) if mask.leading_ones() + mask.trailing_zeros() == 32 => {
+                write!(f, "meta mark {value}/{}", mask.leading_ones())
+            }
+            Statement::Is(field @ (Field::Mark(_) | Field::Ip4FragmentOffset(_)), value) => {
+                write!(f, "{field} == {value}")
+            }
+            Statement::Is(field, value) => write!(f, "{field} {value}"),
+            Statement::IsNot(field, value) => write!(f, "{field} != {value}"),
+            Statement::Present(Field::L4Protocol) => f.write_str("meta l4proto >= ip"),
+            Statement::Present(field) => write!(f, "{field} >= 0"),
+            Statement::In(key, set) => write!(f, "{} @{set}", key_text(key)),
+            Statement::Vmap(key, map) => write!(f, "{} vmap @{map}", key_text(key)),
+            Statement::SetMark { keep, set: 0 } => write!(f, "meta mark set meta mark & {keep:#010x}"),
+            // nft shows the kernel's (mark & keep) ^ set in this form.
+            Statement::SetMark { keep, set } => {
+                write!(f, "meta mark set meta mark & {:#010x} | {set:#010x}", keep | set)
+            }
+            Statement::Rewrite(writes) => {
+                let one =
+                    |w: &Write| format!("{} set meta mark & {:#010x} map @{}", w.field, mark::INDEX, w.map);
+                f.write_str(&writes.iter().map(one).collect::<Vec<_>>().join(" "))
+            }
+            // The mark carries the slot within this rule only; the second statement puts it back.
+            Statement::RewriteFlow { key, flows, writes } => {
+                write!(f, "meta mark set {} map @{flows} meta mark set meta mark", key_text(key))?;
+                writes.iter().try_for_each(|w| write!(f, " {} set meta mark map @{}", w.field, w.map))
+            }
+            Statement::Learn { key, map } => {
+                let pair = format!("@{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::INDEX);
+                write!(f, "delete {pair} add {pair}")
+            }
+            Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
+            Statement::Queue(queues) => {
+                let bypass = if queues.bypass { " flags bypass" } else { "" };
+                write!(f, "queue{bypass} to symhash mod {} offset {}", queues.count, queues.first)
+            }
+            Statement::XtQueue(queues) => {
+                let bypass = if queues.bypass { " --queue-bypass" } else { "" };
+                let last = queues.first + (queues.count - 1);
+                write!(f, "# xt target NFQUEUE --queue-balance {}:{last}{bypass}", queues.first)
+            }
+            Statement::Counter => f.write_str("counter"),
+            Statement::Verdict(verdict) => verdict.fmt(f),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The ruleset in this machine's kernel: loaded, changed, listed by nft. Needs root; the test makes a network namespace
+//! of its own.
+
+#![allow(clippy::unwrap_used)]
+
+use nfqd_rules::Policy;
+use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::model::{Family, Queues, Statement};
+use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
+use nfqd_rules::slots::Slots;
+use nix::sched::{CloneFlags, unshare};
+use std::process::Command;
+use std::time::Instant;
+
+const QUEUES: Queues = Queues { first: 0, count: 4, bypass: true };
+
+/// Runs a test on a thread with a network namespace of its own; says loudly when that cannot be.
+fn in_netns(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(|| match unshare(CloneFlags::CLONE_NEWNET) {
+        Ok(()) => test(),
+        Err(errno) if std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none() => {
+            eprintln!("SKIPPED: no network namespace ({errno}); run as root");
+        }
+        Err(errno) => panic!("no network namespace: {errno}"),
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn nft(arguments: &[&str]) -> String {
+    let output = Command::new("nft").args(arguments).output().unwrap();
+    let (out, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "nft {arguments:?}: {errors}");
+    out
+}
+
+fn policy(lines: &[&str]) -> Policy {
+    let mut policy = Policy::default();
+    for line in lines {
+        policy.apply_line(line).unwrap();
+    }
+    policy
+}
+
+fn ruleset(policy: &Policy, options: &Options) -> Ruleset {
+    let mut slots = Slots::default();
+    slots.follow(policy, |_| None, Instant::now());
+    build(policy, &slots, options)
+}
+
+/// What the kernel can queue with: one of the two must be there, or nothing here is worth testing.
+fn steers(kernel: &mut Kernel) -> Vec<Steer> {
+    let mut out = Vec::new();
+    if kernel.knows(Family::Bridge, &Statement::Queue(QUEUES)).unwrap() {
+        out.push(Steer::Native);
+    }
+    if kernel.knows(Family::Ip, &Statement::XtQueue(QUEUES)).unwrap() {
+        out.push(Steer::BrNetfilter);
+    }
+    assert!(!out.is_empty(), "this kernel has neither way into the queue");
+    out
+}
+
+/// Every kind of element and rule.
+const RICH: &[&str] = &[
+    "R F 2:0:0:0:0:1 10.0.0.1",
+    "A 2:0:0:0:0:1 M 5 s 1:2:3:4:5:6 p arp",
+    "A 2:0:0:0:0:1 #2 I 9 s 10.0.0.9 p udp",
+    "A 2:0:0:0:0:1 #3 I 3 s 2001:db8::1 d 2001:db8::2",
+    "A 2:0:0:0:0:1 #3 T 3 s 1 d 2",
+    "A 2:0:0:0:0:1 #4 T 2 d 80",
+    "A 2:0:0:0:0:1 #5 I 4 t 17",
+    "A 2:0:0:0:0:1 #6 I 15 s 10.0.0.9 d t 1 p 6",
+    "A 2:0:0:0:0:1 #6 T 3 s 1 d 2",
+    "A 2:0:0:0:0:1 #6 M 1 s 2:2:2:2:2:2",
+    "A 2:0:0:0:0:1 #7 M 1 s 2:2:2:2:2:2",
+    "A 2:0:0:0:0:1 #8 I 8 p icmp",
+    "R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3",
+    "R L 2:0:0:0:0:2 10.0.0.4 1 10.0.0.7 10.0.0.5@2:0:0:0:0:5",
+    "R L 2:0:0:0:0:2 2001:db8::2 0 2001:db8::3@2:0:0:0:0:3",
+];
+
+/// The lines of a listing in one spelling: without counts, without what nft leaves out because a later field implies
+/// it, and with every port as `th`.
+fn normal(listing: &str) -> Vec<String> {
+    let line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let mut out: Vec<&str> = Vec::new();
+        let mut at = 0;
+        while let Some(&word) = words.get(at) {
+            let next = |n: usize| words.get(at + n).copied().unwrap_or_default();
+            let port = matches!(next(1), "sport" | "dport");
+            match word {
+                "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6") => at += 2,
+                "meta" if next(1) == "l4proto" && matches!(next(2), "tcp" | "udp") => at += 2,
+                "packets" | "bytes" if next(1).parse::<u64>().is_ok() => at += 1,
+                "tcp" | "udp" if port => out.push("th"),
+                _ => out.push(word),
+            }
+            at += 1;
+        }
+        out.join(" ")
+    };
+    listing.lines().map(line).collect()
+}
+
+#[test]
+fn what_is_printed_is_what_the_kernel_has() {
+    in_netns(|| {
+        let mut kernel = Kernel::open().unwrap();
+        let (policy, steers) = (policy(RICH), steers(&mut kernel));
+        for steer in steers {
+            for fast_path in [FastPath::Full, FastPath::Off] {
+                let options = Options { steer, fast_path, queues: QUEUES };
+                let wanted = ruleset(&policy, &options);
+                kernel.load(&wanted).unwrap();
+                let listed = normal(&nft(&["list", "table", "bridge", "nfqd"]));
+                // Chains and rules come out in nft's order; each line of ours must be there.
+                for (name, chain) in &wanted[&Family::Bridge].chains {
+                    assert!(listed.contains(&format!("chain {name} {{")), "{name}");
+                    for rule in &chain.rules {
+                        let line = normal(&rule.to_string()).remove(0);
+                        assert!(listed.contains(&line), "{name}: {line}\n{}", listed.join("\n"));
+                    }
+                }
+                for name in wanted[&Family::Bridge].sets.keys() {
+                    assert!(listed.iter().any(|l| l.ends_with(&format!(" {name} {{"))), "{name}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_difference_makes_what_a_load_makes() {
+    in_netns(|| {
+        let mut kernel = Kernel::open().unwrap();
+        for steer in steers(&mut kernel) {
+            let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
+            let list = || normal(&nft(&["list", "table", "bridge", "nfqd"]));
+            let sorted = |mut lines: Vec<String>| {
+                lines.sort();
+                lines
+            };
+            let mut slots = Slots::default();
+            let mut current = Ruleset::default();
+            for end in (0..=RICH.len()).chain((0..RICH.len()).rev()) {
+                let policy = policy(&RICH[..end]);
+                slots.follow(&policy, |_| None, Instant::now());
+                let wanted = build(&policy, &slots, &options);
+                if current.is_empty() { kernel.load(&wanted) } else { kernel.change(&current, &wanted) }
+                    .unwrap();
+                let by_change = sorted(list());
+                kernel.load(&wanted).unwrap();
+                assert_eq!(by_change, sorted(list()), "{end}");
+                current = wanted;
+            }
+            assert!(kernel.remove().unwrap());
+            assert!(!kernel.remove().unwrap());
+        }
+    });
+}
+
+#[test]
+fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
+    in_netns(|| {
+        let mut kernel = Kernel::open().unwrap();
+        let steer = steers(&mut kernel)[0];
+        let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
+        let policy = policy(RICH);
+        let mut slots = Slots::default();
+        slots.follow(&policy, |_| None, Instant::now());
+        kernel.load(&build(&policy, &slots, &options)).unwrap();
+        let mut found = Kernel::open().unwrap().slots().unwrap();
+        found.sort();
+        let mut expected: Vec<_> = slots.iter().map(|(key, slot)| (slot.index, *key)).collect();
+        expected.sort();
+        assert_eq!(found, expected);
+
+        assert!(kernel.remove().unwrap());
+        nft(&["add", "table", "bridge", "nfqd"]);
+        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
+        assert!(matches!(error, KernelError::Foreign { family: Family::Bridge }), "{error}");
+        assert!(error.to_string().contains("nft delete table bridge nfqd"), "{error}");
+        assert!(kernel.remove().is_err());
+        assert_eq!(nft(&["list", "table", "bridge", "nfqd"]), "table bridge nfqd {\n}\n");
+    });
+}
