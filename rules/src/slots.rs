@@ -49,70 +49,59 @@ pub struct Slot {
     pub mac: Option<MacAddr>,
 }
 
-/// The slots in use, and those that rest.
+/// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
 #[derive(Clone, Debug)]
-pub struct Slots {
-    used: BTreeMap<SlotKey, Slot>,
+struct Numbers<K> {
+    used: BTreeMap<K, u32>,
     /// Numbers given back, with the time from which they may be used again.
-    resting: Vec<(u32, SlotKey, Instant)>,
+    resting: Vec<(u32, K, Instant)>,
     /// Numbers below `next` that are neither used nor rest.
     free: BTreeSet<u32>,
-    /// Numbers from here on were never used; 0 is never.
+    /// Numbers from here on were never used.
     next: u32,
 }
 
-/// How long a number rests: longer than any flow cache entry lives.
-pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::REPLY_TIMEOUT as u64 + 30);
-
-impl Default for Slots {
-    fn default() -> Slots {
-        Slots { used: BTreeMap::new(), resting: Vec::new(), free: BTreeSet::new(), next: 1 }
+impl<K> Default for Numbers<K> {
+    fn default() -> Numbers<K> {
+        Numbers { used: BTreeMap::new(), resting: Vec::new(), free: BTreeSet::new(), next: 1 }
     }
 }
 
-impl Slots {
-    /// Takes over numbers that a table in the kernel still carries.
-    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, SlotKey)>) {
-        for (index, key) in found {
-            if index == 0 || index > MAX_INDEX || self.used.contains_key(&key) {
-                continue;
-            }
-            self.free.extend(self.next..=index);
-            self.next = self.next.max(index + 1);
-            if self.free.remove(&index) {
-                self.used.insert(key, Slot { index, mac: None });
-            }
+impl<K: Copy + Ord> Numbers<K> {
+    fn adopt(&mut self, index: u32, key: K) {
+        if index == 0 || index > MAX_INDEX || self.used.contains_key(&key) {
+            return;
+        }
+        self.free.extend(self.next..=index);
+        self.next = self.next.max(index + 1);
+        if self.free.remove(&index) {
+            self.used.insert(key, index);
         }
     }
 
-    /// Gives every destination of the policy a slot, and takes back those of destinations that are gone. `macs` says
-    /// which MAC a backend's address has.
-    pub fn follow(&mut self, policy: &Policy, macs: impl Fn(IpAddr) -> Option<MacAddr>, now: Instant) {
-        let mut wanted: BTreeMap<SlotKey, Option<MacAddr>> = BTreeMap::new();
-        for (middlebox, vip, to) in policy.destinations() {
-            wanted.insert(SlotKey { middlebox, vip, backend: to.ip }, to.mac.or_else(|| macs(to.ip)));
-        }
-        let gone: Vec<SlotKey> = self.used.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
-        for key in gone {
-            if let Some(slot) = self.used.remove(&key) {
-                self.resting.push((slot.index, key, now + REST));
+    /// Gives every key a number, and takes back those of keys that are gone.
+    fn follow(&mut self, wanted: impl Fn(&K) -> bool, keys: impl Iterator<Item = K>, now: Instant) {
+        let resting = &mut self.resting;
+        self.used.retain(|key, index| {
+            let stays = wanted(key);
+            if !stays {
+                resting.push((*index, *key, now + REST));
             }
-        }
+            stays
+        });
         let free = &mut self.free;
         self.resting.retain(|&(index, _, until)| until > now || !free.insert(index));
-        for (key, mac) in wanted {
-            if !self.used.contains_key(&key) {
-                let Some(index) = self.allocate(key) else { continue };
-                self.used.insert(key, Slot { index, mac });
-            }
-            if let Some(slot) = self.used.get_mut(&key) {
-                slot.mac = mac;
+        for key in keys {
+            if !self.used.contains_key(&key)
+                && let Some(index) = self.allocate(key)
+            {
+                self.used.insert(key, index);
             }
         }
     }
 
     /// A number for a key: the one it had, when that still rests; otherwise the lowest free one.
-    fn allocate(&mut self, key: SlotKey) -> Option<u32> {
+    fn allocate(&mut self, key: K) -> Option<u32> {
         if let Some(at) = self.resting.iter().position(|&(_, resting, _)| resting == key) {
             return Some(self.resting.swap_remove(at).0);
         }
@@ -122,15 +111,59 @@ impl Slots {
             Some(fresh)
         })
     }
+}
+
+/// The slots in use, and the numbers by which marks name middleboxes on the way to the engine.
+#[derive(Clone, Debug, Default)]
+pub struct Slots {
+    numbers: Numbers<SlotKey>,
+    macs: BTreeMap<SlotKey, MacAddr>,
+    middleboxes: Numbers<MacAddr>,
+}
+
+/// How long a number rests: longer than any flow cache entry lives.
+pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::REPLY_TIMEOUT as u64 + 30);
+
+impl Slots {
+    /// Takes over the slots that a table in the kernel still carries.
+    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, SlotKey)>) {
+        found.into_iter().for_each(|(index, key)| self.numbers.adopt(index, key));
+    }
+
+    /// Takes over the numbers of middleboxes that a table in the kernel still carries.
+    pub fn adopt_middleboxes(&mut self, found: impl IntoIterator<Item = (u32, MacAddr)>) {
+        found.into_iter().for_each(|(index, mac)| self.middleboxes.adopt(index, mac));
+    }
+
+    /// Gives every destination and every middlebox of the policy a number, and takes back those that are gone. `macs`
+    /// says which MAC a backend's address has.
+    pub fn follow(&mut self, policy: &Policy, macs: impl Fn(IpAddr) -> Option<MacAddr>, now: Instant) {
+        let registered = |mac: &MacAddr| policy.get(*mac).is_some();
+        self.middleboxes.follow(registered, policy.middleboxes().keys().copied(), now);
+        let mut wanted: BTreeMap<SlotKey, Option<MacAddr>> = BTreeMap::new();
+        for (middlebox, vip, to) in policy.destinations() {
+            wanted.insert(SlotKey { middlebox, vip, backend: to.ip }, to.mac.or_else(|| macs(to.ip)));
+        }
+        self.numbers.follow(|key| wanted.contains_key(key), wanted.keys().copied(), now);
+        self.macs = wanted.into_iter().filter_map(|(key, mac)| Some((key, mac?))).collect();
+    }
 
     /// The slot of a backend of a service.
     pub fn get(&self, key: &SlotKey) -> Option<Slot> {
-        self.used.get(key).copied()
+        let index = *self.numbers.used.get(key)?;
+        Some(Slot { index, mac: self.macs.get(key).copied() })
     }
 
     /// All slots in use.
-    pub fn iter(&self) -> impl Iterator<Item = (&SlotKey, &Slot)> {
-        self.used.iter()
+    pub fn iter(&self) -> impl Iterator<Item = (SlotKey, Slot)> {
+        let slot =
+            |(key, index): (&SlotKey, &u32)| (*key, Slot { index: *index, mac: self.macs.get(key).copied() });
+        self.numbers.used.iter().map(slot)
+    }
+
+    /// The numbers of the middleboxes.
+    pub fn middleboxes(&self) -> impl Iterator<Item = (MacAddr, u32)> {
+        self.middleboxes.used.iter().map(|(mac, index)| (*mac, *index))
     }
 }
 
@@ -173,6 +206,6 @@ mod tests {
         first.follow(&a, |_| Some(MacAddr([2; 6])), Instant::now());
         let (key, slot) = first.iter().next().unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
-        assert_eq!(key.to_string().parse(), Ok(*key));
+        assert_eq!(key.to_string().parse(), Ok(key));
     }
 }

@@ -7,8 +7,9 @@ use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAM
 use super::ruleset::Ruleset;
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
-use crate::slots::SlotKey;
+use crate::slots::Slots;
 use mnl::{Bus, Socket};
+use nfqd_shmctl::MacAddr;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use std::io;
@@ -173,23 +174,36 @@ impl Kernel {
         }
     }
 
-    /// The slots that the kernel's maps carry, from an nfqd that ran before.
+    /// The numbers that the kernel's maps carry, from an nfqd that ran before.
     ///
     /// # Errors
     /// When the kernel cannot be asked, or a table of our name is somebody else's.
-    pub fn slots(&mut self) -> Result<Vec<(u32, SlotKey)>, KernelError> {
+    pub fn slots(&mut self) -> Result<Slots, KernelError> {
+        let mut slots = Slots::default();
         if !self.ours(Family::Bridge)? {
-            return Ok(Vec::new());
+            return Ok(slots);
         }
-        let mut out = Vec::new();
         for map in ["backend_vip4", "backend_vip6"] {
-            for element in self.elements(Family::Bridge, map)? {
-                let index = element.key.try_into().map(u32::from_ne_bytes).map(mark::index);
-                let key = element.comment.and_then(|comment| comment.parse().ok());
-                out.extend(index.ok().zip(key));
-            }
+            let found = self.elements(Family::Bridge, map)?.into_iter().filter_map(|element| {
+                let index = element.key.try_into().map(u32::from_ne_bytes).map(mark::index).ok()?;
+                Some((index, element.comment?.parse().ok()?))
+            });
+            slots.adopt(found);
         }
-        Ok(out)
+        let found = self.elements(Family::Bridge, "ask")?.into_iter().filter_map(|element| {
+            let mac = MacAddr(element.key.try_into().ok()?);
+            Some((element.comment?.parse().ok()?, mac))
+        });
+        slots.adopt_middleboxes(found);
+        Ok(slots)
+    }
+
+    /// Whether our table stands in the bridge family.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, or the table is somebody else's.
+    pub fn stands(&mut self) -> Result<bool, KernelError> {
+        self.ours(Family::Bridge)
     }
 
     /// The elements of one of our sets; none when there is no such set.

@@ -413,10 +413,10 @@ impl Builder<'_> {
     }
 
     /// Gives a middlebox a chain of its own, which a map of verdicts leads to.
-    fn own_chain(&mut self, map: &str, mac: MacAddr, rules: Vec<Rule>) {
+    fn own_chain(&mut self, map: &str, mac: MacAddr, comment: Option<String>, rules: Vec<Rule>) {
         let chain = own_chain(map, mac);
         let data = Some(ElementData::Verdict(Verdict::Jump(chain.clone())));
-        self.element(map, vec![Value::Mac(mac)], Element { data, comment: None });
+        self.element(map, vec![Value::Mac(mac)], Element { data, comment });
         self.chain(&chain, rules);
     }
 
@@ -429,7 +429,7 @@ impl Builder<'_> {
             self.set(&ip.name("backend_vip"), map(ip.address, "slot to the address that clients use"));
         }
         self.set("backend_mac", map(Type::Mac, "slot to the backend's MAC"));
-        let slots: Vec<(SlotKey, Slot)> = self.slots.iter().map(|(&key, &slot)| (key, slot)).collect();
+        let slots: Vec<(SlotKey, Slot)> = self.slots.iter().collect();
         for (key, Slot { index, mac }) in slots {
             let ip = Ip::of(key.backend);
             let entry = |value: Value| Element {
@@ -493,7 +493,7 @@ impl Builder<'_> {
             self.element(&set, key, Element { data: None, comment: Some(comment) });
         }
         for (mac, rules) in plain {
-            self.own_chain("rules", mac, rules);
+            self.own_chain("rules", mac, None, rules);
         }
         shapes
     }
@@ -557,10 +557,9 @@ impl Builder<'_> {
                 vec![rule(vec![ask(0), Statement::Counter, Statement::Queue(self.options.queues)])]
             }
             Steer::BrNetfilter => {
-                let asking: Vec<MacAddr> = self.middleboxes().map(|(mac, _)| mac).collect();
-                for (position, mac) in asking.into_iter().enumerate() {
-                    let mark = ask(position as u32 + 1);
-                    self.own_chain("ask", mac, vec![rule(vec![mark, Statement::Counter, accept()])]);
+                for (mac, index) in self.slots.middleboxes() {
+                    let rules = vec![rule(vec![ask(index), Statement::Counter, accept()])];
+                    self.own_chain("ask", mac, Some(index.to_string()), rules);
                 }
                 vec![
                     rule(vec![Statement::Vmap(vec![Field::EtherDestination], "ask".to_string())]),
@@ -694,7 +693,7 @@ impl Builder<'_> {
             }
         }
         for (mac, rules) in chains {
-            self.own_chain("static", mac, rules);
+            self.own_chain("static", mac, None, rules);
         }
     }
 
