@@ -1,0 +1,171 @@
+//! The MACs of backends: from the host's neighbour table, which the kernel is asked to fill.
+//!
+//! An entry with `NTF_USE` makes the kernel resolve an address on a bridge with its own timers and retries, by ARP or
+//! neighbour discovery. That needs no address of the host on the bridge (the ARP request then comes from 0.0.0.0) and
+//! no packet socket; the loopback device must be up, for without it the kernel takes every IPv4 address for a broadcast
+//! one.
+
+use crate::netlink::{
+    HEADER, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes, bytes_at, finish,
+    messages, put,
+};
+use nfqd_shmctl::MacAddr;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
+    socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_GETNEIGH: u16 = 30;
+
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+
+/// Bytes of `struct ifinfomsg` and `struct ndmsg`.
+const LINK_HEADER: usize = 16;
+const NEIGHBOUR_HEADER: usize = 12;
+
+/// States in which an entry's MAC holds or held until lately: reachable, stale, delay, probe, permanent.
+const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
+const NTF_USE: u8 = 1;
+const NLM_F_CREATE: u16 = 0x400;
+
+/// The host's neighbour table, over one socket.
+pub struct Neighbours {
+    socket: OwnedFd,
+}
+
+impl Neighbours {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// When there is none to be had.
+    pub fn open() -> Result<Neighbours, Errno> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkRoute,
+        )?;
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
+        Ok(Neighbours { socket })
+    }
+
+    /// Asks the kernel to find these addresses on every bridge, and says which MACs it knows on bridges.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn resolve(&self, wanted: &BTreeSet<IpAddr>) -> Result<HashMap<IpAddr, MacAddr>, Errno> {
+        let bridges = self.bridges()?;
+        for &bridge in &bridges {
+            for &ip in wanted {
+                // An address that cannot be resolved on this bridge is no reason to leave the others.
+                let _ = self.request(&use_message(bridge, ip), |_, _| {});
+            }
+        }
+        let mut found = HashMap::new();
+        self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
+            let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
+            found.extend(
+                entry
+                    .filter(|(link, ip, _)| bridges.contains(link) && wanted.contains(ip))
+                    .map(|(_, ip, mac)| (ip, mac)),
+            );
+        })?;
+        Ok(found)
+    }
+
+    /// The bridges of this network namespace, by interface index.
+    fn bridges(&self) -> Result<BTreeSet<i32>, Errno> {
+        let mut out = BTreeSet::new();
+        self.request(&dump(RTM_GETLINK, LINK_HEADER), |_, message| out.extend(bridge(message)))?;
+        Ok(out)
+    }
+
+    /// Sends a request and gives each message of the answer to `each`, until its end.
+    fn request(&self, message: &[u8], mut each: impl FnMut(u16, &[u8])) -> Result<(), Errno> {
+        send(self.socket.as_raw_fd(), message, MsgFlags::empty())?;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let len = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
+            for (kind, message) in messages(buffer.get(..len).unwrap_or_default()) {
+                match kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        let code = bytes_at(message, HEADER).map_or(0, i32::from_ne_bytes);
+                        return if code == 0 { Ok(()) } else { Err(Errno::from_raw(-code)) };
+                    }
+                    kind => each(kind, message),
+                }
+            }
+        }
+    }
+}
+
+fn begin(kind: u16, flags: u16) -> Vec<u8> {
+    let mut out = vec![0; 4];
+    out.extend(kind.to_ne_bytes());
+    out.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    out.extend([0; 8]);
+    out
+}
+
+fn dump(kind: u16, header: usize) -> Vec<u8> {
+    let mut out = begin(kind, NLM_F_DUMP);
+    out.resize(out.len() + header, 0);
+    finish(&mut out, 0);
+    out
+}
+
+fn use_message(link: i32, ip: IpAddr) -> Vec<u8> {
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    let mut out = begin(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE);
+    out.extend([if ip.is_ipv4() { AF_INET } else { AF_INET6 }, 0, 0, 0]);
+    out.extend(link.to_ne_bytes());
+    out.extend([0, 0, NTF_USE, 0]);
+    match ip {
+        IpAddr::V4(ip) => put(&mut out, NDA_DST, &ip.octets()),
+        IpAddr::V6(ip) => put(&mut out, NDA_DST, &ip.octets()),
+    }
+    finish(&mut out, 0);
+    out
+}
+
+/// The interface index of a link message, when the link is a bridge.
+fn bridge(message: &[u8]) -> Option<i32> {
+    let index = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
+    let (_, info) =
+        attributes(message.get(HEADER + LINK_HEADER..)?).find(|(kind, _)| *kind == IFLA_LINKINFO)?;
+    let (_, name) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND)?;
+    (name.split(|&byte| byte == 0).next() == Some(b"bridge")).then_some(index)
+}
+
+/// Link, address and MAC of a neighbour message, when the MAC is known.
+fn neighbour(message: &[u8]) -> Option<(i32, IpAddr, MacAddr)> {
+    let link = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
+    let state = u16::from_ne_bytes(bytes_at(message, HEADER + 8)?);
+    let (mut ip, mut mac) = (None, None);
+    for (kind, value) in attributes(message.get(HEADER + NEIGHBOUR_HEADER..)?) {
+        match (kind, value.len()) {
+            (NDA_DST, 4) => ip = bytes_at::<4>(value, 0).map(IpAddr::from),
+            (NDA_DST, 16) => ip = bytes_at::<16>(value, 0).map(IpAddr::from),
+            (NDA_LLADDR, 6) => mac = bytes_at(value, 0).map(MacAddr),
+            _ => {}
+        }
+    }
+    let mac = mac.filter(|mac| state & KNOWN != 0 && mac.is_station());
+    Some((link, ip?, mac?))
+}

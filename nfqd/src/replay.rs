@@ -1,0 +1,386 @@
+//! Runs a capture through the engine, without root or kernel: the third oracle beside the fast path and the daemon.
+
+use crate::engine::{Judgement, Reason, Snapshot, judge};
+use crate::flows::{Flows, Seconds};
+use nfqd_rules::Policy;
+use nfqd_rules::packet::Packet;
+use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
+use nfqd_rules::slots::Slots;
+use nfqd_shmctl::MacAddr;
+use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
+use pcap_file::pcapng::{Block, PcapNgReader};
+use pcap_file::{DataLink, PcapError};
+use serde::Serialize;
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// What replay says about one packet.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Line {
+    /// Its number in the capture, from 1.
+    pub packet: u64,
+    /// `accept`, `drop` or `redirect`.
+    pub verdict: &'static str,
+    /// Why, for people.
+    pub reason: String,
+    /// The middlebox that it is for.
+    pub middlebox: Option<String>,
+    /// The deny rule that matched.
+    pub rule: Option<u16>,
+    /// Where it goes instead.
+    pub to: Option<Target>,
+    /// The source that it gets, when it is a reply of a redirected flow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+/// Where a packet goes instead.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Target {
+    /// The backend's MAC; unknown unless the command gave it.
+    pub mac: Option<String>,
+    /// The backend's address.
+    pub ip: String,
+    /// The backend's port, when it differs.
+    pub port: Option<u16>,
+}
+
+/// Why a capture cannot be replayed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// A file.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The capture is no capture, or broken.
+    #[error("{path}: packet {packet}: {source}; a pcap or pcapng capture of Ethernet frames is expected")]
+    Capture {
+        /// The file.
+        path: String,
+        /// The packet before which it broke, from 1.
+        packet: u64,
+        /// What is wrong.
+        source: PcapError,
+    },
+    /// It is not of Ethernet.
+    #[error("{path}: link type {link:?}; a capture of Ethernet frames is expected")]
+    Link {
+        /// The file.
+        path: String,
+        /// Its link type.
+        link: DataLink,
+    },
+}
+
+/// Judges frames one after the other.
+pub struct Replay {
+    snapshot: Snapshot,
+    flows: Flows,
+    packets: u64,
+}
+
+impl Replay {
+    /// A replay under a policy. A backend whose MAC no command gave is taken as reachable.
+    pub fn new(policy: &Policy) -> Replay {
+        let mut slots = Slots::default();
+        slots.follow(policy, |_| None, Instant::now());
+        let mut snapshot = Snapshot::new(policy, &slots, true);
+        snapshot.redirect_unresolved = true;
+        Replay { snapshot, flows: Flows::new(1 << 20), packets: 0 }
+    }
+
+    /// Judges a frame and rewrites it as it would leave; `None` when it would not.
+    pub fn frame(&mut self, frame: &[u8], now: Seconds) -> (Line, Option<Vec<u8>>) {
+        self.packets += 1;
+        let mut line = Line {
+            packet: self.packets,
+            verdict: "accept",
+            reason: "no Ethernet header".to_string(),
+            middlebox: None,
+            rule: None,
+            to: None,
+            from: None,
+        };
+        let mut out = frame.to_vec();
+        let Some(packet) = Packet::from_frame(frame) else { return (line, Some(out)) };
+        let destination = packet.link.destination;
+        let registered = self.snapshot.policy().get(destination).is_some();
+        line.middlebox = registered.then(|| destination.to_string());
+        match judge(&self.snapshot, &self.flows, &packet, now) {
+            Judgement::Accept(reason) => {
+                line.reason = match reason {
+                    Reason::NotOurs => "not for a middlebox",
+                    Reason::NoMatch => "no deny rule and no service takes it",
+                    Reason::BackendUnresolved => "the backend's MAC is unknown",
+                }
+                .to_string();
+            }
+            Judgement::Direct => line.reason = "a backend's own traffic".to_string(),
+            Judgement::Drop(number) => {
+                line.verdict = "drop";
+                line.reason = format!("deny rule {number} matches");
+                line.rule = Some(number.get());
+                return (line, None);
+            }
+            Judgement::Redirect { slot, .. } => {
+                let mac = self.snapshot.mac(&slot);
+                if let Some(mac) = mac {
+                    set_destination_mac(&mut out, mac);
+                }
+                set_address(&mut out, &packet, Side::Destination, slot.backend);
+                line.verdict = "redirect";
+                line.reason = format!("service {}", slot.vip);
+                let mac = mac.map(|mac: MacAddr| mac.to_string());
+                line.to = Some(Target { mac, ip: slot.backend.to_string(), port: None });
+            }
+            Judgement::Reply { slot, .. } => {
+                set_address(&mut out, &packet, Side::Source, slot.vip);
+                line.reason = format!("reply of service {}", slot.vip);
+                line.from = Some(slot.vip.to_string());
+            }
+        }
+        (line, Some(out))
+    }
+}
+
+/// Gives each Ethernet frame of a pcap or pcapng file, with its time, to `each`.
+///
+/// # Errors
+/// When the file cannot be read, or is no such capture.
+pub fn read_capture(
+    path: &Path,
+    mut each: impl FnMut(Duration, &[u8]) -> Result<(), ReplayError>,
+) -> Result<(), ReplayError> {
+    let name = path.display().to_string();
+    let io = |source| ReplayError::Io { path: name.clone(), source };
+    let mut file = BufReader::new(File::open(path).map_err(io)?);
+    let mut magic = [0; 4];
+    let next_generation = match file.read_exact(&mut magic) {
+        Ok(()) => magic == [0x0a, 0x0d, 0x0d, 0x0a],
+        Err(_) => false,
+    };
+    file.rewind().map_err(io)?;
+    let mut packets = 0;
+    let broken = |packet: u64| {
+        let path = name.clone();
+        move |source| ReplayError::Capture { path, packet, source }
+    };
+    let ethernet = |link: DataLink| match link {
+        DataLink::ETHERNET => Ok(()),
+        link => Err(ReplayError::Link { path: name.clone(), link }),
+    };
+    if !next_generation {
+        let mut reader = PcapReader::new(file).map_err(broken(1))?;
+        ethernet(reader.header().datalink)?;
+        while let Some(packet) = reader.next_raw_packet() {
+            packets += 1;
+            let packet = packet.map_err(broken(packets))?;
+            let time = Duration::from_secs(u64::from(packet.ts_sec));
+            each(time, &packet.data)?;
+        }
+        return Ok(());
+    }
+    let mut reader = PcapNgReader::new(file).map_err(broken(1))?;
+    let mut links: Vec<DataLink> = Vec::new();
+    while let Some(block) = reader.next_block() {
+        match block.map_err(broken(packets + 1))? {
+            Block::SectionHeader(_) => links.clear(),
+            Block::InterfaceDescription(interface) => links.push(interface.linktype),
+            Block::EnhancedPacket(packet) => {
+                packets += 1;
+                ethernet(links.get(packet.interface_id as usize).copied().unwrap_or(DataLink::ETHERNET))?;
+                each(packet.timestamp, &packet.data)?;
+            }
+            Block::SimplePacket(packet) => {
+                packets += 1;
+                ethernet(links.first().copied().unwrap_or(DataLink::ETHERNET))?;
+                each(Duration::ZERO, &packet.data)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Replays a capture: a line of text or JSON a packet to `out`, and the frames as they leave to `write`.
+///
+/// # Errors
+/// When a file cannot be read or written; what came before is out.
+pub fn replay(
+    capture: &Path,
+    policy: &Policy,
+    json: bool,
+    write: Option<&Path>,
+    out: &mut dyn Write,
+) -> Result<(), ReplayError> {
+    let io = |path: &Path| {
+        let path = path.display().to_string();
+        move |source| ReplayError::Io { path, source }
+    };
+    let mut replay = Replay::new(policy);
+    let mut writer = match write {
+        None => None,
+        Some(path) => {
+            let file = BufWriter::new(File::create(path).map_err(io(path))?);
+            Some((path, PcapWriter::new(file).map_err(pcap(path))?))
+        }
+    };
+    let mut start = None;
+    read_capture(capture, |time, frame| {
+        let start = *start.get_or_insert(time);
+        let now = time.saturating_sub(start).as_secs().min(u64::from(Seconds::MAX)) as Seconds;
+        let (line, leaves) = replay.frame(frame, now);
+        let text = if json { serde_json::to_string(&line).unwrap_or_default() } else { line.text() };
+        writeln!(out, "{text}").map_err(io(Path::new("standard output")))?;
+        if let (Some((path, writer)), Some(frame)) = (&mut writer, leaves) {
+            let packet = PcapPacket::new(time, frame.len() as u32, &frame);
+            writer.write_packet(&packet).map_err(pcap(path))?;
+        }
+        Ok(())
+    })?;
+    if let Some((path, writer)) = writer {
+        writer.into_writer().flush().map_err(io(path))?;
+    }
+    Ok(())
+}
+
+fn pcap(path: &Path) -> impl FnOnce(PcapError) -> ReplayError + use<> {
+    let path = path.display().to_string();
+    move |source| ReplayError::Capture { path, packet: 0, source }
+}
+
+impl Line {
+    /// The line for people.
+    pub fn text(&self) -> String {
+        let to = match &self.to {
+            Some(Target { mac, ip, .. }) => {
+                Cow::Owned(format!(" to {ip} at {}", mac.as_deref().unwrap_or("a MAC not known here")))
+            }
+            None => Cow::Borrowed(""),
+        };
+        format!("{}: {}{to}: {}", self.packet, self.verdict, self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::PacketBuilder;
+    use pcap_file::pcapng::PcapNgWriter;
+    use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketBlock;
+    use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionBlock;
+
+    fn frames() -> Vec<Vec<u8>> {
+        let (vm, client, backend) = ([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 3]);
+        let tcp = |from, to, source: u8, destination: u8, sport, dport| {
+            let mut out = Vec::new();
+            PacketBuilder::ethernet2(from, to)
+                .ipv4([10, 0, 0, source], [10, 0, 0, destination], 64)
+                .tcp(sport, dport, 1, 2)
+                .write(&mut out, b"hello")
+                .unwrap();
+            out
+        };
+        vec![
+            tcp(client, vm, 1, 2, 1000, 81),
+            tcp(client, vm, 1, 2, 1000, 80),
+            tcp(backend, client, 3, 1, 80, 1000),
+            tcp(client, backend, 1, 3, 7, 8),
+            vec![1, 2, 3],
+        ]
+    }
+
+    fn policy() -> Policy {
+        let mut policy = Policy::default();
+        for line in [
+            "R F 2:0:0:0:0:2 10.0.0.2",
+            "A 2:0:0:0:0:2 #4 T 2 d 81",
+            "R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3",
+        ] {
+            policy.apply_line(line).unwrap();
+        }
+        policy
+    }
+
+    fn write_pcap(path: &Path) {
+        let mut writer = PcapWriter::new(File::create(path).unwrap()).unwrap();
+        for frame in frames() {
+            writer
+                .write_packet(&PcapPacket::new(Duration::from_secs(9), frame.len() as u32, &frame))
+                .unwrap();
+        }
+    }
+
+    fn write_pcapng(path: &Path) {
+        let mut writer = PcapNgWriter::new(File::create(path).unwrap()).unwrap();
+        let interface =
+            InterfaceDescriptionBlock { linktype: DataLink::ETHERNET, snaplen: 0, options: vec![] };
+        writer.write_pcapng_block(interface).unwrap();
+        for frame in frames() {
+            let packet = EnhancedPacketBlock {
+                interface_id: 0,
+                timestamp: Duration::from_secs(9),
+                original_len: frame.len() as u32,
+                data: Cow::Owned(frame),
+                options: vec![],
+            };
+            writer.write_pcapng_block(packet).unwrap();
+        }
+    }
+
+    #[test]
+    fn both_formats_give_the_contract_s_lines_and_frames() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pcap, pcapng, written) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("out"));
+        write_pcap(&pcap);
+        write_pcapng(&pcapng);
+        for capture in [pcap, pcapng] {
+            let mut out = Vec::new();
+            replay(&capture, &policy(), true, Some(&written), &mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            let lines: Vec<&str> = text.lines().collect();
+            assert_eq!(
+                lines,
+                [
+                    r#"{"packet":1,"verdict":"drop","reason":"deny rule 4 matches","middlebox":"02:00:00:00:00:02","rule":4,"to":null}"#,
+                    r#"{"packet":2,"verdict":"redirect","reason":"service 10.0.0.2","middlebox":"02:00:00:00:00:02","rule":null,"to":{"mac":"02:00:00:00:00:03","ip":"10.0.0.3","port":null}}"#,
+                    r#"{"packet":3,"verdict":"accept","reason":"reply of service 10.0.0.2","middlebox":null,"rule":null,"to":null,"from":"10.0.0.2"}"#,
+                    r#"{"packet":4,"verdict":"accept","reason":"not for a middlebox","middlebox":null,"rule":null,"to":null}"#,
+                    r#"{"packet":5,"verdict":"accept","reason":"no Ethernet header","middlebox":null,"rule":null,"to":null}"#,
+                ]
+            );
+            let mut leaving = Vec::new();
+            read_capture(&written, |_, frame| {
+                leaving.push(frame.to_vec());
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(leaving.len(), 4);
+            assert_eq!(
+                (&leaving[0][..6], &leaving[0][30..34]),
+                (&[2, 0, 0, 0, 0, 3][..], &[10, 0, 0, 3][..])
+            );
+            assert_eq!(&leaving[1][26..30], &[10, 0, 0, 2]);
+            assert_eq!(leaving[2..], frames()[3..]);
+        }
+    }
+
+    #[test]
+    fn what_is_no_capture_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        for content in [&b""[..], b"GIF89a", &[0x0a, 0x0d, 0x0d, 0x0a, 1, 2]] {
+            std::fs::write(&path, content).unwrap();
+            let error = replay(&path, &policy(), false, None, &mut Vec::new()).unwrap_err().to_string();
+            assert!(error.contains("pcap or pcapng"), "{error}");
+        }
+        assert!(replay(&dir.path().join("none"), &policy(), false, None, &mut Vec::new()).is_err());
+    }
+}

@@ -1,0 +1,158 @@
+//! Registrations on disk: commands, one a line, in one file that is replaced whole.
+//!
+//! The file is written beside, synced, and renamed over the old one, so that a crash leaves one or the other. When the
+//! disk is full the policy still holds in memory and in the kernel; the daemon says so and tries again.
+
+use nfqd_rules::Policy;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// The directory of `--state`, held by one daemon at a time.
+pub struct State {
+    directory: PathBuf,
+    /// Let go when the daemon ends, however it ends.
+    _lock: Flock<File>,
+}
+
+/// Why registrations cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The directory or a file in it cannot be used.
+    #[error("{path}: {source}; choose a directory that nfqd may write, with --state")]
+    Io {
+        /// What cannot be used.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another daemon has the directory.
+    #[error(
+        "{path}: another nfqd keeps its registrations here; stop it, or choose another directory with --state"
+    )]
+    Held {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The file does not parse. Nothing of it is used, and it is left as it is.
+    #[error("{0}")]
+    Content(String),
+}
+
+impl State {
+    /// Takes the directory, which is made when it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be made, or another daemon has it.
+    pub fn open(directory: &Path) -> Result<State, StateError> {
+        let io = |source| StateError::Io { path: directory.to_path_buf(), source };
+        fs::create_dir_all(directory).map_err(io)?;
+        let lock = File::options().create(true).append(true).open(directory.join("lock")).map_err(io)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| StateError::Held { path: directory.to_path_buf() })?;
+        Ok(State { directory: directory.to_path_buf(), _lock: lock })
+    }
+
+    /// The file.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join("commands")
+    }
+
+    /// The policy that was kept; an empty one at first.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or does not parse.
+    pub fn load(&self) -> Result<Policy, StateError> {
+        let path = self.path();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Policy::default()),
+            Err(source) => return Err(StateError::Io { path, source }),
+        };
+        let mut policy = Policy::default();
+        match apply_file(&mut policy, &path, &text) {
+            errors if errors.is_empty() => Ok(policy),
+            errors => Err(StateError::Content(errors.join("\n"))),
+        }
+    }
+
+    /// Keeps a policy.
+    ///
+    /// # Errors
+    /// When it cannot be written; the old file stands then.
+    pub fn save(&self, policy: &Policy) -> Result<(), StateError> {
+        let (path, new) = (self.path(), self.directory.join("commands.new"));
+        let mut text = String::from("# Registrations of nfqd, written by it; edit while it is stopped.\n");
+        for command in policy.commands() {
+            text.push_str(&command.to_string());
+            text.push('\n');
+        }
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&new)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        write().map_err(|source| StateError::Io { path: path.clone(), source })
+    }
+}
+
+/// Applies the commands of a file to a policy. The errors come back as `FILE:LINE:COLUMN: message`; the commands without
+/// one are applied.
+pub fn apply_file(policy: &mut Policy, path: &Path, text: &str) -> Vec<String> {
+    let mut errors = Vec::new();
+    for (number, line) in nfqd_shmctl::split_lines(text) {
+        if let Err(error) = policy.apply_line(line) {
+            errors.push(format!("{}:{number}:{}: {}", path.display(), error.column, error.message));
+        }
+    }
+    errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_comes_back_and_one_daemon_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut policy = Policy::default();
+        policy.apply_line("R F 2:0:0:0:0:1 10.0.0.1").unwrap();
+        policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
+        {
+            let state = State::open(dir.path()).unwrap();
+            assert_eq!(state.load().unwrap(), Policy::default());
+            state.save(&policy).unwrap();
+            assert!(matches!(State::open(dir.path()), Err(StateError::Held { .. })));
+        }
+        assert_eq!(State::open(dir.path()).unwrap().load().unwrap(), policy);
+    }
+
+    #[test]
+    fn a_broken_file_is_named_and_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(dir.path()).unwrap();
+        fs::write(state.path(), "R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n").unwrap();
+        let error = state.load().unwrap_err().to_string();
+        assert!(
+            error
+                .ends_with("commands:3:17: '99': not a bit value of this class; write a number from 0 to 15"),
+            "{error}"
+        );
+        assert!(fs::read_to_string(state.path()).unwrap().contains("I 99"));
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(dir.path()).unwrap();
+        state.save(&Policy::default()).unwrap();
+        let before = fs::read(state.path()).unwrap();
+        // A directory in the way of the new file fails as a full disk does.
+        fs::create_dir(dir.path().join("commands.new")).unwrap();
+        assert!(matches!(state.save(&Policy::default()), Err(StateError::Io { .. })));
+        assert_eq!(fs::read(state.path()).unwrap(), before);
+    }
+}

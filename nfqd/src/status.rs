@@ -1,0 +1,247 @@
+//! What `nfqd status` shows: asked over a Unix socket, as JSON.
+
+use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The state of a daemon.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// nfqd's version.
+    pub version: String,
+    /// The daemon's process id.
+    pub pid: u32,
+    /// `native` or `br-netfilter`.
+    pub steer: String,
+    /// `full` or `off`.
+    pub fast_path: String,
+    /// `open` or `closed`.
+    pub fail: String,
+    /// The queues.
+    pub queues: Vec<QueueStatus>,
+    /// The middleboxes.
+    pub middleboxes: Vec<MiddleboxStatus>,
+    /// The shared memory regions.
+    pub channels: Vec<ChannelStatus>,
+    /// Flows that the engine remembers.
+    pub flows: usize,
+    /// Times that our tables were found changed by somebody else, and repaired.
+    pub repairs: u64,
+    /// The file of registrations.
+    pub state: String,
+    /// Why registrations are not kept at the moment.
+    pub state_error: Option<String>,
+}
+
+/// One queue.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Its number.
+    pub queue: u16,
+    /// Whether its thread serves.
+    pub alive: bool,
+    /// Packets taken.
+    pub packets: u64,
+    /// Packets dropped by a deny rule.
+    pub dropped: u64,
+    /// Packets sent to a backend.
+    pub redirected: u64,
+    /// Packets translated on the way back.
+    pub replies: u64,
+    /// Times that the kernel lost messages because the receive buffer was full.
+    pub overruns: u64,
+}
+
+/// One middlebox.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MiddleboxStatus {
+    /// Its MAC.
+    pub mac: String,
+    /// The address of its firewall service.
+    pub firewall: Option<String>,
+    /// Its registration as commands.
+    pub commands: Vec<String>,
+    /// Its backends.
+    pub backends: Vec<BackendStatus>,
+}
+
+/// One backend of a service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BackendStatus {
+    /// The address that clients use.
+    pub service: String,
+    /// The backend's address.
+    pub ip: String,
+    /// Its MAC; without one, packets are not redirected.
+    pub mac: Option<String>,
+}
+
+/// One shared memory region.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ChannelStatus {
+    /// Its path.
+    pub path: String,
+    /// The MACs that may be spoken for; none means every one.
+    pub macs: Vec<String>,
+    /// Why it is not read any more.
+    pub error: Option<String>,
+}
+
+impl Status {
+    /// The status for people.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String does not fail.
+        let _ = writeln!(
+            out,
+            "nfqd {} (pid {}): steer {}, fast path {}, fail {}, {} flows",
+            self.version, self.pid, self.steer, self.fast_path, self.fail, self.flows
+        );
+        for queue in &self.queues {
+            let _ = writeln!(
+                out,
+                "queue {}: {} packets, {} dropped, {} redirected, {} replies, {} overruns{}",
+                queue.queue,
+                queue.packets,
+                queue.dropped,
+                queue.redirected,
+                queue.replies,
+                queue.overruns,
+                if queue.alive { "" } else { " - NOT SERVED: its thread ended, see the log" }
+            );
+        }
+        for channel in &self.channels {
+            let macs =
+                if channel.macs.is_empty() { "every MAC".to_string() } else { channel.macs.join(", ") };
+            let error =
+                channel.error.as_ref().map(|error| format!(" - NOT READ: {error}")).unwrap_or_default();
+            let _ = writeln!(out, "channel {}: may speak for {macs}{error}", channel.path);
+        }
+        for middlebox in &self.middleboxes {
+            let _ = writeln!(out, "middlebox {}", middlebox.mac);
+            for command in &middlebox.commands {
+                let _ = writeln!(out, "    {command}");
+            }
+            for backend in &middlebox.backends {
+                let mac = match &backend.mac {
+                    Some(mac) => format!("at {mac}"),
+                    None => {
+                        "MAC UNKNOWN: not redirected until it answers on a bridge, or the command has ip@mac"
+                            .to_string()
+                    }
+                };
+                let _ = writeln!(out, "    backend {} of {} {mac}", backend.ip, backend.service);
+            }
+        }
+        if self.repairs != 0 {
+            let _ = writeln!(
+                out,
+                "our tables were changed by another program and repaired {} times",
+                self.repairs
+            );
+        }
+        let error =
+            self.state_error.as_ref().map(|error| format!(" - NOT SAVED: {error}")).unwrap_or_default();
+        let _ = writeln!(out, "registrations in {}{error}", self.state);
+        out
+    }
+}
+
+/// Where the daemon is asked. Only its user may.
+pub struct Control {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// A client that does not read its answer holds the daemon up no longer than this.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+impl Control {
+    /// Listens at a path; a socket that nobody listens at is replaced.
+    ///
+    /// # Errors
+    /// When a daemon answers there, or the path cannot be used.
+    pub fn listen(path: &Path) -> io::Result<Control> {
+        if UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another nfqd answers here"));
+        }
+        let stale = std::fs::symlink_metadata(path)
+            .is_ok_and(|about| std::os::unix::fs::FileTypeExt::is_socket(&about.file_type()));
+        if stale {
+            std::fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok(Control { listener, path: path.to_path_buf() })
+    }
+
+    /// Answers whoever has connected.
+    pub fn serve(&self, status: impl Fn() -> Status) {
+        while let Ok((mut stream, _)) = self.listener.accept() {
+            let answer = serde_json::to_vec(&status()).unwrap_or_default();
+            let sent = stream.set_write_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&answer));
+            if let Err(error) = sent {
+                log::debug!("status: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Asks a running daemon.
+///
+/// # Errors
+/// When none answers.
+pub fn ask(path: &Path) -> io::Result<Status> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    serde_json::from_slice(&answer).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_answers_and_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(ask(&path).is_err());
+        let control = Control::listen(&path).unwrap();
+        assert!(Control::listen(&path).is_err());
+        let status = Status { pid: 7, state_error: Some("disk full".to_string()), ..Status::default() };
+        let asked = std::thread::scope(|scope| {
+            let client = scope.spawn(|| ask(&path).unwrap());
+            while !client.is_finished() {
+                control.serve(|| status.clone());
+            }
+            client.join().unwrap()
+        });
+        assert_eq!(asked, status);
+        assert!(asked.text().contains("NOT SAVED: disk full"));
+        drop(control);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        std::fs::write(&path, "data").unwrap();
+        assert!(Control::listen(&path).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "data");
+    }
+}
