@@ -89,11 +89,17 @@ pub struct Replay {
 impl Replay {
     /// A replay under a policy. A backend whose MAC no command gave is taken as reachable.
     pub fn new(policy: &Policy) -> Replay {
+        let mut replay = Replay { snapshot: Snapshot::default(), flows: Flows::new(1 << 20), packets: 0 };
+        replay.set_policy(policy);
+        replay
+    }
+
+    /// Goes on under another policy; flows that were seen are remembered.
+    pub fn set_policy(&mut self, policy: &Policy) {
         let mut slots = Slots::default();
         slots.follow(policy, |_| None, Instant::now());
-        let mut snapshot = Snapshot::new(policy, &slots, true);
-        snapshot.redirect_unresolved = true;
-        Replay { snapshot, flows: Flows::new(1 << 20), packets: 0 }
+        self.snapshot = Snapshot::new(policy, &slots, true);
+        self.snapshot.redirect_unresolved = true;
     }
 
     /// Judges a frame and rewrites it as it would leave; `None` when it would not.

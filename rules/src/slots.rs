@@ -3,7 +3,7 @@
 //! A number is not given to another backend while a cached flow may still carry it.
 
 use crate::mark::MAX_INDEX;
-use crate::policy::Policy;
+use crate::policy::{Middlebox, Policy};
 use nfqd_shmctl::MacAddr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,7 +22,6 @@ pub struct SlotKey {
     pub backend: IpAddr,
 }
 
-/// The text by which a kernel map's element is recognised after a restart.
 impl fmt::Display for SlotKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {} -> {}", self.middlebox, self.vip, self.backend)
@@ -47,6 +46,14 @@ pub struct Slot {
     pub index: u32,
     /// The backend's MAC, once it is known.
     pub mac: Option<MacAddr>,
+    fingerprint: u32,
+}
+
+impl Slot {
+    /// The comment of a kernel map's element for this slot of `key`.
+    pub fn comment(self, key: SlotKey) -> String {
+        Edition { key, fingerprint: self.fingerprint }.to_string()
+    }
 }
 
 /// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
@@ -116,9 +123,41 @@ impl<K: Copy + Ord> Numbers<K> {
 /// The slots in use, and the numbers by which marks name middleboxes on the way to the engine.
 #[derive(Clone, Debug, Default)]
 pub struct Slots {
-    numbers: Numbers<SlotKey>,
-    macs: BTreeMap<SlotKey, MacAddr>,
+    numbers: Numbers<Edition>,
+    current: BTreeMap<SlotKey, Slot>,
     middleboxes: Numbers<MacAddr>,
+}
+
+/// A slot under one edition of its middlebox' services. Any change of them may send a flow elsewhere, so it gives all
+/// slots of the middlebox new numbers: what the kernel has cached misses, and asks the engine.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Edition {
+    key: SlotKey,
+    fingerprint: u32,
+}
+
+/// The text by which a kernel map's element is recognised after a restart.
+impl fmt::Display for Edition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} edition {:08x}", self.key, self.fingerprint)
+    }
+}
+
+impl FromStr for Edition {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Edition, ()> {
+        let (key, fingerprint) = text.split_once(" edition ").ok_or(())?;
+        let fingerprint = u32::from_str_radix(fingerprint, 16).map_err(drop)?;
+        Ok(Edition { key: key.parse()?, fingerprint })
+    }
+}
+
+/// FNV-1a over the services' text: the same after a restart.
+fn fingerprint(middlebox: &Middlebox) -> u32 {
+    let text: String =
+        middlebox.services().iter().map(|(vip, balance)| format!("{vip} {balance}\n")).collect();
+    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 /// How long a number rests: longer than any flow cache entry lives.
@@ -126,7 +165,7 @@ pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::REPLY_TIMEOU
 
 impl Slots {
     /// Takes over the slots that a table in the kernel still carries.
-    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, SlotKey)>) {
+    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, Edition)>) {
         found.into_iter().for_each(|(index, key)| self.numbers.adopt(index, key));
     }
 
@@ -140,18 +179,26 @@ impl Slots {
     pub fn follow(&mut self, policy: &Policy, macs: impl Fn(IpAddr) -> Option<MacAddr>, now: Instant) {
         let registered = |mac: &MacAddr| policy.get(*mac).is_some();
         self.middleboxes.follow(registered, policy.middleboxes().keys().copied(), now);
-        let mut wanted: BTreeMap<SlotKey, Option<MacAddr>> = BTreeMap::new();
-        for (middlebox, vip, to) in policy.destinations() {
-            wanted.insert(SlotKey { middlebox, vip, backend: to.ip }, to.mac.or_else(|| macs(to.ip)));
+        let mut wanted: BTreeMap<Edition, Option<MacAddr>> = BTreeMap::new();
+        for (&mac, middlebox) in policy.middleboxes() {
+            let fingerprint = fingerprint(middlebox);
+            for (&vip, balance) in middlebox.services() {
+                let to = balance.destination();
+                let key = SlotKey { middlebox: mac, vip, backend: to.ip };
+                wanted.insert(Edition { key, fingerprint }, to.mac.or_else(|| macs(to.ip)));
+            }
         }
-        self.numbers.follow(|key| wanted.contains_key(key), wanted.keys().copied(), now);
-        self.macs = wanted.into_iter().filter_map(|(key, mac)| Some((key, mac?))).collect();
+        self.numbers.follow(|edition| wanted.contains_key(edition), wanted.keys().copied(), now);
+        let slot = |(edition, mac): (Edition, Option<MacAddr>)| {
+            let index = *self.numbers.used.get(&edition)?;
+            Some((edition.key, Slot { index, mac, fingerprint: edition.fingerprint }))
+        };
+        self.current = wanted.into_iter().filter_map(slot).collect();
     }
 
     /// The slot of a backend of a service.
     pub fn get(&self, key: &SlotKey) -> Option<Slot> {
-        let index = *self.numbers.used.get(key)?;
-        Some(Slot { index, mac: self.macs.get(key).copied() })
+        self.current.get(key).copied()
     }
 
     /// All slots in use.
@@ -201,11 +248,18 @@ mod tests {
     #[test]
     fn numbers_found_in_the_kernel_are_kept() {
         let a = policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2");
+        let now = Instant::now();
         let mut first = Slots::default();
-        first.adopt([(7, SlotKey::from_str("02:00:00:00:00:01 10.0.0.1 -> 10.0.0.2").unwrap())]);
-        first.follow(&a, |_| Some(MacAddr([2; 6])), Instant::now());
+        first.follow(&a, |_| None, now);
         let (key, slot) = first.iter().next().unwrap();
+        let edition: Edition = slot.comment(key).parse().unwrap();
+        let mut second = Slots::default();
+        second.adopt([(7, edition)]);
+        second.follow(&a, |_| Some(MacAddr([2; 6])), now);
+        let slot = second.get(&key).unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
-        assert_eq!(key.to_string().parse(), Ok(key));
+        // What stands under the same backend but other terms is another edition.
+        second.follow(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), |_| None, now);
+        assert_ne!(second.get(&key).unwrap().index, 7);
     }
 }

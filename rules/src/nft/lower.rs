@@ -261,6 +261,7 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         Statement::Remember { key, set } => {
             [load_key(key).0, vec![dynset(DYNSET_UPDATE, set, None)]].concat()
         }
+        Statement::Forget { key, set } => [load_key(key).0, vec![dynset(DYNSET_DELETE, set, None)]].concat(),
         Statement::Queue(queues) => {
             const SYMMETRIC: u32 = 1;
             let hash = vec![

@@ -131,6 +131,13 @@ pub enum Statement {
         /// The set.
         set: String,
     },
+    /// Takes the fields out of a set, if they are there.
+    Forget {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The set.
+        set: String,
+    },
     /// Into the queues (native).
     Queue(Queues),
     /// Into the queues (xt target, by br_netfilter), which nft cannot print.
@@ -339,6 +346,7 @@ impl fmt::Display for Statement {
                 write!(f, "delete {pair} add {pair}")
             }
             Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
+            Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),
             Statement::Queue(queues) => {
                 let bypass = if queues.bypass { " flags bypass" } else { "" };
                 write!(f, "queue{bypass} to symhash mod {} offset {}", queues.count, queues.first)

@@ -430,11 +430,11 @@ impl Builder<'_> {
         }
         self.set("backend_mac", map(Type::Mac, "slot to the backend's MAC"));
         let slots: Vec<(SlotKey, Slot)> = self.slots.iter().collect();
-        for (key, Slot { index, mac }) in slots {
-            let ip = Ip::of(key.backend);
+        for (key, slot) in slots {
+            let (ip, Slot { index, mac, .. }) = (Ip::of(key.backend), slot);
             let entry = |value: Value| Element {
                 data: Some(ElementData::Value(value)),
-                comment: Some(key.to_string()),
+                comment: Some(slot.comment(key)),
             };
             let slot = vec![Value::Mark(mark::index_bits(index))];
             self.element(&ip.name("backends"), vec![Value::Ip(key.backend)], Element::default());
@@ -629,9 +629,7 @@ impl Builder<'_> {
         self.table.chains.insert("learn".to_string(), learn);
         let finish = vec![Statement::SetMark { keep: !OURS, set: 0 }, accept()];
         self.chain("finish", vec![commented(finish, "no bit of ours leaves")]);
-        for (chain, rewrite) in [("redirected", "to_backend"), ("replied", "from_backend")] {
-            self.chain(chain, vec![rule(vec![jump(rewrite)]), rule(vec![goto("finish")])]);
-        }
+        self.chain("replied", vec![rule(vec![jump("from_backend")]), rule(vec![goto("finish")])]);
         self.chain(
             "to_backend",
             IPS.map(|ip| rule(vec![ip.is(), Statement::Rewrite(ip.redirect_writes())])).to_vec(),
@@ -652,9 +650,22 @@ impl Builder<'_> {
             };
             flows().map(one).collect()
         };
+        // What is a flow to the backend now was not the backend's own conversation.
+        let forgets: Vec<Rule> = flows()
+            .map(|(ip, transport)| {
+                let forget =
+                    Statement::Forget { key: reply_key_backwards(ip), set: transport.name("direct", ip) };
+                rule([is_protocol(ip, transport), vec![forget]].concat())
+            })
+            .collect();
+        let redirected =
+            [vec![rule(vec![jump("to_backend")])], forgets.clone(), vec![rule(vec![goto("finish")])]];
+        self.chain("redirected", redirected.concat());
+
         let mut learn_flow = learns(flow_key, "flows");
         learn_flow.push(rule(vec![jump("to_backend")]));
         learn_flow.extend(learns(reply_key_backwards, "replies"));
+        learn_flow.extend(forgets);
         learn_flow.push(rule(vec![goto("finish")]));
         self.chain("learn_flow", learn_flow);
 
@@ -704,7 +715,7 @@ impl Builder<'_> {
         for (&vip, balance) in of.services() {
             let to = balance.destination();
             let key = SlotKey { middlebox, vip, backend: to.ip };
-            let Some(Slot { index, mac: Some(_) }) = self.slots.get(&key) else { continue };
+            let Some(Slot { index, mac: Some(_), .. }) = self.slots.get(&key) else { continue };
             let ip = Ip::of(vip);
             let mut conditions = vec![ip.is()];
             match balance {

@@ -1,0 +1,122 @@
+//! Finds the ivshmem device of this VM, without any driver: sysfs maps its memory.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Red Hat's ivshmem device (QEMU docs/specs/ivshmem-spec).
+const VENDOR: &str = "0x1af4";
+const DEVICE: &str = "0x1110";
+const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// `--device`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Device {
+    /// The first ivshmem device.
+    Auto,
+    /// The one at this PCI address.
+    At(String),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Device, String> {
+        if text == "auto" {
+            return Ok(Device::Auto);
+        }
+        let address = text.bytes().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.'));
+        if text.is_empty() || !address {
+            return Err(format!(
+                "'{text}' is no PCI address; write auto, or one like 0000:00:04.0 (lspci -D shows them)"
+            ));
+        }
+        // The domain may be left out, as lspci does.
+        let domain = if text.matches(':').count() == 1 { "0000:" } else { "" };
+        Ok(Device::At(format!("{domain}{text}")))
+    }
+}
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// None in this VM.
+    #[error(
+        "no ivshmem device in this VM; give it '-object memory-backend-file,id=nfqd,share=on,mem-path=PATH,size=1M -device \
+         ivshmem-plain,memdev=nfqd', with PATH as --shm of nfqd on the host"
+    )]
+    None,
+    /// Not at this address.
+    #[error("{0} is no ivshmem device (vendor {VENDOR}, device {DEVICE}); --device auto looks for one")]
+    Other(String),
+    /// It cannot be switched on.
+    #[error("{path}: {source}; run as root")]
+    Enable {
+        /// The file that switches it on.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The file that maps the device's shared memory (BAR 2), after switching the device on.
+///
+/// # Errors
+/// When there is no such device, or it cannot be switched on.
+pub fn memory(device: &Device) -> Result<PathBuf, DeviceError> {
+    find(Path::new(DEVICES), device)
+}
+
+fn find(devices: &Path, device: &Device) -> Result<PathBuf, DeviceError> {
+    let is_ivshmem = |path: &Path| {
+        let id = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_string();
+        id("vendor") == VENDOR && id("device") == DEVICE
+    };
+    let path = match device {
+        Device::At(address) => {
+            let path = devices.join(address);
+            if !is_ivshmem(&path) {
+                return Err(DeviceError::Other(address.clone()));
+            }
+            path
+        }
+        Device::Auto => {
+            let mut all: Vec<PathBuf> = fs::read_dir(devices)
+                .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+                .unwrap_or_default();
+            all.sort();
+            all.into_iter().find(|path| is_ivshmem(path)).ok_or(DeviceError::None)?
+        }
+    };
+    let enable = path.join("enable");
+    fs::write(&enable, "1").map_err(|source| DeviceError::Enable { path: enable, source })?;
+    Ok(path.join("resource2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_ivshmem_device_is_found_and_switched_on() {
+        let dir = tempfile::tempdir().unwrap();
+        for (address, device) in
+            [("0000:00:01.0", "0x1000"), ("0000:00:05.0", DEVICE), ("0000:00:04.0", DEVICE)]
+        {
+            let path = dir.path().join(address);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("vendor"), "0x1af4\n").unwrap();
+            fs::write(path.join("device"), format!("{device}\n")).unwrap();
+            fs::write(path.join("enable"), "0\n").unwrap();
+        }
+        let first = dir.path().join("0000:00:04.0");
+        assert_eq!(find(dir.path(), &Device::Auto).unwrap(), first.join("resource2"));
+        assert_eq!(fs::read_to_string(first.join("enable")).unwrap(), "1");
+        let named = "00:05.0".parse().unwrap();
+        assert_eq!(find(dir.path(), &named).unwrap(), dir.path().join("0000:00:05.0/resource2"));
+        assert!(matches!(find(dir.path(), &"00:01.0".parse().unwrap()), Err(DeviceError::Other(_))));
+        assert!(matches!(find(Path::new("/nowhere"), &Device::Auto), Err(DeviceError::None)));
+        assert!("../../etc".parse::<Device>().is_err());
+    }
+}
