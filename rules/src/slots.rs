@@ -203,9 +203,7 @@ impl Slots {
 
     /// All slots in use.
     pub fn iter(&self) -> impl Iterator<Item = (SlotKey, Slot)> {
-        let slot =
-            |(key, index): (&SlotKey, &u32)| (*key, Slot { index: *index, mac: self.macs.get(key).copied() });
-        self.numbers.used.iter().map(slot)
+        self.current.iter().map(|(key, slot)| (*key, *slot))
     }
 
     /// The numbers of the middleboxes.

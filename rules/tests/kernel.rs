@@ -170,9 +170,16 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
         let policy = policy(RICH);
         let mut slots = Slots::default();
+        // Something else had the first numbers.
+        slots.follow(
+            &self::policy(&["R L 2:0:0:0:0:9 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3"]),
+            |_| None,
+            Instant::now(),
+        );
         slots.follow(&policy, |_| None, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
-        let found = Kernel::open().unwrap().slots().unwrap();
+        let mut found = Kernel::open().unwrap().slots().unwrap();
+        found.follow(&policy, |_| None, Instant::now());
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if steer == Steer::BrNetfilter {

@@ -80,19 +80,26 @@ impl HostMailbox {
         let bytes: Vec<(usize, u8)> = copy.into_iter().enumerate().filter(|&(_, byte)| byte != 0).collect();
         let mut frames = Vec::new();
         let mut rest = bytes.as_slice();
-        while let Some(start) = rest.iter().position(|&(_, byte)| byte == OPEN) {
-            if frames.len() == MAX_FRAMES {
-                return frames;
+        // Frames stand one behind the other from the start. Anything else is not begun: a writer may have written its
+        // body, and will write the opening mark last.
+        while let Some((&(open, mark), body)) = rest.split_first() {
+            match mark {
+                TAKEN => {
+                    let Some(end) = body.iter().position(|&(_, byte)| byte == TAKEN) else { break };
+                    rest = body.get(end + 1..).unwrap_or_default();
+                }
+                OPEN if frames.len() < MAX_FRAMES => {
+                    let Some(end) = closing(body) else {
+                        frames.extend(self.torn(open, now));
+                        return frames;
+                    };
+                    let (text, after) = body.split_at(end);
+                    let close = after.first().map(|&(offset, _)| offset);
+                    frames.push(Frame { text: read(text), open, close });
+                    rest = after.get(1..).unwrap_or_default();
+                }
+                _ => break,
             }
-            let (head, body) = rest.split_at(start + 1);
-            let open = head.last().map_or(0, |&(offset, _)| offset);
-            let Some(end) = closing(body) else {
-                frames.extend(self.torn(open, now));
-                return frames;
-            };
-            let (text, after) = body.split_at(end);
-            frames.push(Frame { text: read(text), open, close: after.first().map(|&(offset, _)| offset) });
-            rest = after.get(1..).unwrap_or_default();
         }
         self.torn = None;
         frames
@@ -200,6 +207,7 @@ pub fn send_frame(region: &Region, frame: &str, timeout: Duration) -> Result<Str
     // Old text behind the frame must not be read as part of a later one.
     let mut rest = bytes.get(1..).unwrap_or_default().to_vec();
     rest.resize(COMMAND_SIZE - 1, 0);
+    region.store(0, 0);
     region.write(1, &rest);
     region.store(0, OPEN);
     let close = bytes.len() - 1;
@@ -271,11 +279,11 @@ mod tests {
     fn nuls_are_skipped_and_two_commands_in_one_write_are_two() {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
-        region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\0junk@D 1:2:3:4:5:6 #2@");
+        region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\0@D 1:2:3:4:5:6 #2@ junk@X@");
         let frames = mailbox.take(&region, Instant::now());
         assert_eq!(texts(&frames), ["X 1:2:3:4:5:6", "D 1:2:3:4:5:6 #2"]);
         answer(&mut mailbox, &region, frames);
-        assert_eq!(bytes(&region, 42), b"\0\0$X\0 1:2:3:4:5:6\0$\0junk$D 1:2:3:4:5:6 #2$");
+        assert_eq!(bytes(&region, 46), b"\0\0$X\0 1:2:3:4:5:6\0$\0$D 1:2:3:4:5:6 #2$ junk@X@");
         assert_eq!(reply(&region), "OK 0\nOK 1");
     }
 
@@ -290,6 +298,20 @@ mod tests {
         region.write(0, &[0; COMMAND_SIZE]);
         region.write(0, b"@R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0");
         assert_eq!(mailbox.take(&region, Instant::now()), []);
+    }
+
+    #[test]
+    fn a_body_without_its_opening_mark_is_not_begun() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let body = b"R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3@";
+        for first in [0, b'$'] {
+            region.store(0, first);
+            region.write(1, body);
+            assert_eq!(mailbox.take(&region, Instant::now()), []);
+        }
+        region.store(0, b'@');
+        assert_eq!(mailbox.take(&region, Instant::now()).len(), 1);
     }
 
     #[test]
@@ -364,7 +386,12 @@ mod tests {
                 prop_assert!(frames.len() <= MAX_FRAMES);
                 answer(&mut mailbox, &region, frames);
             }
-            prop_assert!(!bytes(&region, COMMAND_SIZE).contains(&OPEN));
+            // The next writer finds its place.
+            let rest = mailbox.take(&region, start + TORN_AFTER * COMMAND_SIZE as u32);
+            prop_assert_eq!(rest, []);
+            region.write(0, b"@X 1:2:3:4:5:6@");
+            let frames = mailbox.take(&region, start);
+            prop_assert_eq!(frames[0].text.as_deref(), Ok("X 1:2:3:4:5:6"));
         }
     }
 }

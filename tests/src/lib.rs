@@ -1,1 +1,9 @@
+//! What the tests that cross crates stand on: network namespaces, TAP devices, a running daemon, random frames.
+//!
+//! Every lab lives in network namespaces that the test itself makes, and goes with its processes.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod daemon;
+pub mod frames;
+pub mod netns;
+pub mod tap;

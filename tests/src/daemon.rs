@@ -1,0 +1,172 @@
+//! The real daemon, run by a test in the namespace of its thread.
+
+use nfqd::status::{Status, ask};
+use nfqd_shmctl::Region;
+use nfqd_shmctl::mailbox::send_command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Which way into the queue this kernel offers: what the daemon itself finds out, or what `NFQD_TESTS_STEER` says.
+pub fn steer() -> String {
+    std::env::var("NFQD_TESTS_STEER").unwrap_or_else(|_| "auto".to_string())
+}
+
+/// A program of the workspace, built beside this test.
+///
+/// # Panics
+/// When it is not built.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("exe");
+    let path = test.ancestors().nth(2).expect("target").join(name);
+    assert!(path.exists(), "{} is not built; run 'cargo build --workspace' first", path.display());
+    path
+}
+
+/// A running nfqd with a directory of its own.
+pub struct Daemon {
+    child: Child,
+    directory: TempDir,
+    arguments: Vec<String>,
+}
+
+impl Daemon {
+    /// Starts one with these arguments, a region, a state directory and a control socket of its own, and waits until it
+    /// is ready.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start(arguments: &[&str]) -> Daemon {
+        let directory = tempfile::tempdir().expect("directory");
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-filter-vlan-tagged"] {
+            let path = PathBuf::from(format!("/proc/sys/net/bridge/{name}"));
+            if path.exists() && steer() != "native" {
+                std::fs::write(path, "1").expect("sysctl");
+            }
+        }
+        let child = spawn(directory.path(), &arguments);
+        let mut daemon = Daemon { child, directory, arguments };
+        daemon.wait_ready();
+        daemon
+    }
+
+    fn wait_ready(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.try_status().is_none() {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                panic!("nfqd ended: {status}\n{}", self.log());
+            }
+            assert!(Instant::now() < deadline, "nfqd is not ready\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// The path of its region.
+    pub fn region(&self) -> PathBuf {
+        self.directory.path().join("shm")
+    }
+
+    /// Its status, if it answers.
+    pub fn try_status(&self) -> Option<Status> {
+        ask(&self.directory.path().join("control")).ok()
+    }
+
+    /// Its status.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub fn status(&self) -> Status {
+        self.try_status().unwrap_or_else(|| panic!("no status\n{}", self.log()))
+    }
+
+    /// Packets that its engine has judged.
+    pub fn judged(&self) -> u64 {
+        self.status().queues.iter().map(|queue| queue.packets).sum()
+    }
+
+    /// Sends a command through shared memory; the reply.
+    ///
+    /// # Panics
+    /// When nobody takes it.
+    pub fn tell(&self, command: &str) -> String {
+        let region = Region::open(&self.region()).expect("region");
+        send_command(&region, command, Duration::from_secs(10))
+            .unwrap_or_else(|error| panic!("{command}: {error}\n{}", self.log()))
+    }
+
+    /// Sends a command that must be accepted.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn must(&self, command: &str) {
+        let reply = self.tell(command);
+        assert!(reply.starts_with("OK"), "{command}: {reply}\n{}", self.log());
+    }
+
+    /// Ends it as a crash would: SIGKILL.
+    ///
+    /// # Panics
+    /// When it cannot be ended.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
+
+    /// Ends it as an administrator would: SIGTERM.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.child.wait().expect("wait")
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("pid"));
+        nix::sys::signal::kill(pid, signal).expect("signal");
+    }
+
+    /// Starts it again, with the same directory.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn restart(&mut self) {
+        self.child = spawn(self.directory.path(), &self.arguments);
+        self.wait_ready();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(directory: &Path, arguments: &[String]) -> Child {
+    let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).expect("log");
+    Command::new(program("nfqd"))
+        .args(["--steer", &steer(), "--state"])
+        .arg(directory.join("state"))
+        .arg("--control")
+        .arg(directory.join("control"))
+        .arg("--shm")
+        .arg(directory.join("shm"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("nfqd")
+}

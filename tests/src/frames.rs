@@ -1,0 +1,230 @@
+//! Random frames and commands out of a small world, so that they meet.
+
+use proptest::prelude::*;
+use proptest::sample::select;
+
+/// The middleboxes of the world; policies are about these.
+pub const MIDDLEBOXES: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
+/// MACs of hosts: a client and two backends.
+pub const HOSTS: [&str; 3] = ["02:00:00:00:00:0c", "02:00:00:00:00:b1", "02:00:00:00:00:b2"];
+
+const PORTS: [u16; 4] = [80, 81, 53, 1000];
+
+fn mac() -> impl Strategy<Value = [u8; 6]> {
+    prop_oneof![
+        8 => select(vec![1_u8, 2]).prop_map(|last| [2, 0, 0, 0, 0, last]),
+        3 => select(vec![0x0c_u8, 0xb1, 0xb2]).prop_map(|last| [2, 0, 0, 0, 0, last]),
+        1 => Just([0xff; 6]),
+        1 => Just([2, 9, 9, 9, 9, 9]),
+    ]
+}
+
+fn source_mac() -> impl Strategy<Value = [u8; 6]> {
+    select(vec![0x0c_u8, 0xb1, 0xb2, 1]).prop_map(|last| [2, 0, 0, 0, 0, last])
+}
+
+fn ip4() -> impl Strategy<Value = [u8; 4]> {
+    select(vec![1_u8, 2, 3, 4, 9]).prop_map(|last| [10, 0, 0, last])
+}
+
+fn ip6() -> impl Strategy<Value = [u8; 16]> {
+    select(vec![1_u8, 2, 3, 4]).prop_map(|last| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last])
+}
+
+/// A protocol and what is behind the IP header, checksums right or not.
+fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
+    let port = || select(PORTS.to_vec());
+    let ports = (port(), port());
+    prop_oneof![
+        6 => (ports.clone(), any::<[u8; 16]>(), any::<u8>()).prop_map(|((s, d), rest, more)| {
+            let mut out = [s.to_be_bytes(), d.to_be_bytes()].concat();
+            out.extend(rest);
+            out.extend(vec![7; usize::from(more)]);
+            (6, out)
+        }),
+        6 => (ports.clone(), any::<bool>(), any::<[u8; 2]>(), 0..90_usize).prop_map(|((s, d), zero, sum, more)| {
+            let len = 8 + more as u16;
+            let sum = if zero { [0; 2] } else { sum };
+            let mut out = [s.to_be_bytes(), d.to_be_bytes(), len.to_be_bytes(), sum].concat();
+            out.extend(vec![9; more]);
+            (17, out)
+        }),
+        2 => (select(vec![1_u8, 58]), any::<[u8; 12]>()).prop_map(|(protocol, rest)| (protocol, rest.to_vec())),
+        1 => (select(vec![47_u8, 51, 59, 132, 136, 200]), any::<[u8; 24]>()).prop_map(|(p, rest)| (p, rest.to_vec())),
+        // Cut in the L4 header.
+        1 => (select(vec![6_u8, 17]), proptest::collection::vec(any::<u8>(), 0..18)),
+    ]
+}
+
+fn checksum(header: &[u8]) -> [u8; 2] {
+    let mut sum: u32 = header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!(sum as u16)).to_be_bytes()
+}
+
+fn ipv4() -> impl Strategy<Value = (u16, Vec<u8>)> {
+    let fragment =
+        prop_oneof![8 => Just(0x4000_u16), 1 => Just(0x2000), 1 => Just(0x2001), 1 => Just(0x0003)];
+    let options = prop_oneof![9 => Just(0_usize), 1 => 1..4_usize];
+    (ip4(), ip4(), select(vec![0_u8, 16, 17]), fragment, options, transport(), 1..4_u16).prop_map(
+        |(source, destination, tos, fragment, options, (protocol, body), id)| {
+            let mut header = vec![0x45 + options as u8, tos];
+            header.extend(((20 + options * 4 + body.len()) as u16).to_be_bytes());
+            header.extend(id.to_be_bytes());
+            header.extend(fragment.to_be_bytes());
+            header.extend([64, protocol, 0, 0]);
+            header.extend(source);
+            header.extend(destination);
+            // No-operation options.
+            header.extend(vec![1; options * 4]);
+            let sum = checksum(&header);
+            header[10..12].copy_from_slice(&sum);
+            (0x0800, [header, body].concat())
+        },
+    )
+}
+
+/// Extension headers that hold together: hop-by-hop, destination options, routing, fragment, in any order but that
+/// hop-by-hop is first.
+fn extensions() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
+    let padding = |len: u8| {
+        let mut out = vec![0, len, 1, 4 + len * 8];
+        out.resize(8 + usize::from(len) * 8, 0);
+        out
+    };
+    let one = prop_oneof![
+        2 => (0..3_u8).prop_map(move |len| (60_u8, padding(len))),
+        1 => Just((43, vec![0, 0, 0, 0, 0, 0, 0, 0])),
+        2 => (select(vec![0_u16, 1, 8, 17]), 1..4_u8).prop_map(|(offset, id)| {
+            (44, [vec![0, 0], offset.to_be_bytes().to_vec(), vec![0, 0, 0, id]].concat())
+        }),
+    ];
+    let hop = (0..2_u8).prop_map(move |len| (0_u8, padding(len)));
+    (proptest::option::weighted(0.3, hop), proptest::collection::vec(one, 0..3))
+        .prop_map(|(hop, rest)| hop.into_iter().chain(rest).collect())
+}
+
+fn ipv6() -> impl Strategy<Value = (u16, Vec<u8>)> {
+    let extensions = prop_oneof![6 => Just(Vec::new()), 4 => extensions()];
+    (ip6(), ip6(), select(vec![0_u8, 16, 17]), extensions, transport()).prop_map(
+        |(source, destination, class, extensions, (protocol, body))| {
+            let following = |index: usize| extensions.get(index).map_or(protocol, |(kind, _)| *kind);
+            let mut chain = Vec::new();
+            for (index, (_, bytes)) in extensions.iter().enumerate() {
+                chain.push(following(index + 1));
+                chain.extend(&bytes[1..]);
+            }
+            let mut out = vec![0x60 | class >> 4, class << 4, 0, 0];
+            out.extend(((chain.len() + body.len()) as u16).to_be_bytes());
+            out.extend([following(0), 64]);
+            out.extend(source);
+            out.extend(destination);
+            (0x86dd, [out, chain, body].concat())
+        },
+    )
+}
+
+fn other() -> impl Strategy<Value = (u16, Vec<u8>)> {
+    let arp = (ip4(), ip4()).prop_map(|(source, target)| {
+        let mut out = vec![0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 0x0c];
+        out.extend(source);
+        out.extend([0; 6]);
+        out.extend(target);
+        (0x0806, out)
+    });
+    let random = (
+        select(vec![0x88cc_u16, 0x0800, 0x86dd, 0x0042, 0x9000]),
+        proptest::collection::vec(any::<u8>(), 0..80),
+    );
+    prop_oneof![2 => arp, 1 => random]
+}
+
+/// VLAN tags: none, one or two, of both kinds.
+fn tags() -> impl Strategy<Value = Vec<[u8; 4]>> {
+    let tag = (select(vec![[0x81_u8, 0], [0x88, 0xa8]]), 1..4_u8).prop_map(|([a, b], id)| [a, b, 0, id]);
+    prop_oneof![
+        7 => Just(Vec::new()),
+        2 => tag.clone().prop_map(|tag| vec![tag]),
+        1 => (tag.clone(), tag).prop_map(|(a, b)| vec![a, b]),
+    ]
+}
+
+/// Damage: a byte changed, or the frame cut.
+fn damage() -> impl Strategy<Value = Option<(bool, usize, u8)>> {
+    proptest::option::weighted(0.15, (any::<bool>(), 0..60_usize, any::<u8>()))
+}
+
+/// A frame: Ethernet, VLAN, ARP, IPv4, IPv6, TCP, UDP, ICMP, fragments, cut and broken ones. At least 24 bytes, so that
+/// the kernel does not throw it away for want of a VLAN tag.
+pub fn frame() -> impl Strategy<Value = Vec<u8>> {
+    let payload = prop_oneof![6 => ipv4(), 5 => ipv6(), 1 => other()];
+    (mac(), source_mac(), tags(), payload, damage(), any::<bool>()).prop_map(
+        |(destination, source, tags, (ether_type, payload), damage, pad)| {
+            let mut out = [destination, source].concat();
+            tags.iter().for_each(|tag| out.extend(tag));
+            out.extend(ether_type.to_be_bytes());
+            out.extend(payload);
+            match damage {
+                // The MACs stay: a frame of another source is the bridge's matter.
+                Some((true, at, byte)) => {
+                    if let Some(old) = out.get_mut(12 + at) {
+                        *old = byte;
+                    }
+                }
+                Some((false, at, _)) => out.truncate(14 + at),
+                None => {}
+            }
+            let least = if pad { 60 } else { 24 };
+            out.resize(out.len().max(least), 0);
+            out
+        },
+    )
+}
+
+/// Commands of a policy for the middleboxes of the world; some are refused, which is part of the world.
+pub fn policy() -> impl Strategy<Value = Vec<String>> {
+    let ip = || {
+        prop_oneof![3 => select(vec![1_u8, 2, 3, 4, 9]).prop_map(|n| format!("10.0.0.{n}")),
+                            1 => select(vec![1_u8, 2, 3, 4]).prop_map(|n| format!("2001:db8::{n}"))]
+    };
+    let host = || select(HOSTS.to_vec()).prop_map(str::to_string);
+    let port = || select(PORTS.to_vec()).prop_map(|port| port.to_string());
+    let key = |letter: char, value: BoxedStrategy<String>| {
+        proptest::option::weighted(0.7, value.prop_map(move |v| format!(" {letter} {v}")))
+            .prop_map(Option::unwrap_or_default)
+    };
+    let tos = select(vec!["0", "16", "17"]).prop_map(str::to_string).boxed();
+    let protocol = select(vec!["tcp", "udp", "icmp", "58", "47", "51"]).prop_map(str::to_string).boxed();
+    let types =
+        select(vec!["ip", "ip6", "arp", "0x88cc", "0x8100", "0x9000"]).prop_map(str::to_string).boxed();
+    let inet = (0..16_u8, key('s', ip().boxed()), key('d', ip().boxed()), key('t', tos), key('p', protocol))
+        .prop_map(|(bits, s, d, t, p)| format!("I {bits}{s}{d}{t}{p}"));
+    let link = (
+        0..8_u8,
+        key('s', host().boxed()),
+        key('d', select(MIDDLEBOXES.to_vec()).prop_map(str::to_string).boxed()),
+        key('p', types),
+    )
+        .prop_map(|(bits, s, d, p)| format!("M {bits}{s}{d}{p}"));
+    let tcp = (0..4_u8, key('s', port().boxed()), key('d', port().boxed()))
+        .prop_map(|(bits, s, d)| format!("T {bits}{s}{d}"));
+    let middlebox = || select(MIDDLEBOXES.to_vec());
+    let filter = prop_oneof![inet, link, tcp];
+    let backend = select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
+    let backend6 = select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
+    let vip4 = select(vec!["10.0.0.2", "10.0.0.9"]);
+    let command = prop_oneof![
+        6 => (middlebox(), 1..6_u16, filter).prop_map(|(mac, n, filter)| format!("A {mac} #{n} {filter}")),
+        2 => (middlebox(), vip4.clone(), backend.clone())
+            .prop_map(|(mac, vip, (ip, at))| format!("R L {mac} {vip} 0 {ip}@{at}")),
+        1 => (middlebox(), vip4, ip(), backend)
+            .prop_map(|(mac, vip, from, (ip, at))| format!("R L {mac} {vip} 1 {from} {ip}@{at}")),
+        1 => (middlebox(), backend6)
+            .prop_map(|(mac, (ip, at))| format!("R L {mac} 2001:db8::2 0 {ip}@{at}")),
+    ];
+    let firewalls = MIDDLEBOXES.map(|mac| format!("R F {mac} 10.0.0.2"));
+    proptest::collection::vec(command, 0..10)
+        .prop_map(move |commands| firewalls.iter().cloned().chain(commands).collect())
+}

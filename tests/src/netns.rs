@@ -1,0 +1,115 @@
+//! Network namespaces without names: a thread has one, its children inherit it, and it goes with them.
+
+use nix::sched::{CloneFlags, setns, unshare};
+use std::fs::File;
+use std::process::{Child, Command, Stdio};
+
+/// Runs a test on a thread with a fresh network namespace.
+///
+/// Without root there is none: the test says so and counts as skipped, unless `NFQD_TESTS_NEED_ROOT` is set, as
+/// `tests/run.sh` does.
+pub fn in_netns(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(|| match unshare(CloneFlags::CLONE_NEWNET) {
+        Ok(()) => {
+            run("ip link set lo up");
+            // The kernel's own chatter would be taken for frames of the test.
+            for which in ["all", "default"] {
+                std::fs::write(format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6"), "1").expect("sysctl");
+            }
+            test();
+        }
+        Err(errno) if std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none() => {
+            eprintln!("SKIPPED: no network namespace ({errno}); run as root, or tests/run.sh");
+        }
+        Err(errno) => panic!("no network namespace: {errno}"),
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs a command line, words split at blanks, in the namespace of this thread; its output.
+///
+/// # Panics
+/// When it fails.
+pub fn run(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let output = Command::new(words.next().expect("a command")).args(words).output().expect(line);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{line}: {}\n{errors}", output.status);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A further network namespace, held by a process that ends with this value or after ten minutes.
+pub struct Host {
+    holder: Child,
+}
+
+impl Host {
+    /// Makes one, with its loopback device up, and a veth pair into it: `port` here, on bridge `bridge`, and `eth0` of
+    /// this MAC and address there.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn attach(bridge: &str, port: &str, mac: &str, addresses: &[&str]) -> Host {
+        let before = std::fs::read_link("/proc/thread-self/ns/net").expect("ns");
+        let holder = Command::new("unshare")
+            .args(["--net", "sleep", "600"])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("unshare");
+        let path = format!("/proc/{}/ns/net", holder.id());
+        while std::fs::read_link(&path).is_ok_and(|ns| ns == before) {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        let host = Host { holder };
+        run(&format!("ip link add {port} type veth peer name eth0 address {mac} netns {}", host.holder.id()));
+        run(&format!("ip link set {port} master {bridge} up"));
+        host.run("ip link set lo up");
+        host.run("ip link set eth0 up");
+        for address in addresses {
+            host.run(&format!("ip addr add {address} dev eth0"));
+        }
+        host
+    }
+
+    /// A command that runs there.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.holder.id().to_string(), "--net", program]);
+        command
+    }
+
+    /// Runs a command line there; its output.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn run(&self, line: &str) -> String {
+        run(&format!("nsenter -t {} --net {line}", self.holder.id()))
+    }
+
+    /// Runs a piece of Rust there, on a thread of its own, and returns what it returns.
+    ///
+    /// # Panics
+    /// When the namespace cannot be entered, or the piece panics.
+    pub fn enter<T: Send>(&self, piece: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/proc/{}/ns/net", self.holder.id())).expect("ns");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(namespace, CloneFlags::CLONE_NEWNET).expect("setns");
+                piece()
+            });
+            match thread.join() {
+                Ok(value) => value,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}

@@ -1,0 +1,225 @@
+//! The three oracles: the fast path in the kernel, the engine alone, and offline replay give the same verdict and the
+//! same bytes for every frame.
+//!
+//! `NFQD_TESTS_POLICIES` sets how many random policies are tried (60 frames each), `NFQD_TESTS_SEED` the randomness.
+#![allow(clippy::unwrap_used)]
+
+use nfqd::replay::Replay;
+use nfqd_rules::Policy;
+use nfqd_rules::packet::{Packet, l3_offset};
+use nfqd_tests::daemon::Daemon;
+use nfqd_tests::frames::{HOSTS, MIDDLEBOXES, frame, policy};
+use nfqd_tests::netns::{in_netns, run};
+use nfqd_tests::tap::Tap;
+use proptest::collection::vec;
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use std::time::Duration;
+
+const FRAMES: usize = 60;
+
+/// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out, everything before it has.
+const SENTINEL: &str = "R L 02:00:00:00:00:5e 10.0.0.94 0 10.0.0.95@02:00:00:00:00:5f";
+
+struct Lab {
+    uplink: Tap,
+    /// Ports with the MACs that are behind them.
+    ports: Vec<(Tap, Vec<[u8; 6]>)>,
+    sentinel: Tap,
+    daemon: Daemon,
+    by_br_netfilter: bool,
+}
+
+fn bytes(mac: &str) -> [u8; 6] {
+    mac.parse::<nfqd_shmctl::MacAddr>().unwrap().0
+}
+
+impl Lab {
+    fn new(fast_path: &str) -> Lab {
+        run("ip link add br0 type bridge mcast_snooping 0");
+        run("ip link set br0 up");
+        let uplink = Tap::on_bridge("br0", "uplink", &[]);
+        let macs: Vec<&str> = MIDDLEBOXES.into_iter().chain(HOSTS).collect();
+        let port = |(index, mac): (usize, &&str)| {
+            (Tap::on_bridge("br0", &format!("port{index}"), &[mac]), vec![bytes(mac)])
+        };
+        let ports = macs.iter().enumerate().map(port).collect();
+        let sentinel = Tap::on_bridge("br0", "sentinel", &["02:00:00:00:00:5f"]);
+        // One queue, so that frames keep their order.
+        let daemon = Daemon::start(&["--queue", "7", "--fast-path", fast_path]);
+        daemon.must(SENTINEL);
+        let by_br_netfilter = daemon.status().steer == "br-netfilter";
+        Lab { uplink, ports, sentinel, daemon, by_br_netfilter }
+    }
+
+    /// Sends a frame and waits until it is through; what came out where. Floods reach the sentinel's port, too.
+    fn pass(&self, frame: &[u8]) -> Vec<(usize, Vec<u8>)> {
+        self.uplink.send(frame);
+        self.uplink.send(&sentinel_frame());
+        loop {
+            let out = self.sentinel.receive(Duration::from_secs(10));
+            let out = out.unwrap_or_else(|| panic!("no sentinel after {frame:02x?}\n{}", self.daemon.log()));
+            if out[..6] == bytes("02:00:00:00:00:5f") {
+                break;
+            }
+        }
+        let mut seen = Vec::new();
+        for (index, (tap, _)) in self.ports.iter().enumerate() {
+            seen.extend(std::iter::from_fn(|| tap.try_receive()).map(|frame| (index, frame)));
+        }
+        seen
+    }
+
+    /// What must come out where, when `leaves` leaves the middle of the bridge.
+    fn expected(&self, leaves: Option<Vec<u8>>) -> Vec<(usize, Vec<u8>)> {
+        let Some(frame) = leaves else { return Vec::new() };
+        let Some(frame) = (if self.by_br_netfilter { br_netfilter(&frame) } else { Some(frame) }) else {
+            return Vec::new();
+        };
+        let at = self.ports.iter().position(|(_, macs)| macs.iter().any(|mac| frame[..6] == mac[..]));
+        match at {
+            Some(index) => vec![(index, frame)],
+            None => (0..self.ports.len()).map(|index| (index, frame.clone())).collect(),
+        }
+    }
+}
+
+/// An ICMP echo request to the sentinel.
+fn sentinel_frame() -> Vec<u8> {
+    let mut out = [bytes("02:00:00:00:00:5e"), bytes("02:00:00:00:00:5d")].concat();
+    out.extend([8, 0]);
+    etherparse::PacketBuilder::ipv4([10, 0, 0, 93], [10, 0, 0, 94], 9)
+        .icmpv4_echo_request(1, 2)
+        .write(&mut out, &[])
+        .unwrap();
+    out
+}
+
+/// What br_netfilter does to every bridged IP packet (net/bridge/br_netfilter_hooks.c, br_validate_ipv4 and
+/// br_validate_ipv6): what does not hold together is dropped, what is behind the packet is cut off.
+fn br_netfilter(frame: &[u8]) -> Option<Vec<u8>> {
+    let l3 = l3_offset(frame);
+    let payload = frame.get(l3..).unwrap_or_default();
+    let word =
+        |at: usize| payload.get(at..at + 2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]));
+    let ether_type = [frame[l3 - 2], frame[l3 - 1]];
+    let length = match ether_type {
+        [8, 0] => {
+            let header_len = usize::from(payload.first()? & 15) * 4;
+            let header = payload.get(..header_len).filter(|_| payload[0] >> 4 == 4 && header_len >= 20)?;
+            let mut sum: u32 =
+                header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+            while sum > 0xffff {
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            let total = word(2)?;
+            (sum == 0xffff && total >= header_len && total <= payload.len()).then_some(total)?
+        }
+        [0x86, 0xdd] => {
+            let total = word(4)? + 40;
+            (payload.len() >= 40 && payload[0] >> 4 == 6 && total <= payload.len()).then_some(total)?
+        }
+        _ => payload.len(),
+    };
+    Some(frame[..l3 + length].to_vec())
+}
+
+/// Whether br_netfilter's cut changes what a packet says, or its look at hop-by-hop options may drop it: such frames
+/// have no one answer that way.
+fn ambiguous_by_br_netfilter(frame: &[u8]) -> bool {
+    let cut = br_netfilter(frame);
+    let l3 = l3_offset(frame);
+    let hop_by_hop = frame[l3 - 2..l3] == [0x86, 0xdd] && frame.get(l3 + 6) == Some(&0);
+    let broken = |frame: &[u8]| Packet::from_frame(frame).is_none_or(|packet| packet.ip.is_none());
+    cut.as_ref().is_some_and(|cut| Packet::from_frame(cut) != Packet::from_frame(frame))
+        || (hop_by_hop && (broken(frame) || frame.len() < l3 + 56))
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// A random policy with frames, and the same commands as they go to the daemon.
+fn cases(policies: u64) -> impl Iterator<Item = (Vec<String>, Vec<Vec<u8>>)> {
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&setting("NFQD_TESTS_SEED", 1).to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    (0..policies).map(move |_| (policy(), vec(frame(), FRAMES)).new_tree(&mut runner).unwrap().current())
+}
+
+/// Runs cases through a lab and through replay.
+fn compare(lab: &Lab, cases: impl Iterator<Item = (Vec<String>, Vec<Vec<u8>>)>) -> (usize, [usize; 3]) {
+    let mut replay = Replay::new(&Policy::default());
+    let (mut skipped, mut verdicts) = (0, [0; 3]);
+    for (commands, frames) in cases {
+        let mut policy = Policy::default();
+        for mac in MIDDLEBOXES {
+            let reply = lab.daemon.tell(&format!("X {mac}"));
+            assert!(reply.starts_with("OK") || reply.contains("unknown-mac"), "{reply}");
+        }
+        policy.apply_line(SENTINEL).unwrap();
+        for command in &commands {
+            let expected = policy.apply_line(command);
+            let reply = lab.daemon.tell(command);
+            assert_eq!(reply.starts_with("OK"), expected.is_ok(), "{command}: {reply}\n{}", lab.daemon.log());
+        }
+        replay.set_policy(&policy);
+        let mut history = Vec::new();
+        for frame in frames {
+            if lab.by_br_netfilter && ambiguous_by_br_netfilter(&frame) {
+                skipped += 1;
+                continue;
+            }
+            // A frame that br_netfilter drops on its way to the engine leaves no trace there.
+            if lab.by_br_netfilter && br_netfilter(&frame).is_none() {
+                let seen = lab.pass(&frame);
+                assert!(seen.is_empty(), "br_netfilter let {frame:02x?} through: {seen:02x?}");
+                continue;
+            }
+            let (line, leaves) = replay.frame(&frame, 0);
+            verdicts[["accept", "drop", "redirect"].iter().position(|v| *v == line.verdict).unwrap()] += 1;
+            let expected = lab.expected(leaves);
+            let seen = lab.pass(&frame);
+            history.push(format!("{line:?}: {frame:02x?}"));
+            assert!(
+                seen == expected,
+                "replay and kernel disagree\nframe    {frame:02x?}\nreplay   {line:?}\nexpected {expected:02x?}\nseen     \
+                 {seen:02x?}\npolicy\n{}\nbefore\n{}\n{}\n{}",
+                commands.join("\n"),
+                history.join("\n"),
+                run("nft list table bridge nfqd"),
+                lab.daemon.log().lines().rev().take(30).collect::<Vec<_>>().join("\n"),
+            );
+        }
+    }
+    (skipped, verdicts)
+}
+
+fn random(fast_path: &'static str) {
+    in_netns(move || {
+        let lab = Lab::new(fast_path);
+        let policies = setting("NFQD_TESTS_POLICIES", 60);
+        let (skipped, verdicts) = compare(&lab, cases(policies));
+        println!(
+            "fast path {fast_path}, {}: {policies} policies, accept/drop/redirect {verdicts:?}, {skipped} frames have no \
+             one answer by br_netfilter, {} went to the engine",
+            lab.daemon.status().steer,
+            lab.daemon.judged()
+        );
+        assert!(
+            verdicts.iter().all(|&count| count > policies as usize),
+            "a verdict hardly came up: {verdicts:?}"
+        );
+    });
+}
+
+#[test]
+fn the_fast_path_and_replay_agree() {
+    random("full");
+}
+
+#[test]
+fn the_engine_alone_and_replay_agree() {
+    random("off");
+}
