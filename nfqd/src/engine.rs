@@ -163,9 +163,13 @@ fn reply(snapshot: &Snapshot, flows: &Flows, ip: &Ip, now: Seconds) -> Option<Sl
             protocol: ip.protocol,
             ports: ip.ports.unwrap_or(NO_PORTS),
         };
-        flows.get(&key, now)?
+        let slot = flows.get(&key, now)?;
+        // The service may be gone since, and the flow with it: it does not come back when the service does.
+        if !snapshot.slots.contains_key(&slot) {
+            flows.remove(&key);
+        }
+        slot
     };
-    // The service may be gone since.
     snapshot.slots.get(&slot)?;
     if ip.fragment == Fragment::First {
         flows.insert_fragment(fragment, slot, now);
@@ -264,6 +268,8 @@ mod tests {
         let reply = udp(BACKEND, CLIENT, (3, 1), (53, 1000));
         let after = snapshot(&["R L 2:0:0:0:0:2 10.0.0.9 0 10.0.0.3@2:0:0:0:0:3"]);
         assert_eq!(judge(&after, &flows, &reply, 1), Judgement::Direct, "the service is gone");
+        assert_eq!(judge(&before, &flows, &reply, 1), Judgement::Direct, "and the flow with it");
+        judge(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 2);
         assert!(vip_of(judge(&before, &flows, &reply, 200)).is_some());
         assert_eq!(judge(&before, &flows, &reply, 600), Judgement::Direct, "the flow is too old");
     }

@@ -81,6 +81,11 @@ impl Flows {
         self.flows.get(key, now, timeout(key.protocol))
     }
 
+    /// Forgets a flow.
+    pub fn remove(&self, key: &FlowKey) {
+        self.flows.remove(key);
+    }
+
     /// Remembers to which slot the datagram belongs.
     pub fn insert_fragment(&self, key: FragmentKey, slot: SlotKey, now: Seconds) {
         self.fragments.insert(key, slot, now, FRAGMENT_TIMEOUT);
@@ -159,6 +164,15 @@ impl<K: Copy + Eq + Hash> Sharded<K> {
             at
         };
         shard.index.insert(key, at);
+    }
+
+    /// The place stays taken until it is given up, which is at once: nothing is older.
+    fn remove(&self, key: &K) {
+        let mut guard = self.shard(key);
+        let shard = &mut *guard;
+        if let Some(entry) = shard.index.get(key).and_then(|&at| shard.entries.get_mut(at)) {
+            entry.expires = 0;
+        }
     }
 
     fn get(&self, key: &K, now: Seconds, timeout: Seconds) -> Option<SlotKey> {

@@ -117,22 +117,33 @@ fn br_netfilter(frame: &[u8]) -> Option<Vec<u8>> {
         }
         [0x86, 0xdd] => {
             let total = word(4)? + 40;
-            (payload.len() >= 40 && payload[0] >> 4 == 6 && total <= payload.len()).then_some(total)?
+            let options = payload.get(6) != Some(&0) || hop_by_hop_holds(payload.get(40..)?);
+            (payload.len() >= 40 && payload[0] >> 4 == 6 && total <= payload.len() && options)
+                .then_some(total)?
         }
         _ => payload.len(),
     };
     Some(frame[..l3 + length].to_vec())
 }
 
-/// Whether br_netfilter's cut changes what a packet says, or its look at hop-by-hop options may drop it: such frames
-/// have no one answer that way.
+/// `nf_ip6_check_hbh_len`: the options fill their header.
+fn hop_by_hop_holds(header: &[u8]) -> bool {
+    let Some(&len) = header.get(1) else { return false };
+    let Some(mut options) = header.get(2..(usize::from(len) + 1) * 8) else { return false };
+    while let Some(&kind) = options.first() {
+        let len = if kind == 0 { Some(1) } else { options.get(1).map(|&len| usize::from(len) + 2) };
+        match len.and_then(|len| options.get(len..)) {
+            Some(rest) => options = rest,
+            None => return false,
+        }
+    }
+    true
+}
+
+/// Whether br_netfilter's cut changes what a packet says (what stands in the padding): such a frame has no one answer
+/// that way.
 fn ambiguous_by_br_netfilter(frame: &[u8]) -> bool {
-    let cut = br_netfilter(frame);
-    let l3 = l3_offset(frame);
-    let hop_by_hop = frame[l3 - 2..l3] == [0x86, 0xdd] && frame.get(l3 + 6) == Some(&0);
-    let broken = |frame: &[u8]| Packet::from_frame(frame).is_none_or(|packet| packet.ip.is_none());
-    cut.as_ref().is_some_and(|cut| Packet::from_frame(cut) != Packet::from_frame(frame))
-        || (hop_by_hop && (broken(frame) || frame.len() < l3 + 56))
+    br_netfilter(frame).is_some_and(|cut| Packet::from_frame(&cut) != Packet::from_frame(frame))
 }
 
 fn setting(name: &str, default: u64) -> u64 {

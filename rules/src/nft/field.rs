@@ -33,6 +33,8 @@ pub enum Field {
     Ip6NextHeader,
     /// The traffic class, which nft shows as `ip6 dscp … ip6 ecn …`.
     Ip6TrafficClass,
+    /// `frag frag-off`: the offset in the first fragment header, where there is one.
+    Ip6FragmentOffset,
     /// `th sport`.
     SourcePort,
     /// `th dport`.
@@ -41,8 +43,6 @@ pub enum Field {
     TcpChecksum,
     /// `udp checksum`.
     UdpChecksum,
-    /// `icmpv6 checksum`.
-    Icmp6Checksum,
 }
 
 /// The type of a set's key or data, with nft's number for it (`enum datatypes` of nft's datatype.h).
@@ -118,9 +118,9 @@ impl Field {
             Field::Ip4FragmentOffset(_)
             | Field::Ip4Tos
             | Field::Ip6TrafficClass
+            | Field::Ip6FragmentOffset
             | Field::TcpChecksum
-            | Field::UdpChecksum
-            | Field::Icmp6Checksum => None,
+            | Field::UdpChecksum => None,
         }
     }
 
@@ -130,9 +130,9 @@ impl Field {
             Field::Ip4Tos => 1,
             Field::Ip4FragmentOffset(_)
             | Field::Ip6TrafficClass
+            | Field::Ip6FragmentOffset
             | Field::TcpChecksum
-            | Field::UdpChecksum
-            | Field::Icmp6Checksum => 2,
+            | Field::UdpChecksum => 2,
             _ => self.set_type().map_or(0, Type::len),
         }
     }
@@ -163,7 +163,7 @@ impl fmt::Display for Field {
             Field::DestinationPort => "th dport",
             Field::TcpChecksum => "tcp checksum",
             Field::UdpChecksum => "udp checksum",
-            Field::Icmp6Checksum => "icmpv6 checksum",
+            Field::Ip6FragmentOffset => "frag frag-off",
         };
         f.write_str(name)
     }

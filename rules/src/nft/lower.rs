@@ -18,6 +18,7 @@ pub(super) struct Expr {
 /// The value of an attribute.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Attribute {
+    U8(u8),
     U16(u16),
     U32(u32),
     Text(String),
@@ -27,7 +28,7 @@ pub(super) enum Attribute {
     Owned(Vec<u8>),
 }
 
-use Attribute::{Bytes, Owned, Text, U16, U32};
+use Attribute::{Bytes, Owned, Text, U8, U16, U32};
 
 const VERDICT: u32 = 0;
 const R0: u32 = 8;
@@ -152,7 +153,19 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::Ip6Destination => vec![payload(NETWORK, 24, len, register)],
         Field::SourcePort => vec![payload(TRANSPORT, 0, len, register)],
         Field::DestinationPort => vec![payload(TRANSPORT, 2, len, register)],
-        Field::Icmp6Checksum => vec![payload(TRANSPORT, 2, len, register)],
+        Field::Ip6FragmentOffset => {
+            const FRAGMENT_HEADER: u8 = 44;
+            let load = expr(
+                "exthdr",
+                vec![
+                    (sys::NFTNL_EXPR_EXTHDR_DREG, U32(register)),
+                    (sys::NFTNL_EXPR_EXTHDR_TYPE, U8(FRAGMENT_HEADER)),
+                    (sys::NFTNL_EXPR_EXTHDR_OFFSET, U32(2)),
+                    (sys::NFTNL_EXPR_EXTHDR_LEN, U32(len)),
+                ],
+            );
+            vec![load, bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2])]
+        }
         Field::UdpChecksum => vec![payload(TRANSPORT, 6, len, register)],
         Field::TcpChecksum => vec![payload(TRANSPORT, 16, len, register)],
     }

@@ -470,7 +470,7 @@ impl Builder<'_> {
     /// Sets by shape with their elements, and plain rules for the rest. The shapes come back.
     fn deny_rules(&mut self) -> BTreeSet<Shape> {
         let mut shapes = BTreeSet::new();
-        let mut plain: BTreeMap<MacAddr, Vec<Rule>> = BTreeMap::new();
+        let mut plain: BTreeMap<MacAddr, Vec<(bool, Rule)>> = BTreeMap::new();
         let mut elements = Vec::new();
         for (mac, middlebox) in self.middleboxes() {
             for (number, conditions) in middlebox.firewall().into_iter().flat_map(|f| f.conditions()) {
@@ -482,7 +482,8 @@ impl Builder<'_> {
                     elements.push((shape.name(), key, comment));
                     shapes.insert(shape);
                 } else {
-                    plain.entry(mac).or_default().extend(plain_rules(&shape, &fields, &comment));
+                    let rules = plain_rules(&shape, &fields, &comment).into_iter();
+                    plain.entry(mac).or_default().extend(rules.map(|rule| (shape.tcp, rule)));
                 }
             }
         }
@@ -493,7 +494,13 @@ impl Builder<'_> {
             self.element(&set, key, Element { data: None, comment: Some(comment) });
         }
         for (mac, rules) in plain {
-            self.own_chain("rules", mac, None, rules);
+            let (with_ports, without): (Vec<_>, Vec<_>) = rules.into_iter().partition(|(tcp, _)| *tcp);
+            let mut chain: Vec<Rule> = without.into_iter().map(|(_, rule)| rule).collect();
+            if !with_ports.is_empty() {
+                chain.extend(later_fragments_return());
+                chain.extend(with_ports.into_iter().map(|(_, rule)| rule));
+            }
+            self.own_chain("rules", mac, None, chain);
         }
         shapes
     }
@@ -537,8 +544,14 @@ impl Builder<'_> {
     fn middlebox_chain(&mut self, shapes: &BTreeSet<Shape>, full: bool) {
         let mut rules: Vec<Rule> = Vec::new();
         if full {
-            rules.extend(shapes.iter().map(Shape::rule));
+            let (with_ports, without): (Vec<&Shape>, Vec<&Shape>) =
+                shapes.iter().partition(|shape| shape.tcp);
+            rules.extend(without.into_iter().map(Shape::rule));
             rules.push(rule(vec![Statement::Vmap(vec![Field::EtherDestination], "rules".to_string())]));
+            if !with_ports.is_empty() {
+                rules.extend(later_fragments_return());
+                rules.extend(with_ports.into_iter().map(Shape::rule));
+            }
         } else if self.options.steer == Steer::BrNetfilter {
             rules.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
             rules.extend(shapes.iter().filter(|shape| !shape.needs_ip).map(Shape::rule));
@@ -732,6 +745,15 @@ impl Builder<'_> {
         }
         if own.len() > 1 { [own, others].concat() } else { others }
     }
+}
+
+/// Goes before rules that load ports: later fragments have none. nft's slow path knows that, but the fast one
+/// (`nft_payload_fast_eval`, seen in 6.18) reads whatever stands there.
+fn later_fragments_return() -> [Rule; 2] {
+    const OFFSET: u16 = 0x1fff;
+    [(IPV4, Field::Ip4FragmentOffset(OFFSET)), (IPV6, Field::Ip6FragmentOffset)].map(|(ip, offset)| {
+        rule(vec![ip.is(), Statement::IsNot(offset, Value::Port(0)), verdict(Verdict::Return)])
+    })
 }
 
 /// A deny rule that no set can hold: one rule, or one a family when the TOS byte has no family.

@@ -173,6 +173,10 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
     for (attribute, value) in &expr.attributes {
         let attribute = *attribute as u16;
         match value {
+            Attribute::U8(value) => {
+                // SAFETY: needed to fill the expression, which is alive.
+                unsafe { sys::nftnl_expr_set_u8(pointer, attribute, *value) };
+            }
             Attribute::U16(value) => {
                 // SAFETY: needed to fill the expression, which is alive.
                 unsafe { sys::nftnl_expr_set_u16(pointer, attribute, *value) };
