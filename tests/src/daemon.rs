@@ -40,10 +40,18 @@ impl Daemon {
     pub fn start(arguments: &[&str]) -> Daemon {
         let directory = tempfile::tempdir().expect("directory");
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-filter-vlan-tagged"] {
-            let path = PathBuf::from(format!("/proc/sys/net/bridge/{name}"));
-            if path.exists() && steer() != "native" {
-                std::fs::write(path, "1").expect("sysctl");
+        // br_netfilter is on in every new namespace. Where it is not the way into the queue it only changes what the bridge
+        // does, and cut ARP frames are dropped for the sake of a table that nobody has here.
+        let by_br_netfilter = if steer() == "native" { "0" } else { "1" };
+        for (name, value) in [
+            ("call-iptables", by_br_netfilter),
+            ("call-ip6tables", by_br_netfilter),
+            ("filter-vlan-tagged", by_br_netfilter),
+            ("call-arptables", "0"),
+        ] {
+            let path = PathBuf::from(format!("/proc/sys/net/bridge/bridge-nf-{name}"));
+            if path.exists() {
+                std::fs::write(path, value).expect("sysctl");
             }
         }
         let child = spawn(directory.path(), &arguments);
