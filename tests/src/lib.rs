@@ -5,5 +5,6 @@
 
 pub mod daemon;
 pub mod frames;
+pub mod lab;
 pub mod netns;
 pub mod tap;
