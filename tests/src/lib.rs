@@ -8,3 +8,4 @@ pub mod frames;
 pub mod lab;
 pub mod netns;
 pub mod tap;
+pub mod vm;

@@ -1,0 +1,70 @@
+//! The whole chain: a virtual machine types the original's commands into its ivshmem device, and the client's traffic to
+//! it changes.
+#![allow(clippy::unwrap_used)]
+
+use nfqd_tests::daemon::Daemon;
+use nfqd_tests::lab::{CLIENT_MAC, Lab, Server, VM, VM_MAC, connect, pings, wait_for, who};
+use nfqd_tests::netns::in_netns;
+use nfqd_tests::vm::{Vm, directory};
+
+#[test]
+fn a_virtual_machine_hands_its_work_to_the_host() {
+    let Some(files) = directory() else {
+        assert!(
+            std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none(),
+            "NFQD_TESTS_VM is not set: run tests/run.sh"
+        );
+        eprintln!(
+            "SKIPPED: no virtual machine; NFQD_TESTS_VM names no directory of tests/vm/prepare. Run tests/run.sh"
+        );
+        return;
+    };
+    in_netns(move || {
+        let lab = Lab::new(false);
+        let daemon = Daemon::start(&[]);
+        let console = daemon.region().with_file_name("console");
+        let mut vm = Vm::boot(&files, &daemon.region(), VM_MAC, "10.129.126.15/24", &console);
+        let server = Server::start(&lab.backend, "backend", 80);
+        assert_eq!(vm.run("nc -ll -p 80 -e echo vm > /tmp/nc.log 2>&1 &").0, 0);
+        let at_vm = || who(&lab.client, VM, server.port());
+        wait_for("the virtual machine answers", || at_vm().as_deref() == Some("vm"));
+
+        // Typed in the guest, word for word.
+        let mut type_in = |frame: &str| {
+            let (code, output) = vm.run(&format!("nfqd-guest -w '{frame}'"));
+            assert_eq!(code, 0, "{frame}: {output}\n{}", daemon.log());
+            assert!(output.starts_with("OK"), "{frame}: {output}");
+        };
+        type_in("@R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@");
+        wait_for("the backend answers", || at_vm().as_deref() == Some("backend"));
+        type_in("@R F 12:13:14:15:16:17 10.129.126.15@");
+        assert_eq!(at_vm().as_deref(), Some("backend"));
+        type_in("@A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8@");
+        assert_eq!(at_vm().as_deref(), Some("backend"), "another source MAC");
+        type_in(&format!("@A 12:13:14:15:16:17 M 5 s {CLIENT_MAC} p 8@"));
+        assert_eq!(at_vm(), None);
+        assert_eq!(who(&lab.other, VM, 80).as_deref(), Some("backend"));
+        type_in("@D 12:13:14:15:16:17 M 4 s@");
+        assert_eq!(who(&lab.other, VM, 80), None, "all IPv4");
+        type_in("@X 12:13:14:15:16:17 F@");
+        let transfer = connect(&lab.client, VM, 80).unwrap();
+        assert_eq!(transfer.server, "backend");
+        transfer.transfer(256 << 20);
+        type_in("@X 12:13:14:15:16:17@");
+        assert_eq!(at_vm().as_deref(), Some("vm"));
+        assert!(pings(&lab.client, VM));
+
+        // Words instead of a frame; refusals; nobody there.
+        let (code, output) = vm.run("nfqd-guest R F 12:13:14:15:16:17 10.129.126.15");
+        assert_eq!((code, output.as_str()), (0, "OK R F 12:13:14:15:16:17 10.129.126.15\n"));
+        let (code, output) = vm.run("nfqd-guest A 12:13:14:15:16:17 I 99");
+        assert_eq!(code, 1);
+        assert!(output.starts_with("ERR value column 23: '99'"), "{output}");
+        drop(daemon);
+        let (code, output) = vm.run("nfqd-guest --timeout 0.2 X 12:13:14:15:16:17");
+        assert_eq!(code, 3);
+        assert!(output.contains("is nfqd running on the host"), "{output}");
+        let (code, output) = vm.run("nfqd-guest --device 0000:00:1f.0 X 12:13:14:15:16:17");
+        assert_eq!(code, 3, "{output}");
+    });
+}
