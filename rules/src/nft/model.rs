@@ -349,7 +349,8 @@ impl fmt::Display for Statement {
             Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),
             Statement::Queue(queues) => {
                 let bypass = if queues.bypass { " flags bypass" } else { "" };
-                write!(f, "queue{bypass} to symhash mod {} offset {}", queues.count, queues.first)
+                write!(f, "queue{bypass} to symhash mod {}", queues.count)?;
+                if queues.first == 0 { Ok(()) } else { write!(f, " offset {}", queues.first) }
             }
             Statement::XtQueue(queues) => {
                 let bypass = if queues.bypass { " --queue-bypass" } else { "" };
