@@ -13,15 +13,16 @@ pub fn steer() -> String {
     std::env::var("NFQD_TESTS_STEER").unwrap_or_else(|_| "auto".to_string())
 }
 
-/// A program of the workspace, built beside this test.
+/// A program of the workspace, built beside this one: tests are one folder below.
 ///
 /// # Panics
 /// When it is not built.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("exe");
-    let path = test.ancestors().nth(2).expect("target").join(name);
-    assert!(path.exists(), "{} is not built; run 'cargo build --workspace' first", path.display());
-    path
+    let found = test.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.exists());
+    found.unwrap_or_else(|| {
+        panic!("{name} is not built beside {}; run 'cargo build --workspace' first", test.display())
+    })
 }
 
 /// A running nfqd with a directory of its own.

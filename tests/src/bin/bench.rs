@@ -1,0 +1,62 @@
+//! Throughput of a redirected TCP stream beside the plain bridge's, in the same run: pairs, medians, spread, ratio.
+//!
+//! Run as root: `cargo run --release -p nfqd-tests --bin bench`.
+
+use nfqd_tests::daemon::Daemon;
+use nfqd_tests::lab::{Lab, SINK, Server, VM, connect, wait_for};
+use nfqd_tests::netns::in_netns;
+use std::net::Ipv4Addr;
+
+/// A host that nfqd knows nothing of: what goes there is the plain bridge.
+const OTHER: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 2);
+const PAIRS: usize = 9;
+const BYTES: u64 = 2 << 30;
+
+/// The middle value, and the distance between the quartiles.
+fn median(values: &[f64]) -> (f64, f64) {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    (at(0.5), at(0.75) - at(0.25))
+}
+
+fn main() {
+    in_netns(|| {
+        let lab = Lab::new(true);
+        let daemon = Daemon::start(&[]);
+        daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@02:00:00:00:00:17");
+        let servers = [Server::start(&lab.backend, SINK, 80), Server::start(&lab.other, SINK, 80)];
+        wait_for("the backend", || connect(&lab.client, VM, 80).is_some());
+        let rate = |to: Ipv4Addr| {
+            let connection = connect(&lab.client, to, servers[0].port());
+            connection.map_or(0.0, |connection| connection.pour(BYTES) / 1e9)
+        };
+        // A warm-up pair, then pairs of which the first changes.
+        rate(OTHER);
+        rate(VM);
+        let judged = daemon.judged();
+        let (mut plain, mut redirected) = (Vec::new(), Vec::new());
+        for pair in 0..PAIRS {
+            if pair % 2 == 0 {
+                plain.push(rate(OTHER));
+                redirected.push(rate(VM));
+            } else {
+                redirected.push(rate(VM));
+                plain.push(rate(OTHER));
+            }
+        }
+        let ratios: Vec<f64> =
+            redirected.iter().zip(&plain).map(|(redirected, plain)| redirected / plain).collect();
+        let status = daemon.status();
+        println!("steer {}, {PAIRS} pairs of {} MiB, one TCP stream", status.steer, BYTES >> 20);
+        for (name, values, unit) in [
+            ("plain bridge", &plain, " Gbit/s"),
+            ("redirected", &redirected, " Gbit/s"),
+            ("ratio of a pair", &ratios, ""),
+        ] {
+            let (middle, spread) = median(values);
+            println!("{name:<16} median {middle:6.2}{unit}, quartiles {spread:.2} apart");
+        }
+        println!("packets in user space: {} of {} transfers", daemon.judged() - judged, 2 * PAIRS);
+    });
+}
