@@ -10,7 +10,14 @@ pub struct Channel {
     spec: ShmSpec,
     region: Result<Region, RegionError>,
     mailbox: HostMailbox,
+    budget: f64,
+    counted: Instant,
 }
+
+/// Commands a second that a channel may send for long, and how many at once. More wait in the mailbox: each costs the
+/// host a transaction and a write to disk, which other guests wait for.
+const RATE: f64 = 100.0;
+const BURST: f64 = 500.0;
 
 impl Channel {
     /// Opens the region, which is made when it is not there.
@@ -19,7 +26,8 @@ impl Channel {
     /// When it cannot be used.
     pub fn open(spec: &ShmSpec) -> Result<Channel, RegionError> {
         let region = Ok(Region::open_or_create(&spec.path)?);
-        Ok(Channel { spec: spec.clone(), region, mailbox: HostMailbox::default() })
+        let mailbox = HostMailbox::default();
+        Ok(Channel { spec: spec.clone(), region, mailbox, budget: BURST, counted: Instant::now() })
     }
 
     /// What was asked for.
@@ -32,8 +40,13 @@ impl Channel {
         self.region.as_ref().err()
     }
 
-    /// The frames that wait. A region whose file was cut is given up before it is touched.
+    /// The frames that wait, as many as the channel's budget allows. A region whose file was cut is given up before it is touched.
     pub fn take(&mut self, now: Instant) -> Vec<Frame> {
+        self.budget = (self.budget + now.duration_since(self.counted).as_secs_f64() * RATE).min(BURST);
+        self.counted = now;
+        if self.budget < 1.0 {
+            return Vec::new();
+        }
         if let Ok(region) = &self.region
             && let Err(error) = region.check_size()
         {
@@ -41,7 +54,11 @@ impl Channel {
             self.region = Err(error);
         }
         match &self.region {
-            Ok(region) => self.mailbox.take(region, now),
+            Ok(region) => {
+                let frames = self.mailbox.take(region, now, self.budget as usize);
+                self.budget -= frames.len() as f64;
+                frames
+            }
             Err(_) => Vec::new(),
         }
     }
@@ -53,14 +70,23 @@ impl Channel {
         }
     }
 
-    /// Reads a command and checks that this channel may speak for its MAC.
+    /// Reads a command and checks that this channel may speak for its MAC, and redirect to its destination.
     ///
     /// # Errors
-    /// When it is no command, or for a MAC that the channel is not bound to.
-    pub fn authorise(&self, line: &str) -> Result<(), CommandError> {
-        let mac = Command::parse(line)?.mac();
-        if self.spec.macs.is_empty() || self.spec.macs.contains(&mac) {
-            return Ok(());
+    /// When it is no command, or one that the channel may not give.
+    pub fn authorise(&self, line: &str) -> Result<Command, CommandError> {
+        let command = Command::parse(line)?;
+        if let Command::RegisterBalance { balance, .. } = &command {
+            let to = balance.destination();
+            if !self.spec.to.is_empty() && !self.spec.to.iter().any(|prefix| prefix.contains(to.ip)) {
+                let may: Vec<String> = self.spec.to.iter().map(ToString::to_string).collect();
+                let expected = format!("this channel may not redirect there, only to {}", may.join(", "));
+                let word = line.split_ascii_whitespace().count() - 1;
+                return Err(CommandError::at_word(line, word, ErrorCode::Denied, expected));
+            }
+        }
+        if self.spec.macs.is_empty() || self.spec.macs.contains(&command.mac()) {
+            return Ok(command);
         }
         let bound: Vec<String> = self.spec.macs.iter().map(MacAddr::to_string).collect();
         let expected = format!("this channel may not speak for it, only for {}", bound.join(", "));
@@ -75,11 +101,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_channel_that_sends_without_end_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = format!("{}", dir.path().join("vm").display()).parse().unwrap();
+        let mut channel = Channel::open(&spec).unwrap();
+        let guest = Region::open(&spec.path).unwrap();
+        let now = channel.counted;
+        let mut taken = 0;
+        for _ in 0..1000 {
+            guest.write(0, b"@X 1:2:3:4:5:6@@X 1:2:3:4:5:6@");
+            let frames: Vec<_> = channel.take(now).into_iter().map(|frame| (frame, String::new())).collect();
+            taken += frames.len();
+            channel.reply(&frames);
+        }
+        assert_eq!(taken, BURST as usize);
+        assert_eq!(channel.take(now + std::time::Duration::from_millis(15)).len(), 1);
+    }
+
+    #[test]
     fn a_channel_speaks_for_its_macs_only() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = format!("{},mac=2:0:0:0:0:1", dir.path().join("vm").display()).parse().unwrap();
+        let spec =
+            format!("{},mac=2:0:0:0:0:1,to=10.0.0.0/24", dir.path().join("vm").display()).parse().unwrap();
         let channel = Channel::open(&spec).unwrap();
-        assert_eq!(channel.authorise("R F 2:0:0:0:0:1 10.0.0.1"), Ok(()));
+        assert!(channel.authorise("R F 2:0:0:0:0:1 10.0.0.1").is_ok());
+        assert!(channel.authorise("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.0.3").is_ok());
+        let error = channel.authorise("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.1.3").unwrap_err();
+        assert_eq!((error.code, error.column), (ErrorCode::Denied, 28), "{error}");
         for (line, column) in [("R F 2:0:0:0:0:2 10.0.0.1", 5), ("X 2:0:0:0:0:2", 3)] {
             let error = channel.authorise(line).unwrap_err();
             assert_eq!((error.code, error.column), (ErrorCode::Denied, column), "{error}");

@@ -4,6 +4,8 @@ use clap::Args;
 use nfqd_rules::nft::ruleset::FastPath;
 use nfqd_shmctl::MacAddr;
 use serde::Deserialize;
+use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -16,8 +18,8 @@ pub struct Options {
     pub queue: Option<QueueRange>,
 
     /// An ivshmem-plain region, made (1 MiB) when it is not there; repeatable, one a VM. mac= (repeatable) binds it to
-    /// the MACs it may speak for
-    #[arg(long, value_name = "PATH[,mac=MAC]...")]
+    /// the MACs it may speak for, to= (repeatable) to the addresses it may redirect to
+    #[arg(long, value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...")]
     #[serde(default)]
     pub shm: Vec<ShmSpec>,
 
@@ -29,7 +31,8 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
 
-    /// What the kernel does without the engine [default: full]
+    /// What the kernel does without the engine [default: full]. With off, a full queue lets through what --fail open says,
+    /// filters included: it is for comparing the two
     #[arg(long, value_name = "full|off")]
     pub fast_path: Option<FastPathChoice>,
 
@@ -122,7 +125,8 @@ impl TryFrom<String> for QueueRange {
     }
 }
 
-/// `--shm`: a region, and the MACs that may be spoken for there. No MAC means every MAC.
+/// `--shm`: a region, the MACs that may be spoken for there, and the addresses that may be redirected to. None of a
+/// kind means every one.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(try_from = "String")]
 pub struct ShmSpec {
@@ -130,6 +134,45 @@ pub struct ShmSpec {
     pub path: PathBuf,
     /// The MACs.
     pub macs: Vec<MacAddr>,
+    /// The addresses.
+    pub to: Vec<Prefix>,
+}
+
+/// A range of addresses, like 10.0.0.0/8; without a length, one address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Prefix {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Prefix {
+    /// Whether an address is inside.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        let bits = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => u128::from(ip.to_bits()) << 96,
+            IpAddr::V6(ip) => ip.to_bits(),
+        };
+        let differ = bits(self.address) ^ bits(ip);
+        self.address.is_ipv4() == ip.is_ipv4() && differ.leading_zeros() >= u32::from(self.length)
+    }
+}
+
+impl FromStr for Prefix {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Prefix, ()> {
+        let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
+        let address: IpAddr = address.parse().map_err(drop)?;
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let length = length.map_or(Ok(longest), |length| length.parse().map_err(drop))?;
+        (length <= longest).then_some(Prefix { address, length }).ok_or(())
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
 }
 
 impl FromStr for ShmSpec {
@@ -140,12 +183,17 @@ impl FromStr for ShmSpec {
         let path = parts
             .next()
             .filter(|path| !path.is_empty())
-            .ok_or("there is no path; write PATH[,mac=MAC]...")?;
-        let mac = |part: &str| {
-            let mac = part.strip_prefix("mac=").and_then(|mac| mac.parse().ok());
-            mac.ok_or_else(|| format!("'{part}' behind the path is not mac=MAC; write PATH[,mac=MAC]..."))
-        };
-        Ok(ShmSpec { path: PathBuf::from(path), macs: parts.map(mac).collect::<Result<_, _>>()? })
+            .ok_or("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...")?;
+        let mut spec = ShmSpec { path: PathBuf::from(path), macs: Vec::new(), to: Vec::new() };
+        for part in parts {
+            let wrong = || format!("'{part}' behind the path is neither mac=MAC nor to=ADDRESS[/LENGTH]");
+            match part.split_once('=') {
+                Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|()| wrong())?),
+                Some(("to", to)) => spec.to.push(to.parse().map_err(|()| wrong())?),
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(spec)
     }
 }
 
@@ -232,7 +280,21 @@ mod tests {
     fn regions_with_their_macs() {
         let spec: ShmSpec = "/dev/shm/vm1,mac=2:0:0:0:0:1,mac=2:0:0:0:0:2".parse().unwrap();
         assert_eq!((spec.path, spec.macs.len()), (PathBuf::from("/dev/shm/vm1"), 2));
-        for bad in ["", ",mac=2:0:0:0:0:1", "/x,mac=", "/x,2:0:0:0:0:1", "/x,mac=2:0:0:0:0"] {
+        let spec: ShmSpec = "/x,to=10.0.0.0/8,to=2001:db8::1".parse().unwrap();
+        let may = |ip: &str| spec.to.iter().any(|to| to.contains(ip.parse().unwrap()));
+        assert!(
+            may("10.255.0.1") && may("2001:db8::1") && !may("11.0.0.0") && !may("2001:db8::2") && !may("::1")
+        );
+        for bad in [
+            "/x,to=10.0.0.0/33",
+            "/x,to=",
+            "/x,to=a",
+            "",
+            ",mac=2:0:0:0:0:1",
+            "/x,mac=",
+            "/x,2:0:0:0:0:1",
+            "/x,mac=2:0:0:0:0",
+        ] {
             assert!(bad.parse::<ShmSpec>().is_err(), "{bad}");
         }
     }

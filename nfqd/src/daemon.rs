@@ -4,13 +4,14 @@
 //! [`State::save`], reply. When the kernel refuses, the policy is put back and the reply says so.
 
 use crate::channel::Channel;
-use crate::config::{Config, FailChoice, SteerChoice};
+use crate::config::{Config, FailChoice, Options as Flags, ShmSpec, SteerChoice};
 use crate::engine::Snapshot;
-use crate::flows::Flows;
+use crate::flows::{FlowKey, Flows};
 use crate::neighbours::Neighbours;
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
 use crate::status::{BackendStatus, ChannelStatus, Control, MiddleboxStatus, QueueStatus, Status};
+use crate::watch::Watch;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
 use nfqd_rules::Policy;
@@ -19,11 +20,11 @@ use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
 use nfqd_rules::slots::Slots;
 use nfqd_shmctl::mailbox::Frame;
-use nfqd_shmctl::{MacAddr, RegionError};
+use nfqd_shmctl::{Command, CommandError, ErrorCode, MacAddr, RegionError};
 use nix::errno::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -72,7 +73,7 @@ pub enum StartError {
 impl StartError {
     /// Whether the input is wrong, rather than the system unwilling.
     pub fn is_input(&self) -> bool {
-        matches!(self, StartError::Input(_) | StartError::State(StateError::Content(_)))
+        matches!(self, StartError::Input(_))
     }
 }
 
@@ -120,19 +121,25 @@ fn steer(kernel: &mut Kernel, choice: SteerChoice, queues: Queues) -> Result<Ste
 
 /// A running daemon.
 pub struct Daemon {
+    flags: Flags,
     config: Config,
+    control: Control,
+    signals: Signals,
+    watch: Watch,
     options: Options,
     kernel: Kernel,
     loaded: Ruleset,
     policy: Policy,
     slots: Slots,
-    macs: HashMap<IpAddr, MacAddr>,
+    macs: BTreeMap<IpAddr, MacAddr>,
     neighbours: Neighbours,
     channels: Vec<Channel>,
     shared: Arc<Shared>,
     workers: Vec<Worker>,
     state: State,
     unsaved: Option<StateError>,
+    /// The kernel has not what it should have; tried again every second.
+    stale: bool,
     repairs: u64,
 }
 
@@ -142,68 +149,74 @@ impl Daemon {
     ///
     /// # Errors
     /// See [`StartError`]; the kernel is as it was before, but for a ruleset of an nfqd that ran before.
-    pub fn start(config: Config) -> Result<Daemon, StartError> {
+    pub fn start(flags: &Flags) -> Result<Daemon, StartError> {
+        let config = flags.resolve().map_err(StartError::Input)?;
+        let system = |what: &str| {
+            let what = what.to_string();
+            move |source| StartError::System { what, source }
+        };
         let state = State::open(&config.state)?;
-        let mut policy = state.load()?;
+        let (mut policy, lost) = state.load()?;
+        lost.iter().for_each(|error| log::error!("{error}; this registration is not taken back"));
         apply_commands(&mut policy, config.commands.as_deref())?;
-        let mut channels = Vec::new();
-        for spec in &config.shm {
-            channels.push(Channel::open(spec)?);
-            if spec.macs.is_empty() {
-                log::warn!(
-                    "{}: bound to no MAC, its guest may speak for every middlebox; add mac=",
-                    spec.path.display()
-                );
-            }
-        }
+        let channels = config.shm.iter().map(open_channel).collect::<Result<_, _>>()?;
+        let control =
+            Control::listen(&config.control).map_err(system(&config.control.display().to_string()))?;
+        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(system("signals"))?;
         let queues = Queues {
             first: config.queues.first,
             count: config.queues.count,
             bypass: config.fail == FailChoice::Open,
         };
         let mut kernel = Kernel::open()?;
-        let mut slots = kernel.slots()?;
         let steer = steer(&mut kernel, config.steer, queues)?;
         let options = Options { steer, fast_path: config.fast_path, queues };
-        let neighbours = Neighbours::open().map_err(|errno| StartError::System {
-            what: "neighbour table".to_string(),
-            source: errno.into(),
-        })?;
-        slots.follow(&policy, |_| None, Instant::now());
+        let heritage = kernel.heritage()?;
+        let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
+        let watch = Watch::open(kernel.port()).map_err(|errno| system("notifications")(errno.into()))?;
         let shared = Arc::new(Shared {
-            snapshot: ArcSwap::from_pointee(snapshot(&policy, &slots, &options)),
+            snapshot: ArcSwap::from_pointee(Snapshot::default()),
             flows: Flows::new(FLOWS),
             stop: AtomicBool::new(false),
             start: Instant::now(),
         });
+        for reply in &heritage.replies {
+            let (backend, client) = (reply.source, reply.destination);
+            let key = FlowKey { backend, client, protocol: reply.protocol, ports: reply.ports };
+            shared.flows.insert(key, reply.slot, 0);
+        }
         // Bound before the ruleset sends packets there, so that none is let through without a verdict.
         let open = (0..queues.count).map(|n| Queue::open(queues.first + n, queues.bypass));
         let open: Vec<Queue> = open.collect::<Result<_, _>>()?;
         let mut daemon = Daemon {
+            flags: flags.clone(),
             config,
+            control,
+            signals,
+            watch,
             options,
             kernel,
             loaded: Ruleset::new(),
             policy,
-            slots,
-            macs: HashMap::new(),
+            slots: heritage.slots,
+            macs: heritage.macs,
             neighbours,
             channels,
             shared,
             workers: Vec::new(),
             state,
             unsaved: None,
+            stale: false,
             repairs: 0,
         };
         daemon.find_neighbours();
+        daemon.follow();
         daemon.publish();
-        let wanted = daemon.wanted();
-        daemon.kernel.load(&wanted)?;
-        daemon.loaded = wanted;
+        daemon.load()?;
         for queue in open {
             let number = queue.number();
             let worker = Worker::start(queue, Arc::clone(&daemon.shared))
-                .map_err(|source| StartError::System { what: format!("thread of queue {number}"), source })?;
+                .map_err(system(&format!("thread of queue {number}")))?;
             daemon.workers.push(worker);
         }
         daemon.save();
@@ -213,12 +226,8 @@ impl Daemon {
     /// Works until SIGTERM or SIGINT. The ruleset stays: what the fast path knows goes on.
     ///
     /// # Errors
-    /// When the control socket or the signals cannot be had.
+    /// When a queue is not served any more: started again, nfqd takes over what is there.
     pub fn run(mut self) -> Result<(), StartError> {
-        let system = |what: String| move |source| StartError::System { what, source };
-        let control = Control::listen(&self.config.control)
-            .map_err(system(format!("{}", self.config.control.display())))?;
-        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(system("signals".to_string()))?;
         log::info!(
             "ready: steer {}, fast path {}, queues {}-{}, {} middleboxes",
             self.steer_name(),
@@ -229,19 +238,22 @@ impl Daemon {
         );
         let mut slow = Instant::now();
         loop {
-            for signal in signals.pending() {
-                match signal {
-                    SIGHUP => self.reload(),
-                    _ => {
-                        log::info!("leaving; the ruleset stays, 'nfqd flush' removes it");
-                        self.shared.stop.store(true, Relaxed);
-                        self.workers.drain(..).for_each(Worker::join);
-                        return Ok(());
-                    }
+            let signals: Vec<i32> = self.signals.pending().collect();
+            for signal in signals {
+                if signal != SIGHUP {
+                    log::info!("leaving; the ruleset stays, 'nfqd flush' removes it");
+                    self.shared.stop.store(true, Relaxed);
+                    self.workers.drain(..).for_each(Worker::join);
+                    return Ok(());
                 }
+                self.reload();
             }
             self.take_commands();
-            control.serve(|| self.status());
+            self.control.serve(|| self.status());
+            if let Some(worker) = self.workers.iter().find(|worker| !worker.is_alive()) {
+                let source = std::io::Error::other("its thread ended, see above");
+                return Err(StartError::System { what: format!("queue {}", worker.queue), source });
+            }
             if slow.elapsed() >= SLOW_TICK {
                 slow = Instant::now();
                 self.look_around();
@@ -254,14 +266,28 @@ impl Daemon {
         build(&self.policy, &self.slots, &self.options)
     }
 
-    /// Gives the engine the policy of now.
-    fn publish(&mut self) {
+    /// Gives what the policy names its numbers and MACs.
+    fn follow(&mut self) {
         let macs = &self.macs;
         self.slots.follow(&self.policy, |ip| macs.get(&ip).copied(), Instant::now());
+    }
+
+    /// Gives the engine the policy of now.
+    fn publish(&mut self) {
         self.shared.snapshot.store(Arc::new(snapshot(&self.policy, &self.slots, &self.options)));
     }
 
-    /// Brings the policy to the engine, then to the kernel. The engine goes first: it must know what the kernel sends it.
+    /// Makes the kernel's tables what they should be, whatever they are.
+    fn load(&mut self) -> Result<(), KernelError> {
+        let wanted = self.wanted();
+        self.kernel.load(&wanted)?;
+        self.loaded = wanted;
+        self.stale = false;
+        Ok(())
+    }
+
+    /// Brings policy and slots to the engine, then to the kernel. The engine goes first: it must know what the kernel
+    /// sends it.
     fn enforce(&mut self) -> Result<(), KernelError> {
         self.publish();
         let wanted = self.wanted();
@@ -274,26 +300,31 @@ impl Daemon {
             }
             other => other,
         };
+        self.stale = result.is_err();
         if result.is_ok() {
             self.loaded = wanted;
         }
         result
     }
 
-    /// Makes a changed policy hold, or puts the old one back.
-    fn adopt(&mut self, before: Policy) -> Result<(), KernelError> {
+    /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
+    fn adopt(&mut self, before: Policy) -> Result<(), String> {
         if self.policy == before {
             return Ok(());
         }
-        if self.policy.destinations().count() != 0 {
-            self.find_neighbours();
-        }
-        let result = self.enforce();
+        let slots = self.slots.clone();
+        self.follow();
+        let result = if self.slots.are_enough_for(&self.policy) {
+            self.enforce().map_err(|error| format!("ERR internal the host cannot enforce it: {error}"))
+        } else {
+            Err("ERR quota the host has no numbers left for backends; try again in two minutes".to_string())
+        };
         match &result {
             Ok(()) => self.save(),
             Err(error) => {
                 log::error!("{error}");
                 self.policy = before;
+                self.slots = slots;
                 self.publish();
             }
         }
@@ -314,14 +345,15 @@ impl Daemon {
                 answered.push((frame, reply));
             }
             if let Err(error) = self.adopt(before) {
-                for (_, reply) in answered.iter_mut().filter(|(_, reply)| reply.starts_with("OK")) {
-                    *reply = format!("ERR internal the host cannot enforce it: {error}");
-                }
+                let accepted = answered.iter_mut().filter(|(_, reply)| reply.starts_with("OK"));
+                accepted.for_each(|(_, reply)| reply.clone_from(&error));
             }
             if let Some(channel) = self.channels.get_mut(at) {
                 for (frame, reply) in &answered {
                     let text = frame.text.as_deref().unwrap_or("a frame that is no text");
-                    log::info!("{}: {text}: {reply}", channel.spec().path.display());
+                    // What is refused is the guest's matter, and a guest can fill a disk with it.
+                    let level = if reply.starts_with("OK") { log::Level::Info } else { log::Level::Debug };
+                    log::log!(level, "{}: {text}: {reply}", channel.spec().path.display());
                 }
                 channel.reply(&answered);
             }
@@ -334,11 +366,34 @@ impl Daemon {
             Ok(line) => line,
             Err(error) => return format!("ERR syntax {error}"),
         };
-        let allowed = self.channels.get(channel).map_or(Ok(()), |channel| channel.authorise(line));
-        match allowed.and_then(|()| self.policy.apply_line(line)) {
+        match self.authorise(channel, line).and_then(|_| self.policy.apply_line(line)) {
             Ok(command) => format!("OK {command}"),
             Err(error) => error.reply(),
         }
+    }
+
+    /// What the channel's own binding says, and that it does not redirect to a middlebox of another channel: the replies
+    /// of that would be its to disturb.
+    fn authorise(&self, at: usize, line: &str) -> Result<(), CommandError> {
+        let Some(channel) = self.channels.get(at) else { return Ok(()) };
+        let Command::RegisterBalance { balance, .. } = channel.authorise(line)? else { return Ok(()) };
+        let to = balance.destination();
+        let of_others = |mac: &MacAddr| {
+            let others = self.channels.iter().enumerate().filter(|(other, _)| *other != at);
+            !channel.spec().macs.contains(mac)
+                && others.into_iter().any(|(_, other)| other.spec().macs.contains(mac))
+        };
+        let by_mac = to.mac.as_ref().is_some_and(of_others);
+        let by_address = self.policy.middleboxes().iter().any(|(mac, middlebox)| {
+            let registered = middlebox.ip() == Some(to.ip) || middlebox.services().contains_key(&to.ip);
+            registered && of_others(mac)
+        });
+        if !(by_mac || by_address) {
+            return Ok(());
+        }
+        let word = line.split_ascii_whitespace().count() - 1;
+        let expected = "a middlebox that another channel speaks for; redirect to another host";
+        Err(CommandError::at_word(line, word, ErrorCode::Denied, expected))
     }
 
     fn save(&mut self) {
@@ -365,7 +420,7 @@ impl Daemon {
         match self.neighbours.resolve(&wanted) {
             Ok(found) => {
                 // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
-                let new: HashMap<IpAddr, MacAddr> =
+                let new: BTreeMap<IpAddr, MacAddr> =
                     found.into_iter().filter(|(ip, mac)| self.macs.get(ip) != Some(mac)).collect();
                 for (ip, mac) in &new {
                     log::info!("backend {ip} is at {mac}");
@@ -383,48 +438,59 @@ impl Daemon {
     }
 
     fn look_around(&mut self) {
-        if self.find_neighbours()
+        if self.find_neighbours() {
+            self.follow();
+            self.stale = true;
+        }
+        if self.watch.changed() {
+            log::warn!("our tables were changed by another program; loading them again");
+            self.repairs += 1;
+            if let Err(error) = self.load() {
+                log::error!("{error}");
+                self.stale = true;
+            }
+        }
+        if self.stale
             && let Err(error) = self.enforce()
         {
-            log::error!("{error}");
-        }
-        match self.kernel.stands() {
-            Ok(true) => {}
-            Ok(false) => {
-                log::warn!("our table was removed by another program; loading it again");
-                self.repairs += 1;
-                let wanted = self.wanted();
-                match self.kernel.load(&wanted) {
-                    Ok(()) => self.loaded = wanted,
-                    Err(error) => log::error!("{error}"),
-                }
-            }
-            Err(error) => log::error!("{error}"),
+            log::error!("{error}; trying again");
         }
         if self.unsaved.is_some() {
             self.save();
         }
     }
 
-    /// SIGHUP: the file of `--commands` is applied again, and regions that are new are opened.
+    /// SIGHUP: reads the file of `--config` again, opens and closes regions as it says, and applies the file of
+    /// `--commands`. What is wrong leaves everything as it was.
     fn reload(&mut self) {
         log::info!("reading the configuration again");
+        let config = match self.flags.resolve() {
+            Ok(config) => config,
+            Err(error) => return log::error!("{error}; the configuration stays as it was"),
+        };
         let before = self.policy.clone();
-        match apply_commands(&mut self.policy, self.config.commands.as_deref()) {
-            Ok(()) => drop(self.adopt(before)),
-            Err(error) => {
-                log::error!("{error}; the policy stays as it was");
-                self.policy = before;
-            }
+        if let Err(error) = apply_commands(&mut self.policy, config.commands.as_deref()) {
+            self.policy = before;
+            return log::error!("{error}; the configuration stays as it was");
         }
-        for channel in &mut self.channels {
-            if channel.error().is_some() {
-                match Channel::open(channel.spec()) {
-                    Ok(open) => *channel = open,
+        if self.adopt(before).is_err() {
+            return;
+        }
+        self.channels.retain(|channel| channel.error().is_none() && config.shm.contains(channel.spec()));
+        for spec in &config.shm {
+            if self.channels.iter().all(|channel| channel.spec() != spec) {
+                match open_channel(spec) {
+                    Ok(channel) => self.channels.push(channel),
                     Err(error) => log::error!("{error}"),
                 }
             }
         }
+        let restart =
+            Config { shm: config.shm.clone(), commands: config.commands.clone(), ..self.config.clone() };
+        if restart != config {
+            log::warn!("shm and commands are taken over; the rest of the configuration needs a restart");
+        }
+        self.config = Config { shm: config.shm, commands: config.commands, ..self.config.clone() };
     }
 
     fn steer_name(&self) -> &'static str {
@@ -494,13 +560,29 @@ fn snapshot(policy: &Policy, slots: &Slots, options: &Options) -> Snapshot {
     Snapshot::new(policy, slots, options.fast_path == FastPath::Full)
 }
 
-/// Applies the file of `--commands`, all of it or nothing.
+fn open_channel(spec: &ShmSpec) -> Result<Channel, RegionError> {
+    if spec.macs.is_empty() {
+        log::warn!(
+            "{}: bound to no MAC, its guest may speak for every middlebox; add mac=",
+            spec.path.display()
+        );
+    }
+    Channel::open(spec)
+}
+
+/// Applies the file of `--commands`, all of it or nothing. `R F` of what is registered with that address already changes
+/// nothing: the rules that guests have added since stay.
 fn apply_commands(policy: &mut Policy, path: Option<&Path>) -> Result<(), StartError> {
     let Some(path) = path else { return Ok(()) };
     let text = std::fs::read_to_string(path)
         .map_err(|error| StartError::Input(format!("{}: {error}", path.display())))?;
     let mut changed = policy.clone();
-    let errors = apply_file(&mut changed, path, &text);
+    let errors = apply_file(&mut changed, path, &text, |policy, command| match command {
+        Command::RegisterFirewall { mac, ip } => {
+            policy.get(*mac).and_then(|m| m.firewall()).is_some_and(|firewall| firewall.ip() == *ip)
+        }
+        _ => false,
+    });
     if !errors.is_empty() {
         return Err(StartError::Input(errors.join("\n")));
     }

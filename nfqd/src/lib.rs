@@ -14,4 +14,5 @@ pub mod queue;
 pub mod replay;
 pub mod state;
 pub mod status;
+pub mod watch;
 pub mod worker;

@@ -115,8 +115,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    let config = options.resolve().map_err(Failure::Input)?;
-    Ok(Daemon::start(config)?.run()?)
+    Ok(Daemon::start(options)?.run()?)
 }
 
 /// The policy of a file of commands; every error of it, a line each.
@@ -124,7 +123,7 @@ fn read_policy(path: &Path) -> Result<Policy, Failure> {
     let text = std::fs::read(path).map_err(|error| Failure::Input(format!("{}: {error}", path.display())))?;
     let text = String::from_utf8_lossy(&text);
     let mut policy = Policy::default();
-    let errors = state::apply_file(&mut policy, path, &text);
+    let errors = state::apply_file(&mut policy, path, &text, |_, _| false);
     if errors.is_empty() { Ok(policy) } else { Err(Failure::Input(errors.join("\n"))) }
 }
 

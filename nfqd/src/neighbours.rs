@@ -20,6 +20,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_GETNEIGH: u16 = 30;
@@ -35,7 +36,11 @@ const NEIGHBOUR_HEADER: usize = 12;
 
 /// States in which an entry's MAC holds or held until lately: reachable, stale, delay, probe, permanent.
 const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
+/// The kernel has given up; it may be asked again.
+const FAILED: u16 = 0x20;
 const NTF_USE: u8 = 1;
+/// Addresses that are asked for in one call. Guests name them, and the kernel's table is bounded.
+const AT_A_TIME: usize = 16;
 const NLM_F_CREATE: u16 = 0x400;
 
 /// The host's neighbour table, over one socket.
@@ -60,34 +65,41 @@ impl Neighbours {
         Ok(Neighbours { socket })
     }
 
-    /// Asks the kernel to find these addresses on every bridge, and says which MACs it knows on bridges.
+    /// The MACs that the kernel knows on bridges for these addresses. It is asked to find those that it knows nothing
+    /// of, a few at a time; an entry that is there, an administrator's above all, is not touched.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
     pub fn resolve(&self, wanted: &BTreeSet<IpAddr>) -> Result<HashMap<IpAddr, MacAddr>, Errno> {
         let bridges = self.bridges()?;
-        for &bridge in &bridges {
-            for &ip in wanted {
+        let (mut found, mut known) = (HashMap::new(), BTreeSet::new());
+        self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
+            let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
+            let Some(Neighbour { link, ip, state, mac }) = entry.filter(|n| bridges.contains(&n.link)) else {
+                return;
+            };
+            if state & FAILED == 0 {
+                known.insert((link, ip));
+            }
+            let mac = mac.filter(|mac| state & KNOWN != 0 && mac.is_station());
+            found.extend(mac.filter(|_| wanted.contains(&ip)).map(|mac| (ip, mac)));
+        })?;
+        let unknown = wanted.iter().filter(|ip| !found.contains_key(*ip));
+        for &ip in unknown.take(AT_A_TIME) {
+            for &bridge in bridges.iter().filter(|&&bridge| !known.contains(&(bridge, ip))) {
                 // An address that cannot be resolved on this bridge is no reason to leave the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
         }
-        let mut found = HashMap::new();
-        self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
-            let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
-            found.extend(
-                entry
-                    .filter(|(link, ip, _)| bridges.contains(link) && wanted.contains(ip))
-                    .map(|(_, ip, mac)| (ip, mac)),
-            );
-        })?;
         Ok(found)
     }
 
     /// The bridges of this network namespace, by interface index.
     fn bridges(&self) -> Result<BTreeSet<i32>, Errno> {
         let mut out = BTreeSet::new();
-        self.request(&dump(RTM_GETLINK, LINK_HEADER), |_, message| out.extend(bridge(message)))?;
+        self.request(&dump(RTM_GETLINK, LINK_HEADER), |kind, message| {
+            out.extend((kind == RTM_NEWLINK).then(|| bridge(message)).flatten());
+        })?;
         Ok(out)
     }
 
@@ -153,8 +165,15 @@ fn bridge(message: &[u8]) -> Option<i32> {
     (name.split(|&byte| byte == 0).next() == Some(b"bridge")).then_some(index)
 }
 
-/// Link, address and MAC of a neighbour message, when the MAC is known.
-fn neighbour(message: &[u8]) -> Option<(i32, IpAddr, MacAddr)> {
+/// An entry of the neighbour table.
+struct Neighbour {
+    link: i32,
+    ip: IpAddr,
+    state: u16,
+    mac: Option<MacAddr>,
+}
+
+fn neighbour(message: &[u8]) -> Option<Neighbour> {
     let link = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
     let state = u16::from_ne_bytes(bytes_at(message, HEADER + 8)?);
     let (mut ip, mut mac) = (None, None);
@@ -166,6 +185,5 @@ fn neighbour(message: &[u8]) -> Option<(i32, IpAddr, MacAddr)> {
             _ => {}
         }
     }
-    let mac = mac.filter(|mac| state & KNOWN != 0 && mac.is_station());
-    Some((link, ip?, mac?))
+    Some(Neighbour { link, ip: ip?, state, mac })
 }

@@ -7,13 +7,14 @@ use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
 use nfqd_rules::slots::Slots;
 use nfqd_shmctl::MacAddr;
-use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
+use pcap_file::pcap::{PcapHeader, PcapPacket, PcapReader, PcapWriter};
+use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
-use pcap_file::{DataLink, PcapError};
+use pcap_file::{DataLink, PcapError, TsResolution};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -104,6 +105,11 @@ impl Replay {
 
     /// Judges a frame and rewrites it as it would leave; `None` when it would not.
     pub fn frame(&mut self, frame: &[u8], now: Seconds) -> (Line, Option<Vec<u8>>) {
+        self.cut_frame(frame, frame.len(), now)
+    }
+
+    /// The same for a frame of which the capture has only the beginning.
+    pub fn cut_frame(&mut self, frame: &[u8], length: usize, now: Seconds) -> (Line, Option<Vec<u8>>) {
         self.packets += 1;
         let mut line = Line {
             packet: self.packets,
@@ -115,7 +121,7 @@ impl Replay {
             from: None,
         };
         let mut out = frame.to_vec();
-        let Some(packet) = Packet::from_frame(frame) else { return (line, Some(out)) };
+        let Some(packet) = Packet::from_cut_frame(frame, length) else { return (line, Some(out)) };
         let destination = packet.link.destination;
         let registered = self.snapshot.policy().get(destination).is_some();
         line.middlebox = registered.then(|| destination.to_string());
@@ -156,23 +162,28 @@ impl Replay {
     }
 }
 
-/// Gives each Ethernet frame of a pcap or pcapng file, with its time, to `each`.
+/// A frame of a capture.
+pub struct Captured<'a> {
+    /// When it was seen.
+    pub time: Duration,
+    /// Its bytes, or the first of them.
+    pub frame: &'a [u8],
+    /// How long it was.
+    pub length: usize,
+}
+
+/// Gives each Ethernet frame of a pcap or pcapng file to `each`. The file may be a pipe.
 ///
 /// # Errors
 /// When the file cannot be read, or is no such capture.
 pub fn read_capture(
     path: &Path,
-    mut each: impl FnMut(Duration, &[u8]) -> Result<(), ReplayError>,
+    mut each: impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
 ) -> Result<(), ReplayError> {
     let name = path.display().to_string();
     let io = |source| ReplayError::Io { path: name.clone(), source };
     let mut file = BufReader::new(File::open(path).map_err(io)?);
-    let mut magic = [0; 4];
-    let next_generation = match file.read_exact(&mut magic) {
-        Ok(()) => magic == [0x0a, 0x0d, 0x0d, 0x0a],
-        Err(_) => false,
-    };
-    file.rewind().map_err(io)?;
+    let next_generation = file.fill_buf().map_err(io)?.starts_with(&[0x0a, 0x0d, 0x0d, 0x0a]);
     let mut packets = 0;
     let broken = |packet: u64| {
         let path = name.clone();
@@ -185,34 +196,58 @@ pub fn read_capture(
     if !next_generation {
         let mut reader = PcapReader::new(file).map_err(broken(1))?;
         ethernet(reader.header().datalink)?;
+        let unit = match reader.header().ts_resolution {
+            TsResolution::MicroSecond => 1000,
+            TsResolution::NanoSecond => 1,
+        };
         while let Some(packet) = reader.next_raw_packet() {
             packets += 1;
             let packet = packet.map_err(broken(packets))?;
-            let time = Duration::from_secs(u64::from(packet.ts_sec));
-            each(time, &packet.data)?;
+            let fraction = Duration::from_nanos(u64::from(packet.ts_frac) * unit);
+            let time = Duration::from_secs(u64::from(packet.ts_sec)) + fraction;
+            each(&Captured { time, frame: &packet.data, length: packet.orig_len as usize })?;
         }
         return Ok(());
     }
     let mut reader = PcapNgReader::new(file).map_err(broken(1))?;
-    let mut links: Vec<DataLink> = Vec::new();
+    // Link type, and nanoseconds that one unit of its clock has.
+    let mut interfaces: Vec<(DataLink, f64)> = Vec::new();
+    const MICROSECONDS: f64 = 1000.0;
     while let Some(block) = reader.next_block() {
         match block.map_err(broken(packets + 1))? {
-            Block::SectionHeader(_) => links.clear(),
-            Block::InterfaceDescription(interface) => links.push(interface.linktype),
+            Block::SectionHeader(_) => interfaces.clear(),
+            Block::InterfaceDescription(interface) => {
+                let unit = interface.options.iter().find_map(|option| match option {
+                    InterfaceDescriptionOption::IfTsResol(code) => Some(clock_unit(*code)),
+                    _ => None,
+                });
+                interfaces.push((interface.linktype, unit.unwrap_or(MICROSECONDS)));
+            }
             Block::EnhancedPacket(packet) => {
                 packets += 1;
-                ethernet(links.get(packet.interface_id as usize).copied().unwrap_or(DataLink::ETHERNET))?;
-                each(packet.timestamp, &packet.data)?;
+                let interface = interfaces.get(packet.interface_id as usize).copied();
+                let (link, unit) = interface.unwrap_or((DataLink::ETHERNET, MICROSECONDS));
+                ethernet(link)?;
+                // pcap-file 2.0 gives the raw count as if it were nanoseconds.
+                let time = Duration::from_nanos((packet.timestamp.as_nanos() as f64 * unit) as u64);
+                each(&Captured { time, frame: &packet.data, length: packet.original_len as usize })?;
             }
             Block::SimplePacket(packet) => {
                 packets += 1;
-                ethernet(links.first().copied().unwrap_or(DataLink::ETHERNET))?;
-                each(Duration::ZERO, &packet.data)?;
+                ethernet(interfaces.first().map_or(DataLink::ETHERNET, |(link, _)| *link))?;
+                let length = packet.original_len as usize;
+                each(&Captured { time: Duration::ZERO, frame: &packet.data, length })?;
             }
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Nanoseconds of one unit, from `if_tsresol` (pcapng, section 4.2): a power of ten, or of two with the top bit set.
+fn clock_unit(code: u8) -> f64 {
+    let base: f64 = if code & 0x80 == 0 { 10.0 } else { 2.0 };
+    1e9 / base.powi(i32::from(code & 0x7f))
 }
 
 /// Replays a capture: a line of text or JSON a packet to `out`, and the frames as they leave to `write`.
@@ -230,23 +265,31 @@ pub fn replay(
         let path = path.display().to_string();
         move |source| ReplayError::Io { path, source }
     };
+    if let (Ok(from), Some(Ok(to))) = (capture.canonicalize(), write.map(Path::canonicalize))
+        && from == to
+    {
+        let error =
+            io::Error::new(io::ErrorKind::InvalidInput, "is the capture itself; write to another file");
+        return Err(io(capture)(error));
+    }
     let mut replay = Replay::new(policy);
     let mut writer = match write {
         None => None,
         Some(path) => {
             let file = BufWriter::new(File::create(path).map_err(io(path))?);
-            Some((path, PcapWriter::new(file).map_err(pcap(path))?))
+            let header = PcapHeader { ts_resolution: TsResolution::NanoSecond, ..PcapHeader::default() };
+            Some((path, PcapWriter::with_header(file, header).map_err(pcap(path))?))
         }
     };
     let mut start = None;
-    read_capture(capture, |time, frame| {
-        let start = *start.get_or_insert(time);
-        let now = time.saturating_sub(start).as_secs().min(u64::from(Seconds::MAX)) as Seconds;
-        let (line, leaves) = replay.frame(frame, now);
+    read_capture(capture, |captured| {
+        let start = *start.get_or_insert(captured.time);
+        let now = captured.time.saturating_sub(start).as_secs().min(u64::from(Seconds::MAX)) as Seconds;
+        let (line, leaves) = replay.cut_frame(captured.frame, captured.length, now);
         let text = if json { serde_json::to_string(&line).unwrap_or_default() } else { line.text() };
         writeln!(out, "{text}").map_err(io(Path::new("standard output")))?;
         if let (Some((path, writer)), Some(frame)) = (&mut writer, leaves) {
-            let packet = PcapPacket::new(time, frame.len() as u32, &frame);
+            let packet = PcapPacket::new(captured.time, captured.length as u32, &frame);
             writer.write_packet(&packet).map_err(pcap(path))?;
         }
         Ok(())
@@ -319,7 +362,7 @@ mod tests {
         let mut writer = PcapWriter::new(File::create(path).unwrap()).unwrap();
         for frame in frames() {
             writer
-                .write_packet(&PcapPacket::new(Duration::from_secs(9), frame.len() as u32, &frame))
+                .write_packet(&PcapPacket::new(Duration::new(9, 123_456_000), frame.len() as u32, &frame))
                 .unwrap();
         }
     }
@@ -332,7 +375,8 @@ mod tests {
         for frame in frames() {
             let packet = EnhancedPacketBlock {
                 interface_id: 0,
-                timestamp: Duration::from_secs(9),
+                // The crate writes nanoseconds as they are; the interface's unit is a microsecond.
+                timestamp: Duration::from_nanos(9_123_456),
                 original_len: frame.len() as u32,
                 data: Cow::Owned(frame),
                 options: vec![],
@@ -363,8 +407,9 @@ mod tests {
                 ]
             );
             let mut leaving = Vec::new();
-            read_capture(&written, |_, frame| {
-                leaving.push(frame.to_vec());
+            read_capture(&written, |captured| {
+                assert_eq!(captured.time, Duration::new(9, 123_456_000));
+                leaving.push(captured.frame.to_vec());
                 Ok(())
             })
             .unwrap();
@@ -376,6 +421,20 @@ mod tests {
             assert_eq!(&leaving[1][26..30], &[10, 0, 0, 2]);
             assert_eq!(leaving[2..], frames()[3..]);
         }
+    }
+
+    #[test]
+    fn the_capture_is_not_written_over_and_a_cut_packet_is_judged() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write_pcap(&path);
+        let before = std::fs::read(&path).unwrap();
+        let error = replay(&path, &policy(), false, Some(&path), &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("is the capture itself"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        let frame = &frames()[0];
+        let (line, _) = Replay::new(&policy()).cut_frame(&frame[..40], frame.len(), 0);
+        assert_eq!((line.verdict, line.rule), ("drop", Some(4)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! disk is full the policy still holds in memory and in the kernel; the daemon says so and tries again.
 
 use nfqd_rules::Policy;
+use nfqd_shmctl::Command;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -35,9 +36,6 @@ pub enum StateError {
         /// The directory.
         path: PathBuf,
     },
-    /// The file does not parse. Nothing of it is used, and it is left as it is.
-    #[error("{0}")]
-    Content(String),
 }
 
 impl State {
@@ -59,22 +57,27 @@ impl State {
         self.directory.join("commands")
     }
 
-    /// The policy that was kept; an empty one at first.
+    /// The policy that was kept; an empty one at first. Lines that are not taken back come as errors: the file is then
+    /// copied beside, so that nothing is lost, and one wrong line does not keep all others out.
     ///
     /// # Errors
-    /// When the file cannot be read, or does not parse.
-    pub fn load(&self) -> Result<Policy, StateError> {
+    /// When the file cannot be read.
+    pub fn load(&self) -> Result<(Policy, Vec<String>), StateError> {
         let path = self.path();
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Policy::default()),
+        let text = match fs::read(&path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((Policy::default(), Vec::new()));
+            }
             Err(source) => return Err(StateError::Io { path, source }),
         };
         let mut policy = Policy::default();
-        match apply_file(&mut policy, &path, &text) {
-            errors if errors.is_empty() => Ok(policy),
-            errors => Err(StateError::Content(errors.join("\n"))),
+        let errors = apply_file(&mut policy, &path, &text, |_, _| false);
+        if !errors.is_empty() {
+            let copy = self.directory.join("commands.rejected");
+            fs::copy(&path, &copy).map_err(|source| StateError::Io { path: copy, source })?;
         }
+        Ok((policy, errors))
     }
 
     /// Keeps a policy.
@@ -99,11 +102,19 @@ impl State {
     }
 }
 
-/// Applies the commands of a file to a policy. The errors come back as `FILE:LINE:COLUMN: message`; the commands without
-/// one are applied.
-pub fn apply_file(policy: &mut Policy, path: &Path, text: &str) -> Vec<String> {
+/// Applies the commands of a file to a policy, but for those that `skip` says of. The errors come back as
+/// `FILE:LINE:COLUMN: message`; the commands without one are applied.
+pub fn apply_file(
+    policy: &mut Policy,
+    path: &Path,
+    text: &str,
+    skip: impl Fn(&Policy, &Command) -> bool,
+) -> Vec<String> {
     let mut errors = Vec::new();
     for (number, line) in nfqd_shmctl::split_lines(text) {
+        if Command::parse(line).is_ok_and(|command| skip(policy, &command)) {
+            continue;
+        }
         if let Err(error) = policy.apply_line(line) {
             errors.push(format!("{}:{number}:{}: {}", path.display(), error.column, error.message));
         }
@@ -123,25 +134,26 @@ mod tests {
         policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
         {
             let state = State::open(dir.path()).unwrap();
-            assert_eq!(state.load().unwrap(), Policy::default());
+            assert_eq!(state.load().unwrap(), (Policy::default(), Vec::new()));
             state.save(&policy).unwrap();
             assert!(matches!(State::open(dir.path()), Err(StateError::Held { .. })));
         }
-        assert_eq!(State::open(dir.path()).unwrap().load().unwrap(), policy);
+        assert_eq!(State::open(dir.path()).unwrap().load().unwrap(), (policy, Vec::new()));
     }
 
     #[test]
-    fn a_broken_file_is_named_and_left() {
+    fn one_wrong_line_keeps_no_other_out_and_is_not_lost() {
         let dir = tempfile::tempdir().unwrap();
         let state = State::open(dir.path()).unwrap();
-        fs::write(state.path(), "R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n").unwrap();
-        let error = state.load().unwrap_err().to_string();
-        assert!(
-            error
-                .ends_with("commands:3:17: '99': not a bit value of this class; write a number from 0 to 15"),
-            "{error}"
-        );
-        assert!(fs::read_to_string(state.path()).unwrap().contains("I 99"));
+        fs::write(state.path(), b"R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n\xff\nA 2:0:0:0:0:1 I 2\n")
+            .unwrap();
+        let (policy, errors) = state.load().unwrap();
+        assert_eq!(policy.commands().len(), 2);
+        let expected = "commands:3:17: '99': not a bit value of this class; write a number from 0 to 15";
+        assert!(errors[0].ends_with(expected) && errors.len() == 2, "{errors:?}");
+        state.save(&policy).unwrap();
+        let rejected = fs::read(dir.path().join("commands.rejected")).unwrap();
+        assert!(rejected.windows(4).any(|word| word == b"I 99"));
     }
 
     #[test]

@@ -96,7 +96,10 @@ impl Rule {
     }
 
     /// The rule with fewer bits on and the named values blanked, as `D` has it.
-    pub fn without(&self, clear: &Clear) -> Rule {
+    ///
+    /// # Errors
+    /// When what is left contradicts itself.
+    pub fn without(&self, clear: &Clear, ip: IpAddr) -> Result<Rule, RuleError> {
         fn blank<T>(value: &mut Option<T>, named: bool) {
             if named {
                 *value = None;
@@ -123,7 +126,8 @@ impl Rule {
                 blank(&mut rule.tcp.destination, destination);
             }
         }
-        rule
+        rule.check(ip)?;
+        Ok(rule)
     }
 
     fn check(&self, ip: IpAddr) -> Result<(), RuleError> {

@@ -95,6 +95,11 @@ impl Packet {
     /// Reads a whole frame, from its destination MAC on. `None` when it has no Ethernet header, or a VLAN tag that is
     /// cut.
     pub fn from_frame(frame: &[u8]) -> Option<Packet> {
+        Packet::from_cut_frame(frame, frame.len())
+    }
+
+    /// Reads a frame of which `frame` is the beginning, and which was `length` bytes long.
+    pub fn from_cut_frame(frame: &[u8], length: usize) -> Option<Packet> {
         let header = Ethernet2HeaderSlice::from_slice(frame.get(..ETHERNET_LEN)?).ok()?;
         let l3 = l3_offset(frame);
         let tagged = l3 != ETHERNET_LEN;
@@ -105,7 +110,8 @@ impl Packet {
             ether_type: EtherType::new(u16_at(frame, l3 - 2)?),
         };
         let payload = frame.get(l3..).unwrap_or_default();
-        Some(Packet::from_payload(link, payload, payload.len(), false))
+        let length = length.max(frame.len()).saturating_sub(l3);
+        Some(Packet::from_payload(link, payload, length, false))
     }
 
     /// Reads what is behind the Ethernet header: `payload` is a copy of the first bytes of `length`. A super-packet
@@ -324,6 +330,8 @@ mod tests {
         assert!(broken(16, 0xff).is_none(), "total length beyond the frame");
         assert!(broken(17, 19).is_none(), "total length below the header");
         assert!(ip(&good[..good.len() - 1]).is_none(), "cut frame");
+        let captured = Packet::from_cut_frame(&good[..good.len() - 1], good.len()).unwrap();
+        assert_eq!(captured.ip, ip(&good), "cut by the capture only");
         // Padding behind the packet is no harm, and a wrong checksum is the receiver's matter.
         assert_eq!(ip(&[&good[..], &[0; 9]].concat()), ip(&good));
         assert!(broken(24, 0).is_some());

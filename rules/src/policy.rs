@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// Most rules that one middlebox may have; it is bounded because guests ask for them.
 pub const MAX_RULES: usize = 1024;
 /// Most balanced addresses that one middlebox may have.
-pub const MAX_SERVICES: usize = 64;
+pub const MAX_SERVICES: usize = 16;
 
 /// Everything that is registered. Cloning is cheap: middleboxes are shared until they change.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -56,6 +56,15 @@ impl Firewall {
         &self.conditions
     }
 
+    /// Refuses a rule that is one too many.
+    fn room_for(&self, number: RuleNumber) -> Result<(), Refusal> {
+        if self.rules.len() < MAX_RULES || self.rules.contains_key(&number) {
+            return Ok(());
+        }
+        let expected = format!("one more than the {MAX_RULES} rules that a middlebox may have");
+        refuse(2, ErrorCode::Quota, expected)
+    }
+
     fn set_rule(&mut self, mac: MacAddr, number: RuleNumber, rule: Option<Rule>) {
         match rule {
             Some(rule) => self.rules.insert(number, rule),
@@ -82,6 +91,9 @@ impl Middlebox {
         self.firewall.as_ref().map(|firewall| firewall.ip).or_else(|| self.services.keys().next().copied())
     }
 }
+
+/// Stands for the index of the bit value, which is one further behind a rule number.
+const BITS: usize = usize::MAX;
 
 /// A refusal, with the index of the word it is about.
 struct Refusal {
@@ -118,8 +130,15 @@ impl Policy {
     /// When the text is no command or the policy refuses it; nothing has changed then.
     pub fn apply_line(&mut self, line: &str) -> Result<Command, CommandError> {
         let command = Command::parse(line)?;
-        self.apply(&command)
-            .map_err(|refusal| CommandError::at_word(line, refusal.word, refusal.code, refusal.expected))?;
+        self.apply(&command).map_err(|refusal| {
+            let has_number = line.split_ascii_whitespace().nth(2).is_some_and(|word| word.starts_with('#'));
+            let word = match refusal.word {
+                BITS if has_number => 4,
+                BITS => 3,
+                word => word,
+            };
+            CommandError::at_word(line, word, refusal.code, refusal.expected)
+        })?;
         Ok(command)
     }
 
@@ -142,14 +161,9 @@ impl Policy {
             }
             Command::Add { mac, rule: number, set } => {
                 let firewall = self.firewall(*mac)?;
-                if firewall.rules.len() >= MAX_RULES && !firewall.rules.contains_key(number) {
-                    let expected = format!("one more than the {MAX_RULES} rules that a middlebox may have");
-                    return refuse(2, ErrorCode::Quota, expected);
-                }
+                firewall.room_for(*number)?;
                 let old = firewall.rules.get(number).cloned().unwrap_or_default();
-                let words_before = if *number == RuleNumber::FIRST { 3 } else { 4 };
-                let new =
-                    old.with(set, firewall.ip).or_else(|e| refuse(words_before, ErrorCode::Value, e))?;
+                let new = old.with(set, firewall.ip).or_else(|e| refuse(BITS, ErrorCode::Value, e))?;
                 self.set_rule(*mac, *number, Some(new));
                 Ok(())
             }
@@ -159,9 +173,11 @@ impl Policy {
                 let old = match firewall.rules.get(number) {
                     Some(old) => old.clone(),
                     None if *number == RuleNumber::FIRST => Rule::default(),
-                    None => return refuse(2, ErrorCode::Value, "no such rule; Add makes one"),
+                    None => return refuse(2, ErrorCode::Value, "no such rule; A makes one"),
                 };
-                self.set_rule(*mac, *number, Some(old.without(clear)));
+                firewall.room_for(*number)?;
+                let new = old.without(clear, firewall.ip).or_else(|e| refuse(BITS, ErrorCode::Value, e))?;
+                self.set_rule(*mac, *number, Some(new));
                 Ok(())
             }
             Command::DeleteRule { mac, rule: number } => {
@@ -312,6 +328,7 @@ mod tests {
             ("A MB I 3 d 2001:db8::1", ErrorCode::Value, 23, "not of one family"),
             ("A MB T 2 s 5", ErrorCode::Value, 23, "d never got a value"),
             ("A MB #2 M 4", ErrorCode::Value, 26, "p never got a value"),
+            ("A MB #1 I 4", ErrorCode::Value, 26, "t never got a value"),
             ("D MB #2 M 4", ErrorCode::Value, 21, "no such rule"),
             ("D MB #2", ErrorCode::Value, 21, "no such rule"),
             ("X MB L", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
@@ -337,6 +354,35 @@ mod tests {
         let error = p.apply_line(&format!("A {MAC} #{} I 2", MAX_RULES + 1)).unwrap_err();
         assert_eq!(error.code, ErrorCode::Quota);
         p.apply_line(&format!("A {MAC} #1 T 2 d 80")).unwrap();
+        p.apply_line(&format!("D {MAC} #1")).unwrap();
+        p.apply_line(&format!("A {MAC} #2000 I 2")).unwrap();
+        let error = p.apply_line(&format!("D {MAC} I 0")).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Quota, "rule 1 would be one more");
+    }
+
+    #[test]
+    fn what_is_blanked_may_not_leave_a_contradiction() {
+        let mut p = policy(&["R F MB 10.0.0.9", "A MB I 3 s 2001:db8::1 d 2001:db8::2"]);
+        let error = p.apply_line(&format!("D {MAC} I 3 d")).unwrap_err();
+        assert!(error.message.contains("not of one family"), "{error}");
+    }
+
+    proptest::proptest! {
+        /// What the state file holds must be taken back, whatever guests have written.
+        #[test]
+        fn any_accepted_commands_are_taken_back(
+            lines in proptest::collection::vec("(R F|A|D|X|R L) MB( #[1-3])?( [IMT] [0-9]{1,2}| 10.0.0.[1-3]| 2001:db8::[12])( 0 10.0.0.[1-5]| s 10.0.0.1| d 2001:db8::2| d 10.0.0.2| s 2001:db8::1| s 80| d 80| d| s| t 1| p 6){0,4}", 1..24)
+        ) {
+            let mut p = policy(&["R F MB 10.0.0.9"]);
+            for line in lines {
+                let _ = p.apply_line(&line.replace("MB", MAC));
+            }
+            let mut again = Policy::default();
+            for command in p.commands() {
+                proptest::prop_assert!(again.apply_line(&command.to_string()).is_ok(), "{}", command);
+            }
+            proptest::prop_assert_eq!(again, p);
+        }
     }
 
     #[test]

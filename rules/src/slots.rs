@@ -75,15 +75,23 @@ impl<K> Default for Numbers<K> {
 }
 
 impl<K: Copy + Ord> Numbers<K> {
-    fn adopt(&mut self, index: u32, key: K) {
+    fn adopt(&mut self, index: u32, key: K, now: Instant) {
         if index == 0 || index > MAX_INDEX || self.used.contains_key(&key) {
             return;
         }
-        self.free.extend(self.next..=index);
-        self.next = self.next.max(index + 1);
-        if self.free.remove(&index) {
+        self.seen(index, now);
+        let at = self.resting.iter().position(|&(resting, _)| resting == index);
+        if let Some(at) = at {
+            self.resting.swap_remove(at);
             self.used.insert(key, index);
         }
+    }
+
+    /// A number that the kernel may still carry: it and those below it rest, unless they are taken over.
+    fn seen(&mut self, index: u32, now: Instant) {
+        let until = now + REST;
+        self.resting.extend((self.next..=index.min(MAX_INDEX)).map(|index| (index, until)));
+        self.next = self.next.max(index.saturating_add(1));
     }
 
     /// Gives every key a number, and takes back those of keys that are gone.
@@ -134,6 +142,13 @@ pub struct Edition {
     fingerprint: u32,
 }
 
+impl Edition {
+    /// What the slot stands for.
+    pub fn key(&self) -> SlotKey {
+        self.key
+    }
+}
+
 /// The text by which a kernel map's element is recognised after a restart.
 impl fmt::Display for Edition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -163,13 +178,23 @@ pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::REPLY_TIMEOU
 
 impl Slots {
     /// Takes over the slots that a table in the kernel still carries.
-    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, Edition)>) {
-        found.into_iter().for_each(|(index, key)| self.numbers.adopt(index, key));
+    pub fn adopt(&mut self, found: impl IntoIterator<Item = (u32, Edition)>, now: Instant) {
+        found.into_iter().for_each(|(index, key)| self.numbers.adopt(index, key, now));
+    }
+
+    /// A number that a flow in the kernel still carries: nothing else gets it soon.
+    pub fn seen(&mut self, index: u32, now: Instant) {
+        self.numbers.seen(index, now);
+    }
+
+    /// Whether every destination of the policy got a slot.
+    pub fn are_enough_for(&self, policy: &Policy) -> bool {
+        self.current.len() == policy.destinations().count()
     }
 
     /// Takes over the numbers of middleboxes that a table in the kernel still carries.
-    pub fn adopt_middleboxes(&mut self, found: impl IntoIterator<Item = (u32, MacAddr)>) {
-        found.into_iter().for_each(|(index, mac)| self.middleboxes.adopt(index, mac));
+    pub fn adopt_middleboxes(&mut self, found: impl IntoIterator<Item = (u32, MacAddr)>, now: Instant) {
+        found.into_iter().for_each(|(index, mac)| self.middleboxes.adopt(index, mac, now));
     }
 
     /// Gives every destination and every middlebox of the policy a number, and takes back those that are gone. `macs`
@@ -249,12 +274,13 @@ mod tests {
         let (key, slot) = first.iter().next().unwrap();
         let edition: Edition = slot.comment(key).parse().unwrap();
         let mut second = Slots::default();
-        second.adopt([(7, edition)]);
+        second.adopt([(7, edition)], now);
         second.follow(&a, |_| Some(MacAddr([2; 6])), now);
         let slot = second.get(&key).unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
+        second.seen(9, now);
         // What stands under the same backend but other terms is another edition.
         second.follow(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), |_| None, now);
-        assert_ne!(second.get(&key).unwrap().index, 7);
+        assert_eq!(second.get(&key).unwrap().index, 10, "the kernel may carry any number up to 9");
     }
 }

@@ -76,6 +76,11 @@ const RICH: &[&str] = &[
     "A 2:0:0:0:0:1 #6 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:1 #7 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:1 #8 I 8 p icmp",
+    "R F 2:0:0:0:0:4 10.0.0.4",
+    "A 2:0:0:0:0:4 M 1 s 2:2:2:2:2:2",
+    "A 2:0:0:0:0:4 #2 I 8 p icmp",
+    "A 2:0:0:0:0:4 #3 M 5 s 2:2:2:2:2:2 p arp",
+    "A 2:0:0:0:0:4 #4 T 2 d 80",
     "R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3",
     "R L 2:0:0:0:0:2 10.0.0.4 1 10.0.0.7 10.0.0.5@2:0:0:0:0:5",
     "R L 2:0:0:0:0:2 2001:db8::2 0 2001:db8::3@2:0:0:0:0:3",
@@ -124,7 +129,12 @@ fn what_is_printed_is_what_the_kernel_has() {
                         assert!(listed.contains(&line), "{name}: {line}\n{}", listed.join("\n"));
                     }
                 }
-                for name in wanted[&Family::Bridge].sets.keys() {
+                // A name that is a word of nft's language cannot be asked for.
+                for name in wanted[&Family::Bridge].chains.keys() {
+                    nft(&["list", "chain", "bridge", "nfqd", name]);
+                }
+                for (name, set) in &wanted[&Family::Bridge].sets {
+                    nft(&["list", if set.data.is_some() { "map" } else { "set" }, "bridge", "nfqd", name]);
                     assert!(listed.iter().any(|l| l.ends_with(&format!(" {name} {{"))), "{name}");
                 }
             }
@@ -178,7 +188,9 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         );
         slots.follow(&policy, |_| None, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
-        let mut found = Kernel::open().unwrap().slots().unwrap();
+        let heritage = Kernel::open().unwrap().heritage().unwrap();
+        assert_eq!(heritage.macs.len(), 3, "the MACs of backends");
+        let mut found = heritage.slots;
         found.follow(&policy, |_| None, Instant::now());
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));

@@ -6,6 +6,7 @@
 use crate::parse::MAX_COMMAND;
 use crate::region::Region;
 use crate::value::MacAddr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Bytes for commands, from offset 0.
@@ -66,10 +67,11 @@ pub struct HostMailbox {
 }
 
 impl HostMailbox {
-    /// Takes the frames that are complete, oldest first. `now` lets an opening mark without a closing one time out.
+    /// Takes the frames that are complete, oldest first, at most `limit` and never more than sixteen. `now` lets an opening mark without a closing one time out.
     ///
     /// Each frame must be given to [`HostMailbox::reply`] before the next call, or it is taken again.
-    pub fn take(&mut self, region: &Region, now: Instant) -> Vec<Frame> {
+    pub fn take(&mut self, region: &Region, now: Instant, limit: usize) -> Vec<Frame> {
+        let limit = limit.min(MAX_FRAMES);
         let mut copy = [0; COMMAND_SIZE];
         region.read(0, &mut copy);
         // The common case by far: nothing there, and no allocation.
@@ -88,7 +90,7 @@ impl HostMailbox {
                     let Some(end) = body.iter().position(|&(_, byte)| byte == TAKEN) else { break };
                     rest = body.get(end + 1..).unwrap_or_default();
                 }
-                OPEN if frames.len() < MAX_FRAMES => {
+                OPEN if frames.len() < limit => {
                     let Some(end) = closing(body) else {
                         frames.extend(self.torn(open, now));
                         return frames;
@@ -133,21 +135,31 @@ impl HostMailbox {
     }
 }
 
-/// Where the mark that closes a frame stands in its body. A `@` before a MAC address belongs to a destination
-/// (`10.0.0.3@02:00:00:00:00:03`); one before what may become a MAC when the writer goes on leaves the frame open.
+/// Where the mark that closes a frame stands in its body. A `@` between an IP address and a MAC belongs to a destination
+/// (`10.0.0.3@02:00:00:00:00:03`), and so does one that only wants to: glued to an IP address and to more text, with
+/// another mark behind it. One before what may become a MAC when the writer goes on leaves the frame open.
 fn closing(body: &[(usize, u8)]) -> Option<usize> {
     let mut from = 0;
     loop {
-        let rest = body.get(from..)?;
-        let mark = from + rest.iter().position(|&(_, byte)| byte == OPEN)?;
-        let after: Vec<u8> = body.get(mark + 1..)?.iter().take(18).map(|&(_, byte)| byte).collect();
-        let run = after.iter().take_while(|byte| byte.is_ascii_hexdigit() || **byte == b':').count();
-        let mac_text: String = after.iter().take(run).copied().map(char::from).collect();
-        let may_go_on = run > 0 && run == after.len() && mac_text.matches(':').count() <= 5;
-        match mac_text.parse::<MacAddr>() {
-            Ok(_) => {}
-            Err(()) if may_go_on => {}
-            Err(()) => return Some(mark),
+        let mark = from + body.get(from..)?.iter().position(|&(_, byte)| byte == OPEN)?;
+        let (before, after) = (body.get(..mark)?, body.get(mark + 1..)?);
+        let &(offset, _) = body.get(mark)?;
+        let is_text = |byte: u8| byte.is_ascii_graphic() && byte != OPEN && byte != TAKEN;
+        let glued = after.first().is_some_and(|&(at, byte)| at == offset + 1 && is_text(byte));
+        let reversed = before.iter().rev().map(|&(_, byte)| byte).take_while(|&byte| is_text(byte));
+        let mut host: Vec<u8> = reversed.collect();
+        host.reverse();
+        let host = std::str::from_utf8(&host).ok().and_then(|text| text.parse::<IpAddr>().ok());
+        if !glued || host.is_none() {
+            return Some(mark);
+        }
+        let word: String = after.iter().take(18).map(|&(_, byte)| char::from(byte)).collect();
+        let digits = word.find(|c: char| !c.is_ascii_hexdigit() && c != ':').unwrap_or(word.len());
+        let is_mac = word.get(..digits).is_some_and(|text| text.parse::<MacAddr>().is_ok());
+        let may_go_on = digits == after.len();
+        let another = after.iter().any(|&(_, byte)| byte == OPEN);
+        if !(is_mac || may_go_on || another) {
+            return Some(mark);
         }
         from = mark + 1;
     }
@@ -267,12 +279,12 @@ mod tests {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
         region.write(0, b"@R F 12:13:14:15:16:17 10.129.126.15@");
-        let frames = mailbox.take(&region, Instant::now());
+        let frames = mailbox.take(&region, Instant::now(), 99);
         assert_eq!(texts(&frames), ["R F 12:13:14:15:16:17 10.129.126.15"]);
         answer(&mut mailbox, &region, frames);
         assert_eq!(bytes(&region, 37), b"$R F 12:13:14:15:16:17 10.129.126.15$");
         assert_eq!(reply(&region), "OK 0");
-        assert_eq!(mailbox.take(&region, Instant::now()), []);
+        assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
     }
 
     #[test]
@@ -280,7 +292,7 @@ mod tests {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
         region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\0@D 1:2:3:4:5:6 #2@ junk@X@");
-        let frames = mailbox.take(&region, Instant::now());
+        let frames = mailbox.take(&region, Instant::now(), 99);
         assert_eq!(texts(&frames), ["X 1:2:3:4:5:6", "D 1:2:3:4:5:6 #2"]);
         answer(&mut mailbox, &region, frames);
         assert_eq!(bytes(&region, 46), b"\0\0$X\0 1:2:3:4:5:6\0$\0$D 1:2:3:4:5:6 #2$ junk@X@");
@@ -293,11 +305,16 @@ mod tests {
         let mut mailbox = HostMailbox::default();
         let command = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3";
         region.write(0, format!("@{command}@@X 2:0:0:0:0:1@").as_bytes());
-        assert_eq!(texts(&mailbox.take(&region, Instant::now())), [command, "X 2:0:0:0:0:1"]);
+        assert_eq!(texts(&mailbox.take(&region, Instant::now(), 99)), [command, "X 2:0:0:0:0:1"]);
+        // Nor does one that is mistyped: the command is refused, not cut.
+        let mistyped = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:zz";
+        region.write(0, &[0; COMMAND_SIZE]);
+        region.write(0, format!("@{mistyped}@").as_bytes());
+        assert_eq!(texts(&mailbox.take(&region, Instant::now(), 99)), [mistyped]);
         // A writer that is in the middle of that MAC has not ended its frame.
         region.write(0, &[0; COMMAND_SIZE]);
         region.write(0, b"@R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0");
-        assert_eq!(mailbox.take(&region, Instant::now()), []);
+        assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
     }
 
     #[test]
@@ -308,10 +325,10 @@ mod tests {
         for first in [0, b'$'] {
             region.store(0, first);
             region.write(1, body);
-            assert_eq!(mailbox.take(&region, Instant::now()), []);
+            assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
         }
         region.store(0, b'@');
-        assert_eq!(mailbox.take(&region, Instant::now()).len(), 1);
+        assert_eq!(mailbox.take(&region, Instant::now(), 99).len(), 1);
     }
 
     #[test]
@@ -320,22 +337,22 @@ mod tests {
         let mut mailbox = HostMailbox::default();
         let start = Instant::now();
         region.write(0, b"@X 1:2:3");
-        assert_eq!(mailbox.take(&region, start), []);
-        assert_eq!(mailbox.take(&region, start + TORN_AFTER / 2), []);
+        assert_eq!(mailbox.take(&region, start, 99), []);
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER / 2, 99), []);
         region.write(8, b":4:5:6@");
-        assert_eq!(texts(&mailbox.take(&region, start + TORN_AFTER)), ["X 1:2:3:4:5:6"]);
+        assert_eq!(texts(&mailbox.take(&region, start + TORN_AFTER, 99)), ["X 1:2:3:4:5:6"]);
         // Overlong: no closing mark in all of the command area.
         region.write(0, &[b'x'; COMMAND_SIZE]);
         region.write(0, b"@");
-        assert_eq!(mailbox.take(&region, start), []);
-        let frames = mailbox.take(&region, start + TORN_AFTER);
+        assert_eq!(mailbox.take(&region, start, 99), []);
+        let frames = mailbox.take(&region, start + TORN_AFTER, 99);
         assert_eq!(
             frames.iter().map(|f| f.text.clone()).collect::<Vec<_>>(),
             [Err(FrameError::Torn { offset: 0 })]
         );
         answer(&mut mailbox, &region, frames);
         assert_eq!(region.load(0), b'$');
-        assert_eq!(mailbox.take(&region, start + TORN_AFTER * 3), []);
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER * 3, 99), []);
     }
 
     #[test]
@@ -345,7 +362,7 @@ mod tests {
         assert_eq!(send_command(&region, "Q", timeout), Err(SendError::Timeout(timeout)));
         assert!(matches!(send_frame(&region, "X 1:2:3:4:5:6", timeout), Err(SendError::NotAFrame(_))));
         // What timed out was withdrawn.
-        assert_eq!(HostMailbox::default().take(&region, Instant::now()), []);
+        assert_eq!(HostMailbox::default().take(&region, Instant::now(), 99), []);
         let got = std::thread::scope(|scope| {
             let guest = scope.spawn(|| {
                 (0..50)
@@ -354,7 +371,7 @@ mod tests {
             });
             let mut mailbox = HostMailbox::default();
             while !guest.is_finished() {
-                let frames = mailbox.take(&region, Instant::now());
+                let frames = mailbox.take(&region, Instant::now(), 99);
                 let answered: Vec<_> = frames
                     .into_iter()
                     .map(|f| {
@@ -382,15 +399,15 @@ mod tests {
             let start = Instant::now();
             // Every scan but the two that wait for a torn frame takes at least one mark away.
             for scan in 0..COMMAND_SIZE as u32 {
-                let frames = mailbox.take(&region, start + TORN_AFTER * scan);
+                let frames = mailbox.take(&region, start + TORN_AFTER * scan, 99);
                 prop_assert!(frames.len() <= MAX_FRAMES);
                 answer(&mut mailbox, &region, frames);
             }
             // The next writer finds its place.
-            let rest = mailbox.take(&region, start + TORN_AFTER * COMMAND_SIZE as u32);
+            let rest = mailbox.take(&region, start + TORN_AFTER * COMMAND_SIZE as u32, 99);
             prop_assert_eq!(rest, []);
             region.write(0, b"@X 1:2:3:4:5:6@");
-            let frames = mailbox.take(&region, start);
+            let frames = mailbox.take(&region, start, 99);
             prop_assert_eq!(frames[0].text.as_deref(), Ok("X 1:2:3:4:5:6"));
         }
     }

@@ -5,9 +5,10 @@
 #![allow(unsafe_code)]
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::posix_fallocate;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -37,7 +38,7 @@ pub enum RegionError {
         source: io::Error,
     },
     /// It is no file that can be shared memory.
-    #[error("{path}: not a regular file or a device; give the mem-path of the VM's memory-backend-file")]
+    #[error("{path}: not a regular file; give the mem-path of the VM's memory-backend-file")]
     Kind {
         /// The path asked for.
         path: PathBuf,
@@ -76,12 +77,17 @@ impl Region {
         let io = |source| RegionError::Io { path: path.to_path_buf(), source };
         let file = options.open(path).map_err(io)?;
         let about = file.metadata().map_err(io)?;
-        let kind = about.file_type();
-        if !(kind.is_file() || kind.is_char_device()) {
+        // The memory of a PCI device is a regular file, too, in sysfs.
+        if !about.is_file() {
             return Err(RegionError::Kind { path: path.to_path_buf() });
         }
-        if create && kind.is_file() && about.len() == 0 {
-            file.set_len(DEFAULT_SIZE as u64).map_err(io)?;
+        if create {
+            if about.len() == 0 {
+                file.set_len(DEFAULT_SIZE as u64).map_err(io)?;
+            }
+            // Touching a hole that a full file system cannot fill is a SIGBUS; now it is an error.
+            let len = file.metadata().map_err(io)?.len().min(DEFAULT_SIZE as u64);
+            posix_fallocate(&file, 0, len as i64).map_err(|errno| io(errno.into()))?;
         }
         let size = file.metadata().map_err(io)?.len();
         if size < MIN_SIZE {
@@ -133,10 +139,16 @@ impl Region {
     /// When the range is not inside the region.
     pub fn read(&self, offset: usize, out: &mut [u8]) {
         let from = self.range(offset, out.len());
-        for (index, byte) in out.iter_mut().enumerate() {
-            // SAFETY: needed because the memory is shared; `range` has checked all of it, and a volatile read of one
-            // byte holds for any value that another process puts there.
-            *byte = unsafe { from.add(index).read_volatile() };
+        let (words, rest) = out.as_chunks_mut::<8>();
+        let done = words.len() * 8;
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: needed because the memory is shared; `range` has checked all of it, an array of bytes needs no
+            // alignment, and a volatile read holds for any value that another process puts there.
+            *word = unsafe { from.add(index * 8).cast::<[u8; 8]>().read_volatile() };
+        }
+        for (index, byte) in rest.iter_mut().enumerate() {
+            // SAFETY: as above.
+            *byte = unsafe { from.add(done + index).read_volatile() };
         }
     }
 

@@ -7,13 +7,17 @@ use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAM
 use super::ruleset::Ruleset;
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
-use crate::slots::Slots;
+use crate::packet::Ports;
+use crate::slots::{Edition, SlotKey, Slots};
 use mnl::{Bus, Socket};
-use nfqd_shmctl::MacAddr;
+use nfqd_shmctl::{MacAddr, Protocol};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 /// The kernel's nf_tables, over one socket that stays open.
 pub struct Kernel {
@@ -60,6 +64,46 @@ impl KernelError {
             _ => None,
         }
     }
+}
+
+/// What an nfqd that ran before has left in the kernel.
+#[derive(Debug, Default)]
+pub struct Heritage {
+    /// Its numbers.
+    pub slots: Slots,
+    /// The MACs of its backends.
+    pub macs: BTreeMap<IpAddr, MacAddr>,
+    /// The ways back that the kernel remembers.
+    pub replies: Vec<Reply>,
+    by_index: BTreeMap<u32, SlotKey>,
+}
+
+/// A way back that the kernel remembers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reply {
+    /// From the backend.
+    pub source: IpAddr,
+    /// To the client.
+    pub destination: IpAddr,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// As in packets from the backend.
+    pub ports: Ports,
+    /// Its slot.
+    pub slot: SlotKey,
+}
+
+/// Reads the key of a map of replies: two addresses, two ports of two bytes padded to four.
+fn reply(key: &[u8], protocol: Protocol, slot: SlotKey) -> Option<Reply> {
+    let address = |bytes: &[u8]| match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    };
+    let (addresses, ports) = key.split_at_checked(key.len().checked_sub(8)?)?;
+    let (source, destination) = addresses.split_at(addresses.len() / 2);
+    let &[a, b, _, _, c, d, _, _] = ports else { return None };
+    let ports = Ports { source: u16::from_be_bytes([a, b]), destination: u16::from_be_bytes([c, d]) };
+    Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, slot })
 }
 
 /// Enough for transactions of some hundred thousand elements.
@@ -174,28 +218,56 @@ impl Kernel {
         }
     }
 
-    /// The numbers that the kernel's maps carry, from an nfqd that ran before.
+    /// What an nfqd that ran before has left in the kernel; nothing, when there is no table of ours.
     ///
     /// # Errors
     /// When the kernel cannot be asked, or a table of our name is somebody else's.
-    pub fn slots(&mut self) -> Result<Slots, KernelError> {
-        let mut slots = Slots::default();
+    pub fn heritage(&mut self) -> Result<Heritage, KernelError> {
+        let (mut out, now) = (Heritage::default(), Instant::now());
         if !self.ours(Family::Bridge)? {
-            return Ok(slots);
+            return Ok(out);
         }
-        for map in ["backend_vip4", "backend_vip6"] {
-            let found = self.elements(Family::Bridge, map)?.into_iter().filter_map(|element| {
-                let index = element.key.try_into().map(u32::from_ne_bytes).map(mark::index).ok()?;
-                Some((index, element.comment?.parse().ok()?))
-            });
-            slots.adopt(found);
+        let index = |bytes: &[u8]| bytes.try_into().map(u32::from_ne_bytes).map(mark::index).ok();
+        for (map, of) in [("backend_vip4", 4), ("backend_vip6", 16)] {
+            for element in
+                self.elements(Family::Bridge, map)?.iter().filter(|element| element.data.len() == of)
+            {
+                let edition: Option<Edition> = element.comment.as_ref().and_then(|text| text.parse().ok());
+                if let (Some(index), Some(edition)) = (index(&element.key), edition) {
+                    out.slots.adopt([(index, edition)], now);
+                    out.by_index.insert(index, edition.key());
+                }
+            }
+        }
+        for element in self.elements(Family::Bridge, "backend_mac")? {
+            let key = index(&element.key).and_then(|index| out.by_index.get(&index));
+            let mac: Option<[u8; 6]> = element.data.try_into().ok();
+            out.macs.extend(key.map(|key| key.backend).zip(mac.map(MacAddr)));
         }
         let found = self.elements(Family::Bridge, "ask")?.into_iter().filter_map(|element| {
             let mac = MacAddr(element.key.try_into().ok()?);
             Some((element.comment?.parse().ok()?, mac))
         });
-        slots.adopt_middleboxes(found);
-        Ok(slots)
+        out.slots.adopt_middleboxes(found, now);
+        for (protocol, name) in [(Protocol::TCP, "tcp"), (Protocol::UDP, "udp")] {
+            for family in ['4', '6'] {
+                for element in self.elements(Family::Bridge, &format!("flows_{name}{family}"))? {
+                    index(&element.data).into_iter().for_each(|index| out.slots.seen(index, now));
+                }
+                for element in self.elements(Family::Bridge, &format!("replies_{name}{family}"))? {
+                    let Some(index) = index(&element.data) else { continue };
+                    out.slots.seen(index, now);
+                    let slot = out.by_index.get(&index).copied();
+                    out.replies.extend(slot.and_then(|slot| reply(&element.key, protocol, slot)));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// The number by which the kernel's notifications name what this socket did.
+    pub fn port(&self) -> u32 {
+        self.socket.portid()
     }
 
     /// Whether our table stands in the bridge family.
@@ -305,13 +377,11 @@ impl Kernel {
     /// When the kernel refuses; nothing is changed then. `ENOENT` and `EEXIST` mean that somebody else has changed our
     /// tables: [`Kernel::load`] repairs them.
     pub fn change(&mut self, old: &Ruleset, new: &Ruleset) -> Result<(), KernelError> {
-        let mut batch = self.batch();
-        for (family, new) in new {
-            match old.get(family) {
-                Some(old) => difference(&mut batch, old, new),
-                None => return self.load(&Ruleset::from([(*family, new.clone())])),
-            }
+        if !old.keys().eq(new.keys()) {
+            return self.load(new);
         }
+        let mut batch = self.batch();
+        old.values().zip(new.values()).for_each(|(old, new)| difference(&mut batch, old, new));
         self.commit(batch)
     }
 

@@ -25,6 +25,10 @@ pub const REPLY_TIMEOUT: u32 = 90;
 /// Flows that each kernel map can hold.
 const FLOWS: u32 = 262_144;
 
+/// Shapes that one middlebox may bring: each is a look-up for every packet to any middlebox. Further rules go into a
+/// chain of its own.
+const MAX_SHAPES: usize = 4;
+
 /// The parts of a key that nft of Debian 12 lists rightly.
 const MAX_KEY: usize = 5;
 
@@ -405,8 +409,8 @@ impl Builder<'_> {
         }
         self.set("middleboxes", middleboxes);
         self.set("balanced", balanced);
-        self.set("rules", set_of(&mac, verdicts, "middleboxes with deny rules that no set can hold"));
-        self.set("static", set_of(&mac, verdicts, "what happens without an engine"));
+        self.set("deny_rules", set_of(&mac, verdicts, "middleboxes with deny rules that no set can hold"));
+        self.set("static_redirects", set_of(&mac, verdicts, "what happens without an engine"));
         if self.options.steer == Steer::BrNetfilter {
             self.set("ask", set_of(&mac, verdicts, "the mark by which the engine knows the middlebox"));
         }
@@ -473,10 +477,13 @@ impl Builder<'_> {
         let mut plain: BTreeMap<MacAddr, Vec<(bool, Rule)>> = BTreeMap::new();
         let mut elements = Vec::new();
         for (mac, middlebox) in self.middleboxes() {
+            let mut own: BTreeSet<Shape> = BTreeSet::new();
             for (number, conditions) in middlebox.firewall().into_iter().flat_map(|f| f.conditions()) {
                 let comment = format!("rule {number}");
                 let (shape, fields) = shape(conditions);
-                if conditions.tos.is_none() && fields.len() < MAX_KEY {
+                let fits = conditions.tos.is_none() && fields.len() < MAX_KEY;
+                if fits && (own.contains(&shape) || own.len() < MAX_SHAPES) {
+                    own.insert(shape.clone());
                     let key =
                         [vec![Value::Mac(mac)], fields.iter().map(|(_, value)| *value).collect()].concat();
                     elements.push((shape.name(), key, comment));
@@ -500,7 +507,7 @@ impl Builder<'_> {
                 chain.extend(later_fragments_return());
                 chain.extend(with_ports.into_iter().map(|(_, rule)| rule));
             }
-            self.own_chain("rules", mac, None, chain);
+            self.own_chain("deny_rules", mac, None, chain);
         }
         shapes
     }
@@ -528,7 +535,7 @@ impl Builder<'_> {
             steer.push(rule([from_backend(ip), vec![target]].concat()));
         }
         if full {
-            steer.push(rule(vec![to_middlebox("balanced"), goto("redirect")]));
+            steer.push(rule(vec![to_middlebox("balanced"), goto("balance")]));
         }
         let steer = Chain { priority: Some(STEER_PRIORITY), rules: steer };
         self.table.chains.insert("steer".to_string(), steer);
@@ -547,7 +554,7 @@ impl Builder<'_> {
             let (with_ports, without): (Vec<&Shape>, Vec<&Shape>) =
                 shapes.iter().partition(|shape| shape.tcp);
             rules.extend(without.into_iter().map(Shape::rule));
-            rules.push(rule(vec![Statement::Vmap(vec![Field::EtherDestination], "rules".to_string())]));
+            rules.push(rule(vec![Statement::Vmap(vec![Field::EtherDestination], "deny_rules".to_string())]));
             if !with_ports.is_empty() {
                 rules.extend(later_fragments_return());
                 rules.extend(with_ports.into_iter().map(Shape::rule));
@@ -598,7 +605,7 @@ impl Builder<'_> {
             ));
         }
         redirect.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
-        self.chain("redirect", redirect);
+        self.chain("balance", redirect);
         for ip in IPS {
             let mut reply = Vec::new();
             for transport in TRANSPORTS {
@@ -629,7 +636,7 @@ impl Builder<'_> {
         let is = |operation: Operation| Statement::Is(Field::Mark(OPERATION), Value::Mark(operation as u32));
         let learn = vec![
             commented(
-                vec![Statement::Is(Field::Mark(OURS), Value::Mark(0)), accept()],
+                vec![Statement::Is(Field::Mark(OPERATION), Value::Mark(0)), accept()],
                 "not from the engine, or nothing to do",
             ),
             rule(vec![is(Operation::RedirectLearn), goto("learn_flow")]),
@@ -704,7 +711,7 @@ impl Builder<'_> {
     /// Static redirects work without an engine, for whole TCP and UDP packets: anything else would need what only the
     /// engine knows.
     fn static_chains(&mut self) {
-        let to_static = || Statement::Vmap(vec![Field::EtherDestination], "static".to_string());
+        let to_static = || Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
         let mut unanswered: Vec<Rule> = flows()
             .map(|(ip, transport)| rule([transport.is_whole(ip), vec![to_static()]].concat()))
             .collect();
@@ -717,7 +724,7 @@ impl Builder<'_> {
             }
         }
         for (mac, rules) in chains {
-            self.own_chain("static", mac, None, rules);
+            self.own_chain("static_redirects", mac, None, rules);
         }
     }
 
@@ -756,27 +763,23 @@ fn later_fragments_return() -> [Rule; 2] {
     })
 }
 
-/// A deny rule that no set can hold: one rule, or one a family when the TOS byte has no family.
+/// A deny rule that no set holds: one rule, or one a family when the TOS byte has no family.
 fn plain_rules(shape: &Shape, fields: &[(Field, Value)], comment: &str) -> Vec<Rule> {
-    let has_tos = fields.iter().any(|(field, _)| *field == Field::Ip4Tos);
-    let families: Vec<Ip> = match shape.family {
-        None if has_tos => IPS.to_vec(),
-        Some(EtherType::IPV6) => vec![IPV6],
-        _ => vec![IPV4],
+    let has_tos = fields.iter().any(|(field, _)| matches!(field, Field::Ip4Tos | Field::Ip6TrafficClass));
+    let families: Vec<Option<Ip>> = match shape.family {
+        None if has_tos => IPS.map(Some).to_vec(),
+        None => vec![None],
+        Some(EtherType::IPV6) => vec![Some(IPV6)],
+        Some(_) => vec![Some(IPV4)],
     };
-    let one = |ip: Ip| {
-        let mut statements = Vec::new();
-        if shape.needs_ip {
-            statements.push(ip.is());
-        }
-        statements.extend(
-            shape.guards().into_iter().filter(|guard| !matches!(guard, Statement::Is(Field::EtherType, _))),
-        );
+    let one = |ip: Option<Ip>| {
+        let is_family = |guard: &Statement| matches!(guard, Statement::Is(Field::EtherType, _));
+        let mut statements: Vec<Statement> = ip.map(Ip::is).into_iter().collect();
+        statements.extend(shape.guards().into_iter().filter(|guard| !is_family(guard)));
         for &(field, value) in fields {
             let field = match field {
-                Field::Ip4Tos | Field::Ip6TrafficClass if ip.suffix == '4' => Field::Ip4Tos,
-                Field::Ip4Tos | Field::Ip6TrafficClass => Field::Ip6TrafficClass,
-                other => other,
+                Field::Ip4Tos if ip.is_some_and(|ip| ip.suffix == '6') => Field::Ip6TrafficClass,
+                field => field,
             };
             statements.push(Statement::Is(field, value));
         }

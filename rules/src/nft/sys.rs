@@ -531,7 +531,8 @@ fn add_element(set: &SetObject, key: &[Value], element: &Element) {
     let pointer = unsafe { sys::nftnl_set_elem_alloc() };
     assert!(!pointer.is_null(), "out of memory");
     let data = |attribute: u32, bytes: &[u8]| {
-        assert!(bytes.len() <= 256, "{} bytes of element data", bytes.len());
+        let limit = if attribute == sys::NFTNL_SET_ELEM_USERDATA { 256 } else { MAX_DATA };
+        assert!(bytes.len() <= limit, "{} bytes of element data", bytes.len());
         // SAFETY: needed to fill the element, which is alive; the bytes are copied and fit.
         unsafe {
             sys::nftnl_set_elem_set(pointer, attribute as u16, bytes.as_ptr().cast(), bytes.len() as u32)
