@@ -39,8 +39,19 @@ impl Daemon {
     /// # Panics
     /// When it does not start.
     pub fn start(arguments: &[&str]) -> Daemon {
+        Daemon::start_bound(arguments, "")
+    }
+
+    /// The same, with its region bound to a MAC.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_bound(arguments: &[&str], mac: &str) -> Daemon {
         let directory = tempfile::tempdir().expect("directory");
-        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        let bound = if mac.is_empty() { String::new() } else { format!(",mac={mac}") };
+        let shm = format!("{}{bound}", directory.path().join("shm").display());
+        let arguments: Vec<String> =
+            ["--shm", &shm].into_iter().chain(arguments.iter().copied()).map(str::to_string).collect();
         // br_netfilter is on in every new namespace. Where it is not the way into the queue it only changes what the bridge
         // does, and cut ARP frames are dropped for the sake of a table that nobody has here.
         let by_br_netfilter = if steer() == "native" { "0" } else { "1" };
@@ -170,8 +181,6 @@ fn spawn(directory: &Path, arguments: &[String]) -> Child {
         .arg(directory.join("state"))
         .arg("--control")
         .arg(directory.join("control"))
-        .arg("--shm")
-        .arg(directory.join("shm"))
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -230,18 +230,150 @@ fn fail_closed_drops_what_nobody_judges() {
 }
 
 #[test]
-fn another_program_removes_the_table() {
+fn another_program_changes_our_tables() {
     in_netns(|| {
         let scene = Scene::new(&[]);
         scene.redirect();
-        run("nft delete table bridge nfqd");
-        wait_for("the table again", || run("nft list tables").contains("bridge nfqd"));
+        for (number, interference) in [
+            "nft delete table bridge nfqd",
+            "nft flush chain bridge nfqd steer",
+            "nft flush set bridge nfqd middleboxes",
+            "nft add rule bridge nfqd balance drop",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let chains = run("nft -a list table bridge nfqd");
+            run(interference);
+            wait_for(interference, || scene.daemon.status().repairs == number as u64 + 1);
+            assert_eq!(scene.at_vm().as_deref(), Some("backend"), "{interference}");
+            let handle = |text: &str| text.lines().find(|l| l.contains("chain steer")).map(str::to_string);
+            if number != 0 {
+                assert_eq!(
+                    handle(&run("nft -a list table bridge nfqd")),
+                    handle(&chains),
+                    "base chains stand"
+                );
+            }
+        }
+        // Our own changes and other tables are no interference.
+        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        run("nft add table bridge other");
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_eq!(scene.daemon.status().repairs, 4);
+    });
+}
+
+#[test]
+fn a_restart_takes_over_what_the_kernel_remembers() {
+    in_netns(|| {
+        let mut scene = Scene::new(&[]);
+        scene.redirect();
         assert_eq!(scene.at_vm().as_deref(), Some("backend"));
-        assert_eq!(scene.daemon.status().repairs, 1);
-        // What it empties is noticed at the next command.
-        run("nft flush set bridge nfqd middleboxes");
-        scene.daemon.must("X 12:13:14:15:16:17");
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"));
+        let index = || run("nft list map bridge nfqd backend_vip4");
+        // Another edition, then the first again: its number is new, and a restart does not give the old ones away.
+        scene.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
+        scene.daemon.must(STATIC);
+        let before = index();
+        assert!(before.contains("0x00000300"), "{before}");
+        let mut connection = connect(&scene.lab.client, VM, 80).unwrap();
+        connection.send(b"x");
+        scene.daemon.kill();
+        // The neighbour is forgotten: the backend's MAC is known from the kernel's map until it answers again.
+        run("ip neigh flush dev br0");
+        scene.daemon.restart();
+        assert_eq!(index(), before);
+        assert_eq!(
+            scene.daemon.status().middleboxes[0].backends[0].mac.as_deref(),
+            Some("02:00:00:00:00:17")
+        );
+        assert!(scene.daemon.status().flows >= 1, "the ways back are known again");
+        scene.daemon.must("R L 02:00:00:00:00:99 10.129.126.99 0 10.129.126.2@02:00:00:00:00:02");
+        let after = index();
+        assert!(after.contains("0x00000400") && !after.contains("0x00000100"), "{after}");
+        assert_eq!(connection.finish().split(' ').next(), Some("1"));
+    });
+}
+
+#[test]
+fn an_administrator_s_neighbours_are_left_alone() {
+    in_netns(|| {
+        let scene = Scene::new(&[]);
+        run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
+        scene.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
+        wait_for("its MAC", || scene.daemon.status().middleboxes[0].backends[0].mac.is_some());
+        assert!(run("ip neigh show 10.129.126.200").contains("PERMANENT"));
+    });
+}
+
+#[test]
+fn the_configuration_is_read_again() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let dir = tempfile::tempdir().unwrap();
+        let (config, commands) = (dir.path().join("nfqd.toml"), dir.path().join("commands"));
+        let write = |shm: &str, lines: &str| {
+            let text = format!("commands = \"{}\"\n{shm}", commands.display());
+            std::fs::write(&config, text).unwrap();
+            std::fs::write(&commands, lines).unwrap();
+        };
+        write("", "R F 02:00:00:00:00:01 10.0.0.1\n");
+        let daemon = Daemon::start(&["--config", config.to_str().unwrap()]);
+        daemon.must("A 02:00:00:00:00:01 T 2 d 80");
+        let commands_of = |at: usize| daemon.status().middleboxes[at].commands.join("; ");
+        write("", "R F 02:00:00:00:00:01 10.0.0.1\nR F 02:00:00:00:00:02 10.0.0.2 # new\n");
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        wait_for("the new middlebox", || daemon.status().middleboxes.len() == 2);
+        assert!(commands_of(0).contains("T 2 d 80"), "what guests have added stays: {}", commands_of(0));
+        // What is wrong changes nothing.
+        write("", "X 02:00:00:00:00:01\nnonsense\n");
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        wait_for("the complaint", || daemon.log().contains("commands:2:1: 'nonsense'"));
+        assert_eq!(daemon.status().middleboxes.len(), 2);
+    });
+}
+
+#[test]
+fn a_guest_does_not_disturb_another() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("second");
+        let second = format!("{},mac=02:00:00:00:00:02,to=10.0.0.0/24", path.display());
+        let daemon = Daemon::start_bound(&["--shm", &second], "02:00:00:00:00:01");
+        let region = || nfqd_shmctl::Region::open(&path).unwrap();
+        let tell = |command: &str| {
+            nfqd_shmctl::mailbox::send_command(&region(), command, Duration::from_secs(5)).unwrap()
+        };
+        daemon.must("R F 02:00:00:00:00:01 10.0.0.1");
+        for (command, expected) in [
+            (
+                "X 02:00:00:00:00:01",
+                "ERR denied column 3: '02:00:00:00:00:01': this channel may not speak for it",
+            ),
+            (
+                "R L 02:00:00:00:00:02 10.0.0.2 0 10.0.0.1",
+                "ERR denied column 34: '10.0.0.1': a middlebox that another",
+            ),
+            ("R L 02:00:00:00:00:02 10.0.0.2 0 10.0.0.9@02:00:00:00:00:01", "ERR denied column 34"),
+            (
+                "R L 02:00:00:00:00:02 10.0.0.2 0 10.0.1.9",
+                "ERR denied column 34: '10.0.1.9': this channel may not redirect",
+            ),
+            ("R L 02:00:00:00:00:02 10.0.0.2 0 10.0.0.9", "OK"),
+        ] {
+            let reply = tell(command);
+            assert!(reply.starts_with(expected), "{command}: {reply}");
+        }
+        // Garbage for a megabyte, over and over: the other guest is served all the same.
+        let garbage: Vec<u8> = (0..1_u32 << 20).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect();
+        for _ in 0..20 {
+            region().write(0, &garbage);
+            region().store(0, b'@');
+            daemon.must("A 02:00:00:00:00:01 T 2 d 80");
+        }
+        region().write(0, &vec![b'@'; 1 << 20]);
+        daemon.must("D 02:00:00:00:00:01 T 0");
     });
 }
 
@@ -253,9 +385,12 @@ fn refused(arguments: &[&str]) -> (Option<i32>, String) {
         .arg(program("nfqd"))
         .arg("--state")
         .arg(state.path())
-        .arg("--control")
-        .arg(state.path().join("control"))
         .args(arguments)
+        .args(if arguments.contains(&"--control") {
+            vec![]
+        } else {
+            vec!["--control".into(), state.path().join("c")]
+        })
         .output()
         .unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
@@ -288,6 +423,10 @@ fn what_keeps_it_from_starting_is_said() {
         assert_eq!(code, Some(1), "{message}");
         assert!(message.contains(":2:17: '99': not a bit value"), "{message}");
         assert!(!run("nft list tables").contains("nfqd"), "nothing was loaded");
+
+        let (code, message) = refused(&["--control", "/nowhere/control"]);
+        assert_eq!(code, Some(3), "{message}");
+        assert!(!run("nft list tables").contains("nfqd"), "nothing was left");
 
         let (code, message) = refused(&["--queue", "3-1"]);
         assert_eq!(code, Some(2), "{message}");
