@@ -95,7 +95,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         None => run(&cli.options),
         Some(Job::Run(options)) => run(&options),
-        Some(Job::Check { file }) => read_policy(&file).map(drop),
+        Some(Job::Check { file }) => check(&file),
         Some(Job::Rules(arguments)) => rules(&arguments),
         Some(Job::Replay { capture, commands, json, write }) => {
             replay(&capture, &commands, json, write.as_deref())
@@ -125,6 +125,17 @@ fn read_policy(path: &Path) -> Result<Policy, Failure> {
     let mut policy = Policy::default();
     let errors = state::apply_file(&mut policy, path, &text, |_, _| false);
     if errors.is_empty() { Ok(policy) } else { Err(Failure::Input(errors.join("\n"))) }
+}
+
+/// What is wrong is what this job is to print: it goes to standard output.
+fn check(file: &Path) -> Result<(), Failure> {
+    match read_policy(file) {
+        Err(Failure::Input(errors)) => {
+            print(|out| writeln!(out, "{errors}"))?;
+            Err(Failure::Input(String::new()))
+        }
+        other => other.map(drop),
+    }
 }
 
 fn rules(arguments: &RulesArguments) -> Result<(), Failure> {

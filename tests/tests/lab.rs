@@ -428,6 +428,15 @@ fn what_keeps_it_from_starting_is_said() {
         assert_eq!(code, Some(3), "{message}");
         assert!(!run("nft list tables").contains("nfqd"), "nothing was left");
 
+        // The way into the queue that is asked for, but not there.
+        let sysctl = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        let before = std::fs::read_to_string(sysctl).unwrap();
+        std::fs::write(sysctl, "0").unwrap();
+        let (code, message) = refused(&["--steer", "br-netfilter"]);
+        std::fs::write(sysctl, before).unwrap();
+        assert_eq!(code, Some(3), "{message}");
+        assert!(message.contains("br-netfilter.sh up") || message.contains("--steer native"), "{message}");
+
         let (code, message) = refused(&["--queue", "3-1"]);
         assert_eq!(code, Some(2), "{message}");
         // Without the privilege.
@@ -442,6 +451,25 @@ fn what_keeps_it_from_starting_is_said() {
         assert!(message.contains("CAP_NET_ADMIN"), "{message}");
         let _ = std::fs::remove_dir_all("/tmp/nfqd-refused");
     });
+}
+
+#[test]
+fn check_prints_every_error_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x");
+    std::fs::write(&file, "# fine\nR F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 1\nX 2:0:0:0:0:9\n").unwrap();
+    let output = Command::new(program("nfqd")).arg("check").arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let name = file.display();
+    let expected = [
+        format!("{name}:3:19: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"),
+        format!("{name}:4:3: '2:0:0:0:0:9': not registered"),
+    ];
+    assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+    std::fs::write(&file, "R F 2:0:0:0:0:1 10.0.0.1\n").unwrap();
+    let output = Command::new(program("nfqd")).arg("check").arg(&file).output().unwrap();
+    assert_eq!((output.status.code(), output.stdout, output.stderr), (Some(0), vec![], vec![]));
 }
 
 #[test]
