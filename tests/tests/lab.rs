@@ -463,7 +463,7 @@ fn check_prints_every_error_with_its_place() {
     let text = String::from_utf8(output.stdout).unwrap();
     let name = file.display();
     let expected = [
-        format!("{name}:3:19: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"),
+        format!("{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"),
         format!("{name}:4:3: '2:0:0:0:0:9': not registered"),
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
