@@ -3,7 +3,7 @@
 use crate::netns::{Host, run};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,6 +20,11 @@ pub const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 17);
 pub const CLIENT_MAC: &str = "02:00:00:00:00:01";
 /// The client's address.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 1);
+
+/// The same hosts' addresses of the other family: the last number is the same.
+pub fn ip6(ip: Ipv4Addr) -> Ipv6Addr {
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(ip.octets()[3]))
+}
 
 /// The hosts, on bridge `br0` of the namespace of this thread.
 pub struct Lab {
@@ -39,10 +44,21 @@ impl Lab {
         run("ip link add br0 type bridge mcast_snooping 0");
         run("ip link set br0 up");
         let lab = Lab {
-            client: Host::attach("br0", "client", CLIENT_MAC, &["10.129.126.1/24"]),
-            other: Host::attach("br0", "other", "02:00:00:00:00:02", &["10.129.126.2/24"]),
-            backend: Host::attach("br0", "backend", BACKEND_MAC, &["10.129.126.17/24"]),
-            vm: with_vm.then(|| Host::attach("br0", "vm", VM_MAC, &["10.129.126.15/24"])),
+            client: Host::attach("br0", "client", CLIENT_MAC, &["10.129.126.1/24", "2001:db8::1/64 nodad"]),
+            other: Host::attach(
+                "br0",
+                "other",
+                "02:00:00:00:00:02",
+                &["10.129.126.2/24", "2001:db8::2/64 nodad"],
+            ),
+            backend: Host::attach(
+                "br0",
+                "backend",
+                BACKEND_MAC,
+                &["10.129.126.17/24", "2001:db8::11/64 nodad"],
+            ),
+            vm: with_vm
+                .then(|| Host::attach("br0", "vm", VM_MAC, &["10.129.126.15/24", "2001:db8::f/64 nodad"])),
         };
         lab.client.run("ping -q -c 1 -W 5 10.129.126.17");
         lab
@@ -63,7 +79,7 @@ impl Server {
     /// # Panics
     /// When the port is taken.
     pub fn start(host: &Host, name: &'static str, port: u16) -> Server {
-        let listener = host.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("bind"));
+        let listener = host.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).expect("bind"));
         listener.set_nonblocking(true).expect("nonblocking");
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -126,8 +142,8 @@ pub struct Connection {
 }
 
 /// Connects to an address from a host; `None` when nobody answers in time.
-pub fn connect(host: &Host, to: Ipv4Addr, port: u16) -> Option<Connection> {
-    let address = SocketAddr::from((to, port));
+pub fn connect(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<Connection> {
+    let address = SocketAddr::new(to.into(), port);
     let mut stream = host.enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(700))).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
     stream.set_write_timeout(Some(Duration::from_secs(20))).expect("timeout");
@@ -140,7 +156,7 @@ pub fn connect(host: &Host, to: Ipv4Addr, port: u16) -> Option<Connection> {
 }
 
 /// The name of who answers at an address.
-pub fn who(host: &Host, to: Ipv4Addr, port: u16) -> Option<String> {
+pub fn who(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<String> {
     connect(host, to, port).map(|connection| connection.server)
 }
 

@@ -65,6 +65,9 @@ impl Host {
         let host = Host { holder };
         run(&format!("ip link add {port} type veth peer name eth0 address {mac} netns {}", host.holder.id()));
         run(&format!("ip link set {port} master {bridge} up"));
+        for which in ["all", "default", "eth0"] {
+            host.run(&format!("sysctl -qw net.ipv6.conf.{which}.disable_ipv6=0"));
+        }
         host.run("ip link set lo up");
         host.run("ip link set eth0 up");
         for address in addresses {

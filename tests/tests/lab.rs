@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::{Daemon, program};
-use nfqd_tests::lab::{BACKEND, CLIENT_MAC, Lab, Server, VM, connect, pings, wait_for, who};
+use nfqd_tests::lab::{BACKEND, CLIENT_MAC, Lab, Server, VM, connect, ip6, pings, wait_for, who};
 use nfqd_tests::netns::{in_netns, run};
 use std::process::Command;
 use std::time::Duration;
@@ -107,6 +107,51 @@ fn by_source_only_that_source_is_redirected() {
             .must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.2 10.129.126.17@02:00:00:00:00:17");
         assert_eq!(scene.at_vm().as_deref(), Some("vm"));
         assert_eq!(who(&scene.lab.other, VM, 80).as_deref(), Some("backend"));
+    });
+}
+
+#[test]
+fn ipv6_is_filtered_and_redirected_as_well() {
+    in_both_modes(|scene| {
+        let (daemon, client, vm) = (&scene.daemon, &scene.lab.client, ip6(VM));
+        assert_eq!(who(client, vm, 80).as_deref(), Some("vm"));
+        daemon.must(&format!("R L 12:13:14:15:16:17 {vm} 0 {}@02:00:00:00:00:17", ip6(BACKEND)));
+        let connection = connect(client, vm, 80).unwrap();
+        assert_eq!(connection.server, "backend");
+        connection.transfer(32 << 20);
+        assert_eq!(scene.at_vm().as_deref(), Some("vm"), "the other family is left alone");
+        daemon.must(&format!("R F 12:13:14:15:16:17 {vm}"));
+        daemon.must("A 12:13:14:15:16:17 I 10 d p tcp");
+        assert_eq!((who(client, vm, 80), scene.at_vm().as_deref()), (None, Some("vm")));
+    });
+}
+
+/// UDP datagrams of 4000 bytes go as fragments, there and back.
+#[test]
+fn fragmented_datagrams_go_there_and_come_back() {
+    in_both_modes(|scene| {
+        scene.redirect();
+        let bind = |host: &nfqd_tests::netns::Host, port: u16| {
+            let socket = host.enter(|| std::net::UdpSocket::bind(("0.0.0.0", port)).unwrap());
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            socket
+        };
+        let (client, backend) = (bind(&scene.lab.client, 5000), bind(&scene.lab.backend, 53));
+        client.connect((VM, 53)).unwrap();
+        let mut buffer = [0; 9000];
+        for size in [10, 4000, 8000] {
+            client.send(&vec![7; size]).unwrap();
+            let (len, from) = backend.recv_from(&mut buffer).unwrap();
+            assert_eq!(len, size);
+            backend.send_to(&vec![9; size], from).unwrap();
+            // The socket is connected: an answer from another address is not received.
+            assert_eq!(
+                client.recv(&mut buffer).unwrap(),
+                size,
+                "fast path {}",
+                scene.daemon.status().fast_path
+            );
+        }
     });
 }
 
