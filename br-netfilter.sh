@@ -327,8 +327,8 @@ step() {
     else
         reply="-"
     fi
-    # A backend's MAC is found within a second.
-    for _ in 1 2 3 4 5 6; do
+    # A backend's MAC is found within a second, but machines are slow at times.
+    for _ in $(seq 12); do
         client=$(who client)
         other=$(who other)
         [ "$client $other" != "$2 $3" ] || break

@@ -2,10 +2,8 @@
 
 use clap::Args;
 use nfqd_rules::nft::ruleset::FastPath;
-use nfqd_shmctl::MacAddr;
+use nfqd_shmctl::{AddressRange, MacAddr};
 use serde::Deserialize;
-use std::fmt;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -135,44 +133,7 @@ pub struct ShmSpec {
     /// The MACs.
     pub macs: Vec<MacAddr>,
     /// The addresses.
-    pub to: Vec<Prefix>,
-}
-
-/// A range of addresses, like 10.0.0.0/8; without a length, one address.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Prefix {
-    address: IpAddr,
-    length: u8,
-}
-
-impl Prefix {
-    /// Whether an address is inside.
-    pub fn contains(&self, ip: IpAddr) -> bool {
-        let bits = |ip: IpAddr| match ip {
-            IpAddr::V4(ip) => u128::from(ip.to_bits()) << 96,
-            IpAddr::V6(ip) => ip.to_bits(),
-        };
-        let differ = bits(self.address) ^ bits(ip);
-        self.address.is_ipv4() == ip.is_ipv4() && differ.leading_zeros() >= u32::from(self.length)
-    }
-}
-
-impl FromStr for Prefix {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Prefix, ()> {
-        let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
-        let address: IpAddr = address.parse().map_err(drop)?;
-        let longest = if address.is_ipv4() { 32 } else { 128 };
-        let length = length.map_or(Ok(longest), |length| length.parse().map_err(drop))?;
-        (length <= longest).then_some(Prefix { address, length }).ok_or(())
-    }
-}
-
-impl fmt::Display for Prefix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.length)
-    }
+    pub to: Vec<AddressRange>,
 }
 
 impl FromStr for ShmSpec {

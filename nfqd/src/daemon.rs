@@ -36,6 +36,9 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(2);
 /// How often neighbours, the kernel's tables and an unsaved state are looked at.
 const SLOW_TICK: Duration = Duration::from_secs(1);
+/// How often neighbours are looked for after a command has named a new backend, and how many times.
+const SOON_TICK: Duration = Duration::from_millis(100);
+const SOON: u32 = 10;
 /// Flows that the engine remembers.
 const FLOWS: usize = 1 << 20;
 
@@ -138,6 +141,8 @@ pub struct Daemon {
     workers: Vec<Worker>,
     state: State,
     unsaved: Option<StateError>,
+    /// Looks for neighbours that come soon, after a command has named a new backend.
+    soon: u32,
     /// The kernel has not what it should have; tried again every second.
     stale: bool,
     repairs: u64,
@@ -206,6 +211,7 @@ impl Daemon {
             workers: Vec::new(),
             state,
             unsaved: None,
+            soon: 0,
             stale: false,
             repairs: 0,
         };
@@ -254,8 +260,10 @@ impl Daemon {
                 let source = std::io::Error::other("its thread ended, see above");
                 return Err(StartError::System { what: format!("queue {}", worker.queue), source });
             }
-            if slow.elapsed() >= SLOW_TICK {
+            let tick = if self.soon == 0 { SLOW_TICK } else { SOON_TICK };
+            if slow.elapsed() >= tick {
                 slow = Instant::now();
+                self.soon = self.soon.saturating_sub(1);
                 self.look_around();
             }
             std::thread::sleep(TICK);
@@ -320,7 +328,12 @@ impl Daemon {
             Err("ERR quota the host has no numbers left for backends; try again in two minutes".to_string())
         };
         match &result {
-            Ok(()) => self.save(),
+            Ok(()) => {
+                self.save();
+                if self.slots.iter().any(|(_, slot)| slot.mac.is_none()) {
+                    self.soon = SOON;
+                }
+            }
             Err(error) => {
                 log::error!("{error}");
                 self.policy = before;

@@ -40,7 +40,7 @@ const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
 const FAILED: u16 = 0x20;
 const NTF_USE: u8 = 1;
 /// Addresses that are asked for in one call. Guests name them, and the kernel's table is bounded.
-const AT_A_TIME: usize = 16;
+const AT_A_TIME: usize = 8;
 const NLM_F_CREATE: u16 = 0x400;
 
 /// The host's neighbour table, over one socket.

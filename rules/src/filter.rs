@@ -2,8 +2,8 @@
 
 use crate::packet::{Fragment, Packet};
 use nfqd_shmctl::{
-    Clear, Command, EtherType, InetClear, InetSet, LinkClear, LinkSet, MacAddr, Protocol, RuleNumber, Set,
-    TcpClear, TcpSet,
+    AddressRange, Clear, Command, EtherType, InetClear, InetSet, LinkClear, LinkSet, MacAddr, MacMask,
+    NumberRange, PortClear, PortSet, Protocol, RuleNumber, Set, Transport, VlanClear, VlanSet,
 };
 use std::net::IpAddr;
 
@@ -14,7 +14,9 @@ use std::net::IpAddr;
 pub struct Rule {
     inet: InetSet,
     link: LinkSet,
-    tcp: TcpSet,
+    tcp: PortSet,
+    udp: PortSet,
+    vlan: VlanSet,
 }
 
 /// Why a rule cannot be as a command wants it: words for the person who wrote the command.
@@ -34,9 +36,9 @@ pub enum RuleError {
     #[error("source {source_ip} and destination {destination} are not of one family; no packet has both")]
     Families {
         /// The source address.
-        source_ip: IpAddr,
+        source_ip: AddressRange,
         /// The destination address.
-        destination: IpAddr,
+        destination: AddressRange,
     },
 }
 
@@ -44,21 +46,23 @@ pub enum RuleError {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Conditions {
     /// The source MAC.
-    pub source_mac: Option<MacAddr>,
+    pub source_mac: Option<MacMask>,
+    /// The id of the outer VLAN tag.
+    pub vlan: Option<NumberRange>,
     /// The EtherType behind one VLAN tag.
     pub ether_type: Option<EtherType>,
     /// The source address.
-    pub source: Option<IpAddr>,
+    pub source: Option<AddressRange>,
     /// The destination address.
-    pub destination: Option<IpAddr>,
+    pub destination: Option<AddressRange>,
     /// The TOS or traffic-class byte.
     pub tos: Option<u8>,
     /// The protocol.
     pub protocol: Option<Protocol>,
-    /// The source port.
-    pub source_port: Option<u16>,
-    /// The destination port.
-    pub destination_port: Option<u16>,
+    /// The source port, of the protocol above.
+    pub source_port: Option<NumberRange>,
+    /// The destination port, of the protocol above.
+    pub destination_port: Option<NumberRange>,
 }
 
 impl Rule {
@@ -84,8 +88,13 @@ impl Rule {
                 old.destination = new.destination.or(old.destination);
                 old.ether_type = new.ether_type.or(old.ether_type);
             }
-            Set::Tcp(new) => {
-                let old = &mut rule.tcp;
+            Set::Vlan(new) => {
+                let old = &mut rule.vlan;
+                old.bits |= new.bits;
+                old.id = new.id.or(old.id);
+            }
+            Set::Ports(transport, new) => {
+                let old = rule.ports(*transport);
                 old.bits |= new.bits;
                 old.source = new.source.or(old.source);
                 old.destination = new.destination.or(old.destination);
@@ -120,18 +129,30 @@ impl Rule {
                 blank(&mut rule.link.destination, destination);
                 blank(&mut rule.link.ether_type, ether_type);
             }
-            Clear::Tcp(TcpClear { keep, source, destination }) => {
-                rule.tcp.bits &= keep;
-                blank(&mut rule.tcp.source, source);
-                blank(&mut rule.tcp.destination, destination);
+            Clear::Vlan(VlanClear { keep, id }) => {
+                rule.vlan.bits &= keep;
+                blank(&mut rule.vlan.id, id);
+            }
+            Clear::Ports(transport, PortClear { keep, source, destination }) => {
+                let ports = rule.ports(transport);
+                ports.bits &= keep;
+                blank(&mut ports.source, source);
+                blank(&mut ports.destination, destination);
             }
         }
         rule.check(ip)?;
         Ok(rule)
     }
 
+    fn ports(&mut self, transport: Transport) -> &mut PortSet {
+        match transport {
+            Transport::Tcp => &mut self.tcp,
+            Transport::Udp => &mut self.udp,
+        }
+    }
+
     fn check(&self, ip: IpAddr) -> Result<(), RuleError> {
-        let (inet, link, tcp) = (&self.inet, &self.link, &self.tcp);
+        let (inet, link, tcp, udp) = (&self.inet, &self.link, &self.tcp, &self.udp);
         for (class, bits, bit, key, has_value) in [
             ('I', inet.bits, 1, 's', inet.source.is_some()),
             ('I', inet.bits, 4, 't', inet.tos.is_some()),
@@ -140,12 +161,15 @@ impl Rule {
             ('M', link.bits, 4, 'p', link.ether_type.is_some()),
             ('T', tcp.bits, 1, 's', tcp.source.is_some()),
             ('T', tcp.bits, 2, 'd', tcp.destination.is_some()),
+            ('U', udp.bits, 1, 's', udp.source.is_some()),
+            ('U', udp.bits, 2, 'd', udp.destination.is_some()),
+            ('V', self.vlan.bits, 1, 's', self.vlan.id.is_some()),
         ] {
             if bits & bit != 0 && !has_value {
                 return Err(RuleError::NoValue { class, bit, key });
             }
         }
-        let destination = inet.destination.flatten().unwrap_or(ip);
+        let destination = inet.destination.flatten().unwrap_or(ip.into());
         match inet.source {
             Some(source_ip) if inet.bits & 3 == 3 && source_ip.is_ipv4() != destination.is_ipv4() => {
                 Err(RuleError::Families { source_ip, destination })
@@ -159,7 +183,9 @@ impl Rule {
         let sets = [
             (self.inet != InetSet::default()).then_some(Set::Inet(self.inet)),
             (self.link != LinkSet::default()).then_some(Set::Link(self.link)),
-            (self.tcp != TcpSet::default()).then_some(Set::Tcp(self.tcp)),
+            (self.tcp != PortSet::default()).then_some(Set::Ports(Transport::Tcp, self.tcp)),
+            (self.udp != PortSet::default()).then_some(Set::Ports(Transport::Udp, self.udp)),
+            (self.vlan != VlanSet::default()).then_some(Set::Vlan(self.vlan)),
         ];
         let mut sets: Vec<Set> = sets.into_iter().flatten().collect();
         if sets.is_empty() {
@@ -172,30 +198,37 @@ impl Rule {
     /// What a packet to the middlebox `mac`, registered with `ip`, must have to be dropped; `None` when no packet can
     /// have it: no bit is on, or the bits contradict each other.
     pub fn conditions(&self, mac: MacAddr, ip: IpAddr) -> Option<Conditions> {
-        let (inet, link, tcp) = (&self.inet, &self.link, &self.tcp);
+        let (inet, link, vlan) = (&self.inet, &self.link, &self.vlan);
+        // The ports of one protocol; no packet is of both.
+        let (protocol, ports) = match (self.tcp.bits, self.udp.bits) {
+            (0, 0) => (None, PortSet::default()),
+            (_, 0) => (Some(Protocol::TCP), self.tcp),
+            (0, _) => (Some(Protocol::UDP), self.udp),
+            _ => return None,
+        };
         let on = |bits: u8, bit: u8| bits & bit != 0;
-        if inet.bits | link.bits | tcp.bits == 0 {
+        if inet.bits | link.bits | ports.bits | vlan.bits == 0 {
             return None;
         }
         if on(link.bits, 2) && link.destination.flatten().is_some_and(|other| other != mac) {
             return None;
         }
-        let ports = tcp.bits != 0;
         let mut conditions = Conditions {
             source_mac: link.source.filter(|_| on(link.bits, 1)),
+            vlan: vlan.id.filter(|_| on(vlan.bits, 1)),
             ether_type: link.ether_type.filter(|_| on(link.bits, 4)),
             source: inet.source.filter(|_| on(inet.bits, 1)),
-            destination: on(inet.bits, 2).then(|| inet.destination.flatten().unwrap_or(ip)),
+            destination: on(inet.bits, 2).then(|| inet.destination.flatten().unwrap_or(ip.into())),
             tos: inet.tos.filter(|_| on(inet.bits, 4)),
             protocol: inet.protocol.filter(|_| on(inet.bits, 8)),
-            source_port: tcp.source.filter(|_| on(tcp.bits, 1)),
-            destination_port: tcp.destination.filter(|_| on(tcp.bits, 2)),
+            source_port: ports.source.filter(|_| on(ports.bits, 1)),
+            destination_port: ports.destination.filter(|_| on(ports.bits, 2)),
         };
-        if ports {
-            if conditions.protocol.is_some_and(|protocol| protocol != Protocol::TCP) {
+        if let Some(protocol) = protocol {
+            if conditions.protocol.is_some_and(|named| named != protocol) {
                 return None;
             }
-            conditions.protocol = Some(Protocol::TCP);
+            conditions.protocol = Some(protocol);
         }
         let family = match (conditions.source, conditions.destination) {
             (Some(a), Some(b)) if a.is_ipv4() != b.is_ipv4() => return None,
@@ -232,7 +265,15 @@ impl Conditions {
         fn same<T: PartialEq>(wanted: Option<T>, found: Option<T>) -> bool {
             wanted.is_none() || wanted == found
         }
-        if !same(self.source_mac, Some(packet.link.source)) || !same(self.ether_type, packet.link.ether_type)
+        fn within<T>(wanted: Option<T>, found: impl FnOnce(T) -> bool) -> bool {
+            wanted.is_none_or(found)
+        }
+        /// The id in the tag control information (IEEE 802.1Q).
+        const VLAN_ID: u16 = 0x0fff;
+        let link = &packet.link;
+        if !within(self.source_mac, |mask| mask.contains(link.source))
+            || !same(self.ether_type, link.ether_type)
+            || !within(self.vlan, |ids| link.vlan.is_some_and(|tag| ids.contains(tag & VLAN_ID)))
         {
             return false;
         }
@@ -241,11 +282,13 @@ impl Conditions {
         }
         let Some(ip) = packet.ip else { return false };
         let ports = ip.ports.filter(|_| ip.fragment != Fragment::Later);
-        same(self.source, Some(ip.source))
-            && same(self.destination, Some(ip.destination))
+        within(self.source, |range| range.contains(ip.source))
+            && within(self.destination, |range| range.contains(ip.destination))
             && same(self.tos, Some(ip.tos))
             && same(self.protocol, Some(ip.protocol))
-            && same(self.source_port, ports.map(|ports| ports.source))
-            && same(self.destination_port, ports.map(|ports| ports.destination))
+            && within(self.source_port, |range| ports.is_some_and(|ports| range.contains(ports.source)))
+            && within(self.destination_port, |range| {
+                ports.is_some_and(|ports| range.contains(ports.destination))
+            })
     }
 }

@@ -81,7 +81,7 @@ pub const ETHERNET_LEN: usize = 14;
 pub const VLAN_LEN: usize = 4;
 
 /// Tags that the kernel takes off (`eth_type_vlan`): 802.1Q and 802.1ad.
-const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
+pub(crate) const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
 
 /// Where the IP header of a frame begins: behind the Ethernet header and at most one tag.
 pub fn l3_offset(frame: &[u8]) -> usize {

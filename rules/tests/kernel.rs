@@ -76,6 +76,14 @@ const RICH: &[&str] = &[
     "A 2:0:0:0:0:1 #6 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:1 #7 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:1 #8 I 8 p icmp",
+    "A 2:0:0:0:0:1 #9 I 1 s 10.0.0.0/8",
+    "A 2:0:0:0:0:1 #9 T 2 d 80-90",
+    "A 2:0:0:0:0:1 #10 U 3 s 53 d 1000-2000",
+    "A 2:0:0:0:0:1 #11 M 1 s 2:0:0:0:0:0/ff:ff:ff:0:0:0",
+    "A 2:0:0:0:0:1 #12 V 1 s 7",
+    "A 2:0:0:0:0:1 #13 V 1 s 100-199",
+    "A 2:0:0:0:0:1 #13 I 2 d 2001:db8::/32",
+    "A 2:0:0:0:0:1 #14 U 2 d 53",
     "R F 2:0:0:0:0:4 10.0.0.4",
     "A 2:0:0:0:0:4 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:4 #2 I 8 p icmp",
@@ -99,6 +107,8 @@ fn normal(listing: &str) -> Vec<String> {
             match word {
                 "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6") => at += 2,
                 "meta" if next(1) == "l4proto" && matches!(next(2), "tcp" | "udp") => at += 2,
+                // Of the two kinds of VLAN tag nft shows the usual one never, the other one sometimes.
+                "ether" if next(1) == "type" && matches!(next(2), "8021q" | "8021ad") => at += 2,
                 "packets" | "bytes" if next(1).parse::<u64>().is_ok() => at += 1,
                 "tcp" | "udp" if port => out.push("th"),
                 _ => out.push(word),

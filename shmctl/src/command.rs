@@ -2,7 +2,7 @@
 //!
 //! A value of [`Command`] is well formed, but may still be refused by the policy it is applied to.
 
-use crate::value::{EtherType, MacAddr, Protocol};
+use crate::value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Protocol};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -129,8 +129,37 @@ pub enum Class {
     Inet,
     /// `M`: bit 0 source MAC, 1 destination MAC, 2 EtherType.
     Link,
-    /// `T`: bit 0 TCP source port, 1 TCP destination port.
+    /// `T` and `U`: bit 0 source port, 1 destination port, of TCP or UDP.
+    Ports(Transport),
+    /// `V`: bit 0 VLAN id.
+    Vlan,
+}
+
+/// The protocols whose ports have a class.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Transport {
+    /// `T`.
     Tcp,
+    /// `U`.
+    Udp,
+}
+
+impl Transport {
+    /// The letter of the class.
+    pub fn letter(self) -> char {
+        match self {
+            Transport::Tcp => 'T',
+            Transport::Udp => 'U',
+        }
+    }
+
+    /// The protocol.
+    pub fn protocol(self) -> Protocol {
+        match self {
+            Transport::Tcp => Protocol::TCP,
+            Transport::Udp => Protocol::UDP,
+        }
+    }
 }
 
 impl Class {
@@ -139,7 +168,8 @@ impl Class {
         match self {
             Class::Inet => 15,
             Class::Link => 7,
-            Class::Tcp => 3,
+            Class::Ports(_) => 3,
+            Class::Vlan => 1,
         }
     }
 
@@ -148,7 +178,8 @@ impl Class {
         match self {
             Class::Inet => "sdtp",
             Class::Link => "sdp",
-            Class::Tcp => "sd",
+            Class::Ports(_) => "sd",
+            Class::Vlan => "s",
         }
     }
 }
@@ -160,8 +191,10 @@ pub enum Set {
     Inet(InetSet),
     /// Class `M`.
     Link(LinkSet),
-    /// Class `T`.
-    Tcp(TcpSet),
+    /// Class `T` or `U`.
+    Ports(Transport, PortSet),
+    /// Class `V`.
+    Vlan(VlanSet),
 }
 
 /// Values for class `I`.
@@ -169,10 +202,10 @@ pub enum Set {
 pub struct InetSet {
     /// Bits to switch on, 0 to 15.
     pub bits: u8,
-    /// `s`: the source address.
-    pub source: Option<IpAddr>,
-    /// `d`: the destination address; `Some(None)` is `d` without a value, the registered address.
-    pub destination: Option<Option<IpAddr>>,
+    /// `s`: the source addresses.
+    pub source: Option<AddressRange>,
+    /// `d`: the destination addresses; `Some(None)` is `d` without a value, the registered address.
+    pub destination: Option<Option<AddressRange>>,
     /// `t`: the whole TOS or traffic-class byte.
     pub tos: Option<u8>,
     /// `p`: the protocol behind any IPv6 extension headers.
@@ -184,23 +217,32 @@ pub struct InetSet {
 pub struct LinkSet {
     /// Bits to switch on, 0 to 7.
     pub bits: u8,
-    /// `s`: the source MAC.
-    pub source: Option<MacAddr>,
+    /// `s`: the source MAC, or the bits of it that matter.
+    pub source: Option<MacMask>,
     /// `d`: the destination MAC; `Some(None)` is `d` without a value, the registered MAC.
     pub destination: Option<Option<MacAddr>>,
     /// `p`: the EtherType, behind one VLAN tag.
     pub ether_type: Option<EtherType>,
 }
 
-/// Values for class `T`.
+/// Values for class `T` or `U`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct TcpSet {
+pub struct PortSet {
     /// Bits to switch on, 0 to 3.
     pub bits: u8,
-    /// `s`: the source port.
-    pub source: Option<u16>,
-    /// `d`: the destination port.
-    pub destination: Option<u16>,
+    /// `s`: the source ports.
+    pub source: Option<NumberRange>,
+    /// `d`: the destination ports.
+    pub destination: Option<NumberRange>,
+}
+
+/// Values for class `V`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VlanSet {
+    /// Bits to switch on, 0 or 1.
+    pub bits: u8,
+    /// `s`: the ids of the outer VLAN tag.
+    pub id: Option<NumberRange>,
 }
 
 /// What `D` takes away: the bits to keep, and the keys whose values are blanked.
@@ -210,8 +252,10 @@ pub enum Clear {
     Inet(InetClear),
     /// Class `M`.
     Link(LinkClear),
-    /// Class `T`.
-    Tcp(TcpClear),
+    /// Class `T` or `U`.
+    Ports(Transport, PortClear),
+    /// Class `V`.
+    Vlan(VlanClear),
 }
 
 /// Bits to keep and keys to blank in class `I`.
@@ -242,15 +286,24 @@ pub struct LinkClear {
     pub ether_type: bool,
 }
 
-/// Bits to keep and keys to blank in class `T`.
+/// Bits to keep and keys to blank in class `T` or `U`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct TcpClear {
+pub struct PortClear {
     /// Bits to keep, 0 to 3.
     pub keep: u8,
     /// `s` is blanked.
     pub source: bool,
     /// `d` is blanked.
     pub destination: bool,
+}
+
+/// Bits to keep and keys to blank in class `V`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VlanClear {
+    /// Bits to keep, 0 or 1.
+    pub keep: u8,
+    /// `s` is blanked.
+    pub id: bool,
 }
 
 impl Command {
@@ -346,8 +399,12 @@ impl fmt::Display for Set {
                 own_key(f, set.destination)?;
                 key(f, 'p', set.ether_type)
             }
-            Set::Tcp(set) => {
-                write!(f, "T {}", set.bits)?;
+            Set::Vlan(set) => {
+                write!(f, "V {}", set.bits)?;
+                key(f, 's', set.id)
+            }
+            Set::Ports(transport, set) => {
+                write!(f, "{} {}", transport.letter(), set.bits)?;
                 key(f, 's', set.source)?;
                 key(f, 'd', set.destination)
             }
@@ -362,7 +419,10 @@ impl fmt::Display for Clear {
                 ('I', c.keep, &[(c.source, "s"), (c.destination, "d"), (c.tos, "t"), (c.protocol, "p")])
             }
             Clear::Link(c) => ('M', c.keep, &[(c.source, "s"), (c.destination, "d"), (c.ether_type, "p")]),
-            Clear::Tcp(c) => ('T', c.keep, &[(c.source, "s"), (c.destination, "d")]),
+            Clear::Vlan(c) => ('V', c.keep, &[(c.id, "s")]),
+            Clear::Ports(transport, c) => {
+                (transport.letter(), c.keep, &[(c.source, "s"), (c.destination, "d")])
+            }
         };
         write!(f, "{class} {keep}")?;
         keys.iter().filter(|(named, _)| *named).try_for_each(|(_, key)| write!(f, " {key}"))

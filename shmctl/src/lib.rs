@@ -28,9 +28,9 @@ mod region;
 mod value;
 
 pub use command::{
-    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, RuleNumber,
-    Services, Set, TcpClear, TcpSet,
+    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, PortClear, PortSet,
+    RuleNumber, Services, Set, Transport, VlanClear, VlanSet,
 };
 pub use parse::{CommandError, ErrorCode, MAX_COMMAND, split_lines};
 pub use region::{DEFAULT_SIZE, Region, RegionError};
-pub use value::{EtherType, MacAddr, Protocol};
+pub use value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Protocol};

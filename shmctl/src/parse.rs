@@ -3,10 +3,10 @@
 //! Nothing here panics on any input, and the work is bounded by [`MAX_COMMAND`].
 
 use crate::command::{
-    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, RuleNumber,
-    Services, Set, TcpClear, TcpSet,
+    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, PortClear, PortSet,
+    RuleNumber, Services, Set, Transport, VlanClear, VlanSet,
 };
-use crate::value::{EtherType, MacAddr, Protocol, decimal, number};
+use crate::value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Protocol, decimal, number};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -180,7 +180,7 @@ impl<'a> Iterator for Words<'a> {
 
 const MAC: &str = "not a MAC address; write six hexadecimal bytes like 12:13:14:15:16:17";
 const ADDRESS: &str = "not an IP address; write one like 10.129.126.15 or 2001:db8::1";
-const CLASS: &str = "not a filter class; write I (IP fields), M (Ethernet fields) or T (TCP ports)";
+const CLASS: &str = "not a filter class; write I (IP fields), M (Ethernet fields), T (TCP ports), U (UDP ports) or V (VLAN id)";
 
 impl Command {
     /// Reads one command. Letters may be in either case, tokens are separated by blanks.
@@ -360,12 +360,9 @@ fn class_and_bits(words: &mut Words<'_>) -> Result<(Class, u8), CommandError> {
     let class = match class_word.map(|word| word.text.to_ascii_uppercase()).as_deref() {
         Some("I") => Class::Inet,
         Some("M") => Class::Link,
-        Some("T") => Class::Tcp,
-        Some("U" | "V") => {
-            let expected = "this version does not have this class yet; write I, M or T";
-            let word = class_word.unwrap_or(words.end());
-            return Err(CommandError::new(ErrorCode::Unsupported, word, expected));
-        }
+        Some("T") => Class::Ports(Transport::Tcp),
+        Some("U") => Class::Ports(Transport::Udp),
+        Some("V") => Class::Vlan,
         _ => return Err(CommandError::new(ErrorCode::Syntax, class_word.unwrap_or(words.end()), CLASS)),
     };
     words.next();
@@ -419,8 +416,8 @@ fn add(words: &mut Words<'_>) -> Result<Command, CommandError> {
             let mut set = InetSet { bits, ..InetSet::default() };
             while let Some((key, _)) = next_key(words, class, &mut seen)? {
                 match key {
-                    's' => set.source = Some(address(words)?),
-                    'd' => set.destination = own_value(words, address)?,
+                    's' => set.source = Some(addresses(words)?),
+                    'd' => set.destination = own_value(words, addresses)?,
                     't' => set.tos = Some(tos(words)?),
                     _ => set.protocol = Some(protocol(words)?),
                 }
@@ -431,25 +428,43 @@ fn add(words: &mut Words<'_>) -> Result<Command, CommandError> {
             let mut set = LinkSet { bits, ..LinkSet::default() };
             while let Some((key, _)) = next_key(words, class, &mut seen)? {
                 match key {
-                    's' => set.source = Some(self::mac(words)?),
+                    's' => set.source = Some(mac_mask(words)?),
                     'd' => set.destination = own_value(words, self::mac)?,
                     _ => set.ether_type = Some(ether_type(words)?),
                 }
             }
             Set::Link(set)
         }
-        Class::Tcp => {
-            let mut set = TcpSet { bits, ..TcpSet::default() };
+        Class::Vlan => {
+            let mut set = VlanSet { bits, ..VlanSet::default() };
+            while next_key(words, class, &mut seen)?.is_some() {
+                set.id = Some(vlans(words)?);
+            }
+            Set::Vlan(set)
+        }
+        Class::Ports(transport) => {
+            let mut set = PortSet { bits, ..PortSet::default() };
             while let Some((key, _)) = next_key(words, class, &mut seen)? {
                 match key {
-                    's' => set.source = Some(port(words)?),
-                    _ => set.destination = Some(port(words)?),
+                    's' => set.source = Some(ports(words)?),
+                    _ => set.destination = Some(ports(words)?),
                 }
             }
-            Set::Tcp(set)
+            Set::Ports(transport, set)
         }
     };
     Ok(Command::Add { mac, rule: rule.unwrap_or(RuleNumber::FIRST), set })
+}
+
+fn mac_mask(words: &mut Words<'_>) -> Result<MacMask, CommandError> {
+    let expected = "not a MAC address; write one like 12:13:14:15:16:17, or with a mask 12:13:14:00:00:00/ff:ff:ff:00:00:00";
+    words.expect(ErrorCode::Value, expected, |text| text.parse().ok())
+}
+
+fn vlans(words: &mut Words<'_>) -> Result<NumberRange, CommandError> {
+    let expected = "not a VLAN id or a range of them; write a number from 0 to 4095, or two like 100-199";
+    let valid = |text: &str| text.parse().ok().filter(|range: &NumberRange| range.last() < 4096);
+    words.expect(ErrorCode::Value, expected, valid)
 }
 
 fn tos(words: &mut Words<'_>) -> Result<u8, CommandError> {
@@ -461,8 +476,15 @@ fn protocol(words: &mut Words<'_>) -> Result<Protocol, CommandError> {
     words.expect(ErrorCode::Value, expected, |text| text.parse().ok())
 }
 
-fn port(words: &mut Words<'_>) -> Result<u16, CommandError> {
-    words.expect(ErrorCode::Value, "not a port; write a number from 0 to 65535", decimal)
+fn addresses(words: &mut Words<'_>) -> Result<AddressRange, CommandError> {
+    let expected = "not an IP address, prefix or range; write one like 10.129.126.15, 10.0.0.0/8, 2001:db8::/32 or \
+                    10.0.0.1-10.0.0.9";
+    words.expect(ErrorCode::Value, expected, |text| text.parse().ok())
+}
+
+fn ports(words: &mut Words<'_>) -> Result<NumberRange, CommandError> {
+    let expected = "not a port or a range of them; write a number from 0 to 65535, or two like 80-90";
+    words.expect(ErrorCode::Value, expected, |text| text.parse().ok())
 }
 
 fn ether_type(words: &mut Words<'_>) -> Result<EtherType, CommandError> {
@@ -481,7 +503,7 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
     // A blanked key whose bit stays on would leave a bit on without a value.
     while let Some((key, word)) = next_key(words, class, &mut seen)? {
         let bit = class.keys().find(key).map_or(0, |index| 1 << index);
-        let has_default = key == 'd' && class != Class::Tcp;
+        let has_default = key == 'd' && matches!(class, Class::Inet | Class::Link);
         if keep & bit != 0 && !has_default {
             let expected = format!(
                 "blanked while its bit {bit} stays on in {keep}; leave the key out, or {bit} out of the value"
@@ -504,7 +526,10 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
             destination: named('d'),
             ether_type: named('p'),
         }),
-        Class::Tcp => Clear::Tcp(TcpClear { keep, source: named('s'), destination: named('d') }),
+        Class::Vlan => Clear::Vlan(VlanClear { keep, id: named('s') }),
+        Class::Ports(transport) => {
+            Clear::Ports(transport, PortClear { keep, source: named('s'), destination: named('d') })
+        }
     };
     Ok(Command::Delete { mac, rule: rule.unwrap_or(RuleNumber::FIRST), clear })
 }
@@ -564,6 +589,8 @@ mod tests {
             "A 02:00:00:00:00:01 #7 I 12 d 10.0.0.9 t 16 p tcp"
         );
         assert_eq!(parsed("D 2:0:0:0:0:1 #7"), "D 02:00:00:00:00:01 #7");
+        assert_eq!(parsed("A 2:0:0:0:0:1 u 3 s 80-90 d 53"), "A 02:00:00:00:00:01 U 3 s 80-90 d 53");
+        assert_eq!(parsed("A 2:0:0:0:0:1 I 1 s 10.1.1.1/8"), "A 02:00:00:00:00:01 I 1 s 10.0.0.0/8");
         assert_eq!(
             parsed("R L 2:0:0:0:0:1 2001:db8::1 source 2001:db8::2 2001:db8::3@2:0:0:0:0:3"),
             "R L 02:00:00:00:00:01 2001:db8::1 1 2001:db8::2 2001:db8::3@02:00:00:00:00:03"
@@ -600,7 +627,21 @@ mod tests {
             ("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.2", Syntax, 36, "destination"),
             ("A 2:0:0:0:0:1", Syntax, 14, "class"),
             ("A 2:0:0:0:0:1 Q 1", Syntax, 15, "'Q': not a filter class"),
-            ("A 2:0:0:0:0:1 U 1 s 5", Unsupported, 15, "'U'"),
+            ("A 2:0:0:0:0:1 V 2", Value, 17, "0 to 1"),
+            ("A 2:0:0:0:0:1 V 1 s 4096", Value, 21, "0 to 4095"),
+            ("A 2:0:0:0:0:1 V 1 d 5", Syntax, 19, "its keys are s"),
+            ("D 2:0:0:0:0:1 V 1 s", Value, 19, "its bit 1 stays on"),
+            ("A 2:0:0:0:0:1 M 1 s 2:0:0:0:0:1/24", Value, 21, "or with a mask"),
+            ("A 2:0:0:0:0:1 U 4", Value, 17, "0 to 3"),
+            ("A 2:0:0:0:0:1 U 1 s 90-80", Value, 21, "'90-80': not a port or a range"),
+            (
+                "A 2:0:0:0:0:1 I 1 s 10.0.0.0/33",
+                Value,
+                21,
+                "'10.0.0.0/33': not an IP address, prefix or range",
+            ),
+            ("A 2:0:0:0:0:1 I 1 s 10.0.0.9-10.0.0.1", Value, 21, "10.0.0.1-10.0.0.9"),
+            ("A 2:0:0:0:0:1 I 1 s 10.0.0.1-2001:db8::1", Value, 21, "prefix or range"),
             ("A 2:0:0:0:0:1 I", Syntax, 16, "0 to 15"),
             ("A 2:0:0:0:0:1 I 16", Value, 17, "'16': not a bit value"),
             ("A 2:0:0:0:0:1 M 8", Value, 17, "0 to 7"),
@@ -667,6 +708,31 @@ mod tests {
         prop_oneof![host4(), host6()]
     }
 
+    fn hosts() -> impl Strategy<Value = AddressRange> {
+        let range = |(a, b): (IpAddr, IpAddr)| AddressRange::new(a.min(b), a.max(b)).unwrap();
+        let prefix = |(ip, length): (IpAddr, u8)| AddressRange::prefix(ip, length).unwrap();
+        prop_oneof![
+            host().prop_map(AddressRange::from),
+            (host4(), 0u8..33).prop_map(prefix),
+            (host6(), 0u8..129).prop_map(prefix),
+            (host4(), host4()).prop_map(range),
+            (host6(), host6()).prop_map(range),
+        ]
+    }
+
+    fn mac_mask() -> impl Strategy<Value = MacMask> {
+        let mask = prop_oneof![Just([0xff; 6]), any::<[u8; 6]>()];
+        (station(), mask).prop_map(|(mac, mask)| MacMask::new(mac, MacAddr(mask)))
+    }
+
+    fn ports() -> impl Strategy<Value = NumberRange> {
+        any::<(u16, u16)>().prop_map(|(a, b)| NumberRange::new(a.min(b), a.max(b)).unwrap())
+    }
+
+    fn transport() -> impl Strategy<Value = Transport> {
+        prop_oneof![Just(Transport::Tcp), Just(Transport::Udp)]
+    }
+
     fn balance() -> impl Strategy<Value = (IpAddr, Balance)> {
         let to = |ip, mac| Destination { ip, mac };
         let family = prop_oneof![(host4(), host4(), host4()).boxed(), (host6(), host6(), host6()).boxed()];
@@ -682,41 +748,50 @@ mod tests {
         use proptest::option::of;
         let ether_type = (0x0600u16..).prop_map(|n| EtherType::new(n).unwrap());
         prop_oneof![
-            (0u8..16, of(host()), of(of(host())), of(any::<u8>()), of(any::<u8>().prop_map(Protocol)))
+            (0u8..16, of(hosts()), of(of(hosts())), of(any::<u8>()), of(any::<u8>().prop_map(Protocol)))
                 .prop_map(|(bits, source, destination, tos, protocol)| {
                     Set::Inet(InetSet { bits, source, destination, tos, protocol })
                 }),
-            (0u8..8, of(station()), of(of(station())), of(ether_type)).prop_map(
+            (0u8..8, of(mac_mask()), of(of(station())), of(ether_type)).prop_map(
                 |(bits, source, destination, ether_type)| {
                     Set::Link(LinkSet { bits, source, destination, ether_type })
                 }
             ),
-            (0u8..4, of(any::<u16>()), of(any::<u16>()))
-                .prop_map(|(bits, source, destination)| Set::Tcp(TcpSet { bits, source, destination })),
+            (0u8..2, of((0u16..4096, 0u16..4096))).prop_map(|(bits, ids)| {
+                let id = ids.map(|(a, b)| NumberRange::new(a.min(b), a.max(b)).unwrap());
+                Set::Vlan(VlanSet { bits, id })
+            }),
+            (transport(), 0u8..4, of(ports()), of(ports())).prop_map(
+                |(transport, bits, source, destination)| {
+                    Set::Ports(transport, PortSet { bits, source, destination })
+                }
+            ),
         ]
     }
 
     fn clear() -> impl Strategy<Value = Clear> {
         // A key may be blanked only where its bit goes off, or where it has a default.
-        (any::<[bool; 4]>(), 0u8..16, 0..3).prop_map(|([s, d, t, p], keep, class)| match class {
-            0 => Clear::Inet(InetClear {
-                keep,
-                source: s && keep & 1 == 0,
-                destination: d,
-                tos: t && keep & 4 == 0,
-                protocol: p && keep & 8 == 0,
-            }),
-            1 => Clear::Link(LinkClear {
-                keep: keep & 7,
-                source: s && keep & 1 == 0,
-                destination: d,
-                ether_type: p && keep & 4 == 0,
-            }),
-            _ => Clear::Tcp(TcpClear {
-                keep: keep & 3,
-                source: s && keep & 1 == 0,
-                destination: d && keep & 2 == 0,
-            }),
+        (any::<[bool; 4]>(), 0u8..16, 0..4, transport()).prop_map(|([s, d, t, p], keep, class, of)| {
+            match class {
+                0 => Clear::Inet(InetClear {
+                    keep,
+                    source: s && keep & 1 == 0,
+                    destination: d,
+                    tos: t && keep & 4 == 0,
+                    protocol: p && keep & 8 == 0,
+                }),
+                1 => Clear::Link(LinkClear {
+                    keep: keep & 7,
+                    source: s && keep & 1 == 0,
+                    destination: d,
+                    ether_type: p && keep & 4 == 0,
+                }),
+                2 => Clear::Vlan(VlanClear { keep: keep & 1, id: s && keep & 1 == 0 }),
+                _ => Clear::Ports(
+                    of,
+                    PortClear { keep: keep & 3, source: s && keep & 1 == 0, destination: d && keep & 2 == 0 },
+                ),
+            }
         })
     }
 

@@ -1,6 +1,7 @@
 //! The words of the command language as types that cannot be wrong: MAC addresses, EtherTypes, protocols.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 /// A 48-bit Ethernet address, in the order it has on the wire.
@@ -12,6 +13,12 @@ impl MacAddr {
     /// byte) is off.
     pub fn is_station(self) -> bool {
         self.0 != [0; 6] && self.0[0] & 1 == 0
+    }
+
+    fn and(self, mask: MacAddr) -> MacAddr {
+        let mut out = self.0;
+        out.iter_mut().zip(mask.0).for_each(|(byte, mask)| *byte &= mask);
+        MacAddr(out)
     }
 }
 
@@ -41,6 +48,67 @@ impl fmt::Display for MacAddr {
 impl fmt::Debug for MacAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// MAC addresses that have some bits in common.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct MacMask {
+    bits: MacAddr,
+    mask: MacAddr,
+}
+
+impl MacMask {
+    const EXACT: MacAddr = MacAddr([0xff; 6]);
+
+    /// The addresses that are `mac` where `mask` has ones.
+    pub fn new(mac: MacAddr, mask: MacAddr) -> MacMask {
+        MacMask { bits: mac.and(mask), mask }
+    }
+
+    /// The bits that are looked at.
+    pub fn mask(&self) -> MacAddr {
+        self.mask
+    }
+
+    /// What they must be.
+    pub fn bits(&self) -> MacAddr {
+        self.bits
+    }
+
+    /// The address, when it is one.
+    pub fn exact(&self) -> Option<MacAddr> {
+        (self.mask == MacMask::EXACT).then_some(self.bits)
+    }
+
+    /// Whether an address is one of them.
+    pub fn contains(&self, mac: MacAddr) -> bool {
+        mac.and(self.mask) == self.bits
+    }
+}
+
+impl From<MacAddr> for MacMask {
+    fn from(mac: MacAddr) -> MacMask {
+        MacMask { bits: mac, mask: MacMask::EXACT }
+    }
+}
+
+/// Reads `02:00:00:00:00:01` or `02:00:00:00:00:00/ff:ff:ff:00:00:00`.
+impl FromStr for MacMask {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.split_once('/') {
+            Some((mac, mask)) => Ok(MacMask::new(mac.parse()?, mask.parse()?)),
+            None => Ok(text.parse::<MacAddr>()?.into()),
+        }
+    }
+}
+
+impl fmt::Display for MacMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.bits.fmt(f)?;
+        if self.exact().is_some() { Ok(()) } else { write!(f, "/{}", self.mask) }
     }
 }
 
@@ -94,6 +162,142 @@ impl FromStr for EtherType {
 impl fmt::Display for EtherType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#06x}", self.0)
+    }
+}
+
+/// Addresses of one family from the first to the last, both included; one address, a prefix, or any range.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct AddressRange {
+    first: IpAddr,
+    last: IpAddr,
+}
+
+impl AddressRange {
+    /// The range from `first` to `last`, unless they are of two families or the wrong way round.
+    pub fn new(first: IpAddr, last: IpAddr) -> Option<AddressRange> {
+        (first.is_ipv4() == last.is_ipv4() && first <= last).then_some(AddressRange { first, last })
+    }
+
+    /// The addresses whose first `length` bits are those of `ip`.
+    pub fn prefix(ip: IpAddr, length: u8) -> Option<AddressRange> {
+        let length = u32::from(length);
+        match ip {
+            IpAddr::V4(ip) if length <= 32 => {
+                let host = u32::MAX.checked_shr(length).unwrap_or(0);
+                let (first, last) = (ip.to_bits() & !host, ip.to_bits() | host);
+                AddressRange::new(Ipv4Addr::from_bits(first).into(), Ipv4Addr::from_bits(last).into())
+            }
+            IpAddr::V6(ip) if length <= 128 => {
+                let host = u128::MAX.checked_shr(length).unwrap_or(0);
+                let (first, last) = (ip.to_bits() & !host, ip.to_bits() | host);
+                AddressRange::new(Ipv6Addr::from_bits(first).into(), Ipv6Addr::from_bits(last).into())
+            }
+            _ => None,
+        }
+    }
+
+    /// The first address.
+    pub fn first(&self) -> IpAddr {
+        self.first
+    }
+
+    /// The last address.
+    pub fn last(&self) -> IpAddr {
+        self.last
+    }
+
+    /// Whether the addresses are IPv4 ones.
+    pub fn is_ipv4(&self) -> bool {
+        self.first.is_ipv4()
+    }
+
+    /// Whether an address is one of them.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        ip.is_ipv4() == self.is_ipv4() && self.first <= ip && ip <= self.last
+    }
+}
+
+impl From<IpAddr> for AddressRange {
+    fn from(ip: IpAddr) -> AddressRange {
+        AddressRange { first: ip, last: ip }
+    }
+}
+
+/// Reads `10.0.0.1`, `10.0.0.0/8` or `10.0.0.1-10.0.0.9`.
+impl FromStr for AddressRange {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let address = |text: &str| text.parse::<IpAddr>().map_err(drop);
+        if let Some((ip, length)) = text.split_once('/') {
+            return AddressRange::prefix(address(ip)?, decimal(length).ok_or(())?).ok_or(());
+        }
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        AddressRange::new(address(first)?, address(last)?).ok_or(())
+    }
+}
+
+impl fmt::Display for AddressRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            return self.first.fmt(f);
+        }
+        let same_bits = match (self.first, self.last) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
+            (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
+            _ => 0,
+        };
+        let length = u8::try_from(same_bits).unwrap_or_default();
+        if AddressRange::prefix(self.first, length) == Some(*self) {
+            write!(f, "{}/{length}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+/// Numbers from the first to the last, both included: ports, or VLAN ids.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct NumberRange {
+    first: u16,
+    last: u16,
+}
+
+impl NumberRange {
+    /// The range from `first` to `last`, unless they are the wrong way round.
+    pub fn new(first: u16, last: u16) -> Option<NumberRange> {
+        (first <= last).then_some(NumberRange { first, last })
+    }
+
+    /// The first number.
+    pub fn first(&self) -> u16 {
+        self.first
+    }
+
+    /// The last number.
+    pub fn last(&self) -> u16 {
+        self.last
+    }
+
+    /// Whether a number is one of them.
+    pub fn contains(&self, number: u16) -> bool {
+        (self.first..=self.last).contains(&number)
+    }
+}
+
+/// Reads `80` or `80-90`.
+impl FromStr for NumberRange {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        NumberRange::new(decimal(first).ok_or(())?, decimal(last).ok_or(())?).ok_or(())
+    }
+}
+
+impl fmt::Display for NumberRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last { self.first.fmt(f) } else { write!(f, "{}-{}", self.first, self.last) }
     }
 }
 
@@ -181,6 +385,18 @@ mod tests {
     }
 
     #[test]
+    fn masks_of_macs() {
+        let mask: MacMask = "02:ff:00:01:02:03/ff:00:00:00:00:00".parse().unwrap();
+        assert_eq!(mask.to_string(), "02:00:00:00:00:00/ff:00:00:00:00:00");
+        assert!(mask.contains(MacAddr([2, 9, 9, 9, 9, 9])) && !mask.contains(MacAddr([4; 6])));
+        assert_eq!(
+            "2:0:0:0:0:1".parse::<MacMask>().map(|m| m.to_string()),
+            Ok("02:00:00:00:00:01".to_string())
+        );
+        assert!("2:0:0:0:0:1/24".parse::<MacMask>().is_err());
+    }
+
+    #[test]
     fn a_group_address_names_no_station() {
         assert!(MacAddr([2, 0, 0, 0, 0, 1]).is_station());
         assert!(!MacAddr([1, 0, 0x5e, 0, 0, 1]).is_station());
@@ -199,6 +415,45 @@ mod tests {
         }
         // 2048 raw is 0x0008: a length, not a type; what was meant is 8 or 0x0800.
         assert!("2048".parse::<EtherType>().is_err());
+    }
+
+    #[test]
+    fn ranges_of_addresses_and_ports() {
+        for (text, canonical) in [
+            ("10.0.0.1", "10.0.0.1"),
+            ("10.1.2.3/8", "10.0.0.0/8"),
+            ("10.0.0.0-10.255.255.255", "10.0.0.0/8"),
+            ("10.0.0.1-10.0.0.9", "10.0.0.1-10.0.0.9"),
+            ("0.0.0.0/0", "0.0.0.0/0"),
+            ("10.0.0.1/32", "10.0.0.1"),
+            ("2001:db8::1/32", "2001:db8::/32"),
+            ("::/0", "::/0"),
+            ("2001:db8::1-2001:db8::3", "2001:db8::1-2001:db8::3"),
+        ] {
+            let range: AddressRange = text.parse().unwrap();
+            assert_eq!(range.to_string(), canonical);
+            assert_eq!(canonical.parse(), Ok(range));
+        }
+        for bad in [
+            "10.0.0.0/33",
+            "::/129",
+            "10.0.0.9-10.0.0.1",
+            "10.0.0.1-::1",
+            "10.0.0.1-",
+            "/8",
+            "10.0.0.0/-1",
+            "10.0.0.0/+8",
+        ] {
+            assert!(bad.parse::<AddressRange>().is_err(), "{bad}");
+        }
+        let range: AddressRange = "10.0.0.0/8".parse().unwrap();
+        let may = |ip: &str| range.contains(ip.parse().unwrap());
+        assert!(may("10.0.0.0") && may("10.255.255.255") && !may("11.0.0.0") && !may("::ffff:10.0.0.1"));
+        assert_eq!(
+            "80-90".parse::<NumberRange>().map(|range| (range.contains(90), range.contains(91))),
+            Ok((true, false))
+        );
+        assert!("90-80".parse::<NumberRange>().is_err() && "80-65536".parse::<NumberRange>().is_err());
     }
 
     #[test]

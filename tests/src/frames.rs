@@ -199,6 +199,24 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
     };
     let host = || select(HOSTS.to_vec()).prop_map(str::to_string);
     let port = || select(PORTS.to_vec()).prop_map(|port| port.to_string());
+    let hosts = || {
+        let wide = select(vec![
+            "10.0.0.0/30",
+            "10.0.0.2-10.0.0.4",
+            "0.0.0.0/0",
+            "2001:db8::/126",
+            "2001:db8::3-2001:db8::4",
+        ]);
+        prop_oneof![3 => ip(), 2 => wide.prop_map(str::to_string)]
+    };
+    let ports =
+        || prop_oneof![3 => port(), 1 => select(vec!["80-81", "0-65535", "54-999"]).prop_map(str::to_string)];
+    let stations = || {
+        let masked =
+            select(vec!["02:00:00:00:00:b0/ff:ff:ff:ff:ff:f0", "02:00:00:00:00:00/01:00:00:00:00:00"]);
+        prop_oneof![3 => host(), 1 => masked.prop_map(str::to_string)]
+    };
+    let tags = select(vec!["1", "2", "2-3", "0-4095"]).prop_map(str::to_string);
     let key = |letter: char, value: BoxedStrategy<String>| {
         proptest::option::weighted(0.7, value.prop_map(move |v| format!(" {letter} {v}")))
             .prop_map(Option::unwrap_or_default)
@@ -207,19 +225,21 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
     let protocol = select(vec!["tcp", "udp", "icmp", "58", "47", "51"]).prop_map(str::to_string).boxed();
     let types =
         select(vec!["ip", "ip6", "arp", "0x88cc", "0x8100", "0x9000"]).prop_map(str::to_string).boxed();
-    let inet = (0..16_u8, key('s', ip().boxed()), key('d', ip().boxed()), key('t', tos), key('p', protocol))
-        .prop_map(|(bits, s, d, t, p)| format!("I {bits}{s}{d}{t}{p}"));
+    let inet =
+        (0..16_u8, key('s', hosts().boxed()), key('d', hosts().boxed()), key('t', tos), key('p', protocol))
+            .prop_map(|(bits, s, d, t, p)| format!("I {bits}{s}{d}{t}{p}"));
     let link = (
         0..8_u8,
-        key('s', host().boxed()),
+        key('s', stations().boxed()),
         key('d', select(MIDDLEBOXES.to_vec()).prop_map(str::to_string).boxed()),
         key('p', types),
     )
         .prop_map(|(bits, s, d, p)| format!("M {bits}{s}{d}{p}"));
-    let tcp = (0..4_u8, key('s', port().boxed()), key('d', port().boxed()))
-        .prop_map(|(bits, s, d)| format!("T {bits}{s}{d}"));
+    let transport = (select(vec!['T', 'U']), 0..4_u8, key('s', ports().boxed()), key('d', ports().boxed()))
+        .prop_map(|(class, bits, s, d)| format!("{class} {bits}{s}{d}"));
+    let vlan = (0..2_u8, key('s', tags.boxed())).prop_map(|(bits, s)| format!("V {bits}{s}"));
     let middlebox = || select(MIDDLEBOXES.to_vec());
-    let filter = prop_oneof![inet, link, tcp];
+    let filter = prop_oneof![4 => inet, 3 => link, 4 => transport, 1 => vlan];
     let backend = select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
     let backend6 = select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
     let vip4 = select(vec!["10.0.0.2", "10.0.0.9"]);

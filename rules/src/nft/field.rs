@@ -11,6 +11,10 @@ pub enum Field {
     EtherDestination,
     /// `ether saddr`.
     EtherSource,
+    /// `ether type`: the type of the outer VLAN tag, where there is one.
+    OuterType,
+    /// `vlan id`: the id of the outer VLAN tag.
+    VlanId,
     /// `meta protocol`: the EtherType behind one VLAN tag.
     EtherType,
     /// `meta l4proto`: there only when the IP header holds together.
@@ -115,7 +119,9 @@ impl Field {
             Field::Ip4Source | Field::Ip4Destination => Some(Type::Ip4),
             Field::Ip6Source | Field::Ip6Destination => Some(Type::Ip6),
             Field::SourcePort | Field::DestinationPort => Some(Type::Port),
-            Field::Ip4FragmentOffset(_)
+            Field::OuterType
+            | Field::VlanId
+            | Field::Ip4FragmentOffset(_)
             | Field::Ip4Tos
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
@@ -128,7 +134,9 @@ impl Field {
     pub(super) fn len(self) -> usize {
         match self {
             Field::Ip4Tos => 1,
-            Field::Ip4FragmentOffset(_)
+            Field::OuterType
+            | Field::VlanId
+            | Field::Ip4FragmentOffset(_)
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
             | Field::TcpChecksum
@@ -148,6 +156,8 @@ impl fmt::Display for Field {
         let name = match self {
             Field::EtherDestination => "ether daddr",
             Field::EtherSource => "ether saddr",
+            Field::OuterType => "ether type",
+            Field::VlanId => "vlan id",
             Field::EtherType => "meta protocol",
             Field::L4Protocol => "meta l4proto",
             Field::Mark(mask) => return write!(f, "meta mark & {mask:#010x}"),
@@ -252,6 +262,8 @@ impl fmt::Display for Value {
             Value::EtherType(EtherType::IPV4) => f.write_str("ip"),
             Value::EtherType(EtherType::IPV6) => f.write_str("ip6"),
             Value::EtherType(EtherType::ARP) => f.write_str("arp"),
+            Value::EtherType(tag) if tag.number() == 0x8100 => f.write_str("8021q"),
+            Value::EtherType(tag) if tag.number() == 0x88a8 => f.write_str("8021ad"),
             Value::EtherType(other) => write!(f, "{:#06x}", other.number()),
             Value::Protocol(Protocol::TCP) => f.write_str("tcp"),
             Value::Protocol(Protocol::UDP) => f.write_str("udp"),

@@ -45,6 +45,7 @@ const META_L4PROTO: u32 = 16;
 
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
+const CMP_LTE: u32 = 3;
 const CMP_GTE: u32 = 5;
 
 const DYNSET_ADD: u32 = 0;
@@ -137,6 +138,8 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
     match field {
         Field::EtherDestination => vec![payload(LINK, 0, len, register)],
         Field::EtherSource => vec![payload(LINK, 6, len, register)],
+        Field::OuterType => vec![payload(LINK, 12, len, register)],
+        Field::VlanId => masked(LINK, 14, 0x0fff),
         Field::EtherType => vec![meta(META_PROTOCOL, register)],
         Field::L4Protocol => vec![meta(META_L4PROTO, register)],
         Field::Mark(u32::MAX) => vec![meta(META_MARK, register)],
@@ -243,6 +246,15 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         }
         Statement::IsNot(field, value) => {
             [load(*field, R0), vec![compare(CMP_NEQ, R0, value_bytes(*field, *value))]].concat()
+        }
+        Statement::Between(field, first, last) => {
+            [load(*field, R0), vec![compare(CMP_GTE, R0, first.bytes()), compare(CMP_LTE, R0, last.bytes())]]
+                .concat()
+        }
+        Statement::Masked(field, mask, bits) => {
+            let (mask, bits) = (mask.bytes(), bits.bytes());
+            let zero = vec![0; mask.len()];
+            [load(*field, R0), vec![bitwise(R0, &mask, &zero), compare(CMP_EQ, R0, bits)]].concat()
         }
         Statement::Present(field) => {
             [load(*field, R0), vec![compare(CMP_GTE, R0, vec![0; field.len()])]].concat()

@@ -93,6 +93,10 @@ pub enum Statement {
     Is(Field, Value),
     /// The field has another value.
     IsNot(Field, Value),
+    /// The field's value is one from the first to the last.
+    Between(Field, Value, Value),
+    /// Under the first value as a mask, the field has the second.
+    Masked(Field, Value, Value),
     /// The field is there, whatever its value.
     Present(Field),
     /// The fields are an element of the set.
@@ -322,6 +326,8 @@ impl fmt::Display for Statement {
             }
             Statement::Is(field, value) => write!(f, "{field} {value}"),
             Statement::IsNot(field, value) => write!(f, "{field} != {value}"),
+            Statement::Between(field, first, last) => write!(f, "{field} {first}-{last}"),
+            Statement::Masked(field, mask, bits) => write!(f, "{field} & {mask} == {bits}"),
             Statement::Present(Field::L4Protocol) => f.write_str("meta l4proto >= ip"),
             Statement::Present(field) => write!(f, "{field} >= 0"),
             Statement::In(key, set) => write!(f, "{} @{set}", key_text(key)),

@@ -11,9 +11,10 @@ use super::model::{
 };
 use crate::filter::Conditions;
 use crate::mark::{self, INDEX, OPERATION, OURS, Operation};
+use crate::packet::VLAN_TYPES;
 use crate::policy::{Middlebox, Policy};
 use crate::slots::{Slot, SlotKey, Slots};
-use nfqd_shmctl::{Balance, EtherType, MacAddr, Protocol};
+use nfqd_shmctl::{AddressRange, Balance, EtherType, MacAddr, MacMask, NumberRange, Protocol};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -259,8 +260,8 @@ struct Shape {
     family: Option<EtherType>,
     /// Only packets whose IP header holds together.
     needs_ip: bool,
-    /// Only packets of TCP.
-    tcp: bool,
+    /// Only packets of the protocol whose ports are compared.
+    transport: Option<Protocol>,
     /// The fields behind the middlebox' MAC.
     fields: Vec<Field>,
 }
@@ -273,9 +274,11 @@ impl Shape {
             Some(_) => name.push('6'),
             None => {}
         }
-        if self.tcp {
-            name.push_str("_tcp");
-        }
+        name.push_str(match self.transport {
+            Some(Protocol::TCP) => "_tcp",
+            Some(_) => "_udp",
+            None => "",
+        });
         for field in &self.fields {
             name.push_str(match field {
                 Field::EtherSource => "_ether",
@@ -294,8 +297,8 @@ impl Shape {
     fn guards(&self) -> Vec<Statement> {
         let mut out = Vec::new();
         out.extend(self.family.map(|family| Statement::Is(Field::EtherType, Value::EtherType(family))));
-        if self.tcp {
-            out.push(Statement::Is(Field::L4Protocol, Value::Protocol(Protocol::TCP)));
+        if let Some(protocol) = self.transport {
+            out.push(Statement::Is(Field::L4Protocol, Value::Protocol(protocol)));
         } else if self.needs_ip && !self.fields.contains(&Field::L4Protocol) {
             out.push(Statement::Present(Field::L4Protocol));
         }
@@ -326,10 +329,56 @@ impl Shape {
     }
 }
 
-/// The shape of conditions, and the values behind the middlebox' MAC.
-fn shape(conditions: &Conditions) -> (Shape, Vec<(Field, Value)>) {
+/// What a field must be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Test {
+    Is(Value),
+    Between(Value, Value),
+    Masked { mask: Value, bits: Value },
+}
+
+impl Test {
+    /// The one value, where only one passes.
+    fn exact(self) -> Option<Value> {
+        match self {
+            Test::Is(value) => Some(value),
+            _ => None,
+        }
+    }
+
+    fn between(first: Value, last: Value) -> Test {
+        if first == last { Test::Is(first) } else { Test::Between(first, last) }
+    }
+
+    fn addresses(range: AddressRange) -> Test {
+        Test::between(Value::Ip(range.first()), Value::Ip(range.last()))
+    }
+
+    fn numbers(range: NumberRange) -> Test {
+        Test::between(Value::Port(range.first()), Value::Port(range.last()))
+    }
+
+    fn macs(mask: MacMask) -> Test {
+        match mask.exact() {
+            Some(mac) => Test::Is(Value::Mac(mac)),
+            None => Test::Masked { mask: Value::Mac(mask.mask()), bits: Value::Mac(mask.bits()) },
+        }
+    }
+
+    fn statement(self, field: Field) -> Statement {
+        match self {
+            Test::Is(value) => Statement::Is(field, value),
+            Test::Between(first, last) => Statement::Between(field, first, last),
+            Test::Masked { mask, bits } => Statement::Masked(field, mask, bits),
+        }
+    }
+}
+
+/// The shape of conditions, and the tests behind the middlebox' MAC.
+fn shape(conditions: &Conditions) -> (Shape, Vec<(Field, Test)>) {
     let Conditions {
         source_mac,
+        vlan,
         ether_type,
         source,
         destination,
@@ -338,32 +387,42 @@ fn shape(conditions: &Conditions) -> (Shape, Vec<(Field, Value)>) {
         source_port,
         destination_port,
     } = *conditions;
-    let address = source.or(destination);
+    let addresses = source.or(destination);
     let needs_ip = conditions.need_ip();
-    let family = match (address, ether_type) {
-        (Some(address), _) => Some(Ip::of(address).ether_type),
+    let family = match (addresses, ether_type) {
+        (Some(range), _) => Some(Ip::of(range.first()).ether_type),
         // Beside fields of the IP header an EtherType can only be one of the two.
         (None, Some(named)) if needs_ip => Some(named),
         // The two families keep their traffic class in different places.
         _ => None,
     };
     let ip = if family == Some(EtherType::IPV6) { IPV6 } else { IPV4 };
-    let tcp = conditions.need_ports();
+    let transport = protocol.filter(|_| conditions.need_ports());
+    let tos_field = if ip.suffix == '4' { Field::Ip4Tos } else { Field::Ip6TrafficClass };
     let fields = [
-        source_mac.map(|mac| (Field::EtherSource, Value::Mac(mac))),
-        ether_type.filter(|_| family.is_none()).map(|named| (Field::EtherType, Value::EtherType(named))),
-        source.map(|address| (ip.source, Value::Ip(address))),
-        destination.map(|address| (ip.destination, Value::Ip(address))),
-        tos.map(|tos| {
-            (if ip.suffix == '4' { Field::Ip4Tos } else { Field::Ip6TrafficClass }, Value::Tos(tos))
-        }),
-        protocol.filter(|_| !tcp).map(|protocol| (Field::L4Protocol, Value::Protocol(protocol))),
-        source_port.map(|port| (Field::SourcePort, Value::Port(port))),
-        destination_port.map(|port| (Field::DestinationPort, Value::Port(port))),
+        source_mac.map(|mask| (Field::EtherSource, Test::macs(mask))),
+        vlan.map(|ids| (Field::VlanId, Test::numbers(ids))),
+        ether_type
+            .filter(|_| family.is_none())
+            .map(|named| (Field::EtherType, Test::Is(Value::EtherType(named)))),
+        source.map(|range| (ip.source, Test::addresses(range))),
+        destination.map(|range| (ip.destination, Test::addresses(range))),
+        tos.map(|tos| (tos_field, Test::Is(Value::Tos(tos)))),
+        protocol
+            .filter(|_| transport.is_none())
+            .map(|protocol| (Field::L4Protocol, Test::Is(Value::Protocol(protocol)))),
+        source_port.map(|range| (Field::SourcePort, Test::numbers(range))),
+        destination_port.map(|range| (Field::DestinationPort, Test::numbers(range))),
     ];
-    let fields: Vec<(Field, Value)> = fields.into_iter().flatten().collect();
+    let fields: Vec<(Field, Test)> = fields.into_iter().flatten().collect();
     let names = fields.iter().map(|(field, _)| *field).collect();
-    (Shape { family, needs_ip, tcp, fields: names }, fields)
+    (Shape { family, needs_ip, transport, fields: names }, fields)
+}
+
+/// The values of the tests as a set's key holds them, when a set can: exact values of fields that a key can have.
+fn exact_values(fields: &[(Field, Test)]) -> Option<Vec<Value>> {
+    let value = |(field, test): &(Field, Test)| field.set_type().and_then(|_| test.exact());
+    if fields.len() < MAX_KEY { fields.iter().map(value).collect() } else { None }
 }
 
 struct Builder<'a> {
@@ -410,6 +469,12 @@ impl Builder<'_> {
         self.set("middleboxes", middleboxes);
         self.set("balanced", balanced);
         self.set("deny_rules", set_of(&mac, verdicts, "middleboxes with deny rules that no set can hold"));
+        if self.engine_is_blind() {
+            self.set(
+                "link_rules",
+                set_of(&mac, verdicts, "middleboxes with deny rules about what the engine does not see"),
+            );
+        }
         self.set("static_redirects", set_of(&mac, verdicts, "what happens without an engine"));
         if self.options.steer == Steer::BrNetfilter {
             self.set("ask", set_of(&mac, verdicts, "the mark by which the engine knows the middlebox"));
@@ -475,22 +540,27 @@ impl Builder<'_> {
     fn deny_rules(&mut self) -> BTreeSet<Shape> {
         let mut shapes = BTreeSet::new();
         let mut plain: BTreeMap<MacAddr, Vec<(bool, Rule)>> = BTreeMap::new();
+        let mut tagged: BTreeMap<MacAddr, Vec<(bool, Rule)>> = BTreeMap::new();
         let mut elements = Vec::new();
         for (mac, middlebox) in self.middleboxes() {
             let mut own: BTreeSet<Shape> = BTreeSet::new();
             for (number, conditions) in middlebox.firewall().into_iter().flat_map(|f| f.conditions()) {
                 let comment = format!("rule {number}");
                 let (shape, fields) = shape(conditions);
-                let fits = conditions.tos.is_none() && fields.len() < MAX_KEY;
-                if fits && (own.contains(&shape) || own.len() < MAX_SHAPES) {
+                let room = own.contains(&shape) || own.len() < MAX_SHAPES;
+                if let Some(values) = exact_values(&fields).filter(|_| room) {
                     own.insert(shape.clone());
-                    let key =
-                        [vec![Value::Mac(mac)], fields.iter().map(|(_, value)| *value).collect()].concat();
+                    let key = [vec![Value::Mac(mac)], values].concat();
                     elements.push((shape.name(), key, comment));
                     shapes.insert(shape);
                 } else {
-                    let rules = plain_rules(&shape, &fields, &comment).into_iter();
-                    plain.entry(mac).or_default().extend(rules.map(|rule| (shape.tcp, rule)));
+                    let rules = plain_rules(&shape, &fields, &comment);
+                    let rules = rules.into_iter().map(|rule| (shape.transport.is_some(), rule));
+                    if self.engine_is_blind() && (conditions.vlan.is_some() || !shape.needs_ip) {
+                        tagged.entry(mac).or_default().extend(rules);
+                    } else {
+                        plain.entry(mac).or_default().extend(rules);
+                    }
                 }
             }
         }
@@ -500,16 +570,25 @@ impl Builder<'_> {
         for (set, key, comment) in elements {
             self.element(&set, key, Element { data: None, comment: Some(comment) });
         }
-        for (mac, rules) in plain {
-            let (with_ports, without): (Vec<_>, Vec<_>) = rules.into_iter().partition(|(tcp, _)| *tcp);
-            let mut chain: Vec<Rule> = without.into_iter().map(|(_, rule)| rule).collect();
-            if !with_ports.is_empty() {
-                chain.extend(later_fragments_return());
-                chain.extend(with_ports.into_iter().map(|(_, rule)| rule));
+        for (map, plain) in [("deny_rules", plain), ("link_rules", tagged)] {
+            for (mac, rules) in plain {
+                let (with_ports, without): (Vec<_>, Vec<_>) =
+                    rules.into_iter().partition(|(ports, _)| *ports);
+                let mut chain: Vec<Rule> = without.into_iter().map(|(_, rule)| rule).collect();
+                if !with_ports.is_empty() {
+                    chain.extend(later_fragments_return());
+                    chain.extend(with_ports.into_iter().map(|(_, rule)| rule));
+                }
+                self.own_chain(map, mac, None, chain);
             }
-            self.own_chain("deny_rules", mac, None, chain);
         }
         shapes
+    }
+
+    /// Whether the engine decides and sees neither VLAN tags nor frames that are not IP: rules about these stay in the
+    /// kernel.
+    fn engine_is_blind(&self) -> bool {
+        self.options.fast_path == FastPath::Off && self.options.steer == Steer::BrNetfilter
     }
 
     /// The chain that steers, and what it leads to.
@@ -552,14 +631,15 @@ impl Builder<'_> {
         let mut rules: Vec<Rule> = Vec::new();
         if full {
             let (with_ports, without): (Vec<&Shape>, Vec<&Shape>) =
-                shapes.iter().partition(|shape| shape.tcp);
+                shapes.iter().partition(|shape| shape.transport.is_some());
             rules.extend(without.into_iter().map(Shape::rule));
             rules.push(rule(vec![Statement::Vmap(vec![Field::EtherDestination], "deny_rules".to_string())]));
             if !with_ports.is_empty() {
                 rules.extend(later_fragments_return());
                 rules.extend(with_ports.into_iter().map(Shape::rule));
             }
-        } else if self.options.steer == Steer::BrNetfilter {
+        } else if self.engine_is_blind() {
+            rules.push(rule(vec![Statement::Vmap(vec![Field::EtherDestination], "link_rules".to_string())]));
             rules.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
             rules.extend(shapes.iter().filter(|shape| !shape.needs_ip).map(Shape::rule));
         }
@@ -763,29 +843,36 @@ fn later_fragments_return() -> [Rule; 2] {
     })
 }
 
-/// A deny rule that no set holds: one rule, or one a family when the TOS byte has no family.
-fn plain_rules(shape: &Shape, fields: &[(Field, Value)], comment: &str) -> Vec<Rule> {
-    let has_tos = fields.iter().any(|(field, _)| matches!(field, Field::Ip4Tos | Field::Ip6TrafficClass));
+/// A deny rule that no set holds: one rule; one a family when the TOS byte has no family, one a kind of VLAN tag.
+fn plain_rules(shape: &Shape, fields: &[(Field, Test)], comment: &str) -> Vec<Rule> {
+    let has = |wanted: &[Field]| fields.iter().any(|(field, _)| wanted.contains(field));
     let families: Vec<Option<Ip>> = match shape.family {
-        None if has_tos => IPS.map(Some).to_vec(),
+        None if has(&[Field::Ip4Tos, Field::Ip6TrafficClass]) => IPS.map(Some).to_vec(),
         None => vec![None],
         Some(EtherType::IPV6) => vec![Some(IPV6)],
         Some(_) => vec![Some(IPV4)],
     };
-    let one = |ip: Option<Ip>| {
+    let tags: Vec<Option<EtherType>> =
+        if has(&[Field::VlanId]) { VLAN_TYPES.map(EtherType::new).to_vec() } else { vec![None] };
+    let one = |ip: Option<Ip>, tag: Option<EtherType>| {
         let is_family = |guard: &Statement| matches!(guard, Statement::Is(Field::EtherType, _));
-        let mut statements: Vec<Statement> = ip.map(Ip::is).into_iter().collect();
+        let is_tag = tag.map(|tag| Statement::Is(Field::OuterType, Value::EtherType(tag)));
+        let mut statements: Vec<Statement> = is_tag.into_iter().chain(ip.map(Ip::is)).collect();
         statements.extend(shape.guards().into_iter().filter(|guard| !is_family(guard)));
-        for &(field, value) in fields {
+        for &(field, test) in fields {
             let field = match field {
                 Field::Ip4Tos if ip.is_some_and(|ip| ip.suffix == '6') => Field::Ip6TrafficClass,
                 field => field,
             };
-            statements.push(Statement::Is(field, value));
+            statements.push(test.statement(field));
         }
         statements.push(Statement::Counter);
         statements.push(verdict(Verdict::Drop));
         commented(statements, comment)
     };
-    families.into_iter().map(one).collect()
+    families
+        .iter()
+        .flat_map(|&ip| tags.iter().map(move |&tag| (ip, tag)))
+        .map(|(ip, tag)| one(ip, tag))
+        .collect()
 }
