@@ -82,8 +82,8 @@ impl HostMailbox {
         let bytes: Vec<(usize, u8)> = copy.into_iter().enumerate().filter(|&(_, byte)| byte != 0).collect();
         let mut frames = Vec::new();
         let mut rest = bytes.as_slice();
-        // Frames stand one behind the other from the start. Anything else is not begun: a writer may have written its
-        // body, and will write the opening mark last.
+        // Frames stand one behind the other from the start, blanks between them. Anything else is not begun: a writer may
+        // have written its body, and will write the opening mark last.
         while let Some((&(open, mark), body)) = rest.split_first() {
             match mark {
                 TAKEN => {
@@ -100,6 +100,7 @@ impl HostMailbox {
                     frames.push(Frame { text: read(text), open, close });
                     rest = after.get(1..).unwrap_or_default();
                 }
+                blank if blank.is_ascii_whitespace() => rest = body,
                 _ => break,
             }
         }
@@ -291,11 +292,11 @@ mod tests {
     fn nuls_are_skipped_and_two_commands_in_one_write_are_two() {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
-        region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\0@D 1:2:3:4:5:6 #2@ junk@X@");
+        region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\n@D 1:2:3:4:5:6 #2@ junk@X@");
         let frames = mailbox.take(&region, Instant::now(), 99);
         assert_eq!(texts(&frames), ["X 1:2:3:4:5:6", "D 1:2:3:4:5:6 #2"]);
         answer(&mut mailbox, &region, frames);
-        assert_eq!(bytes(&region, 46), b"\0\0$X\0 1:2:3:4:5:6\0$\0$D 1:2:3:4:5:6 #2$ junk@X@");
+        assert_eq!(bytes(&region, 46), b"\0\0$X\0 1:2:3:4:5:6\0$\n$D 1:2:3:4:5:6 #2$ junk@X@");
         assert_eq!(reply(&region), "OK 0\nOK 1");
     }
 

@@ -144,7 +144,7 @@ pub struct Connection {
 /// Connects to an address from a host; `None` when nobody answers in time.
 pub fn connect(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<Connection> {
     let address = SocketAddr::new(to.into(), port);
-    let mut stream = host.enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(700))).ok()?;
+    let mut stream = host.enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
     stream.set_write_timeout(Some(Duration::from_secs(20))).expect("timeout");
     let mut server = String::new();
