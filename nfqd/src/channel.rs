@@ -85,7 +85,7 @@ impl Channel {
                 return Err(CommandError::at_word(line, word, ErrorCode::Denied, expected));
             }
         }
-        if self.spec.macs.is_empty() || self.spec.macs.contains(&command.mac()) {
+        if self.spec.macs.is_empty() || command.mac().is_none_or(|mac| self.spec.macs.contains(&mac)) {
             return Ok(command);
         }
         let bound: Vec<String> = self.spec.macs.iter().map(MacAddr::to_string).collect();

@@ -10,12 +10,14 @@ use crate::flows::{FlowKey, Flows};
 use crate::neighbours::Neighbours;
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
-use crate::status::{BackendStatus, ChannelStatus, Control, MiddleboxStatus, QueueStatus, Status};
+use crate::status::{
+    BackendStatus, ChannelStatus, Control, MiddleboxStatus, QueueStatus, RuleStatus, Status,
+};
 use crate::watch::Watch;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
 use nfqd_rules::Policy;
-use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::kernel::{Counters, Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
 use nfqd_rules::slots::Slots;
@@ -27,9 +29,9 @@ use signal_hook::iterator::Signals;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often mailboxes are looked at. A guest has no way to ring in this layout.
@@ -39,6 +41,8 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
+/// The longest reply to `Q`; the mailbox has room for little more.
+const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.
 const FLOWS: usize = 1 << 20;
 
@@ -146,6 +150,8 @@ pub struct Daemon {
     /// The kernel has not what it should have; tried again every second.
     stale: bool,
     repairs: u64,
+    counters: Counters,
+    counted: Instant,
 }
 
 impl Daemon {
@@ -214,6 +220,8 @@ impl Daemon {
             soon: 0,
             stale: false,
             repairs: 0,
+            counters: Counters::default(),
+            counted: Instant::now() - SLOW_TICK,
         };
         daemon.find_neighbours();
         daemon.follow();
@@ -255,7 +263,9 @@ impl Daemon {
                 self.reload();
             }
             self.take_commands();
-            self.control.serve(|| self.status());
+            while let Some(asker) = self.control.accept() {
+                asker.answer(&self.status());
+            }
             if let Some(worker) = self.workers.iter().find(|worker| !worker.is_alive()) {
                 let source = std::io::Error::other("its thread ended, see above");
                 return Err(StartError::System { what: format!("queue {}", worker.queue), source });
@@ -380,9 +390,59 @@ impl Daemon {
             Err(error) => return format!("ERR syntax {error}"),
         };
         match self.authorise(channel, line).and_then(|_| self.policy.apply_line(line)) {
+            Ok(Command::Query { mac }) => self.answer(channel, mac),
             Ok(command) => format!("OK {command}"),
             Err(error) => error.reply(),
         }
+    }
+
+    /// The reply to `Q`: each registration as a command, with what it has counted, in one line. Without a MAC it is about
+    /// all middleboxes that the channel may speak for.
+    fn answer(&mut self, channel: usize, mac: Option<MacAddr>) -> String {
+        let status = self.status();
+        let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone()).unwrap_or_default();
+        let wanted = |text: &str| {
+            let named: Option<MacAddr> = text.parse().ok();
+            named.is_some_and(|named| {
+                mac.map_or(bound.is_empty() || bound.contains(&named), |mac| mac == named)
+            })
+        };
+        let mut parts = Vec::new();
+        for middlebox in status.middleboxes.iter().filter(|middlebox| wanted(&middlebox.mac)) {
+            parts.push(format!("{} packets {} bytes {}", middlebox.mac, middlebox.packets, middlebox.bytes));
+            parts.extend(middlebox.commands.iter().cloned());
+            let rule =
+                |rule: &RuleStatus| format!("#{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
+            parts.extend(middlebox.rules.iter().map(rule));
+        }
+        let mut text = format!(
+            "OK {}",
+            if parts.is_empty() { "nothing registered".to_string() } else { parts.join("; ") }
+        );
+        if text.len() > LONGEST_ANSWER {
+            let end = text.get(..LONGEST_ANSWER).and_then(|text| text.rfind("; ")).unwrap_or(LONGEST_ANSWER);
+            text.truncate(end);
+            text.push_str("; and more, ask for one middlebox");
+        }
+        text
+    }
+
+    /// What the fast path and the engine have counted, asked at most once a second: guests may ask, and the answer is as
+    /// long as the ruleset.
+    fn counters(&mut self) -> Counters {
+        if self.counted.elapsed() >= SLOW_TICK {
+            self.counted = Instant::now();
+            match self.kernel.counters(&self.loaded) {
+                Ok(counters) => self.counters = counters,
+                Err(error) => log::warn!("counters: {error}"),
+            }
+        }
+        let mut out = self.counters.clone();
+        for worker in &self.workers {
+            let rules = worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
+            rules.iter().for_each(|(&(mac, number), &counted)| out.add_rule(mac, number, counted));
+        }
+        out
     }
 
     /// What the channel's own binding says, and that it does not redirect to a middlebox of another channel: the replies
@@ -520,15 +580,26 @@ impl Daemon {
         }
     }
 
-    fn status(&self) -> Status {
-        let commands = self.policy.commands();
+    fn status(&mut self) -> Status {
+        let (counters, commands) = (self.counters(), self.policy.commands());
         let middlebox = |mac: &MacAddr| {
             let registered = self.policy.get(*mac);
             let backends = self.slots.iter().filter(|(key, _)| key.middlebox == *mac);
             MiddleboxStatus {
                 mac: mac.to_string(),
                 firewall: registered.and_then(|m| m.firewall()).map(|firewall| firewall.ip().to_string()),
-                commands: commands.iter().filter(|c| c.mac() == *mac).map(ToString::to_string).collect(),
+                packets: counters.middleboxes.get(mac).map_or(0, |counted| counted.0),
+                bytes: counters.middleboxes.get(mac).map_or(0, |counted| counted.1),
+                commands: commands
+                    .iter()
+                    .filter(|c| c.mac() == Some(*mac))
+                    .map(ToString::to_string)
+                    .collect(),
+                rules: counters
+                    .rules
+                    .range((*mac, 0)..=(*mac, u16::MAX))
+                    .map(|(&(_, rule), &(packets, bytes))| RuleStatus { rule, packets, bytes })
+                    .collect(),
                 backends: backends
                     .map(|(key, slot)| BackendStatus {
                         service: key.vip.to_string(),

@@ -101,6 +101,8 @@ pub struct Queued {
     pub packet: Packet,
     /// Whether the Ethernet header was there.
     pub has_link: bool,
+    /// Its length in bytes, from the IP header on.
+    pub length: usize,
 }
 
 /// A verdict on a packet.
@@ -334,7 +336,7 @@ fn read(message: &[u8]) -> Option<Queued> {
     };
     let length = length.unwrap_or(payload.len());
     let packet = Packet::from_payload(link, payload, length, info & attribute::SKB_GSO != 0);
-    Some(Queued { id: id?, mark, packet, has_link: destination.is_some() })
+    Some(Queued { id: id?, mark, packet, has_link: destination.is_some(), length })
 }
 
 #[cfg(test)]

@@ -63,10 +63,27 @@ pub struct MiddleboxStatus {
     pub mac: String,
     /// The address of its firewall service.
     pub firewall: Option<String>,
+    /// Packets to it.
+    pub packets: u64,
+    /// Bytes to it, from the IP header on.
+    pub bytes: u64,
     /// Its registration as commands.
     pub commands: Vec<String>,
+    /// What its deny rules have dropped.
+    pub rules: Vec<RuleStatus>,
     /// Its backends.
     pub backends: Vec<BackendStatus>,
+}
+
+/// One deny rule.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RuleStatus {
+    /// Its number.
+    pub rule: u16,
+    /// Packets that it has dropped.
+    pub packets: u64,
+    /// Bytes that it has dropped, from the IP header on.
+    pub bytes: u64,
 }
 
 /// One backend of a service.
@@ -122,9 +139,16 @@ impl Status {
             let _ = writeln!(out, "channel {}: may speak for {macs}{error}", channel.path);
         }
         for middlebox in &self.middleboxes {
-            let _ = writeln!(out, "middlebox {}", middlebox.mac);
+            let _ = writeln!(
+                out,
+                "middlebox {}: {} packets, {} bytes to it",
+                middlebox.mac, middlebox.packets, middlebox.bytes
+            );
             for command in &middlebox.commands {
                 let _ = writeln!(out, "    {command}");
+            }
+            for RuleStatus { rule, packets, bytes } in &middlebox.rules {
+                let _ = writeln!(out, "    rule {rule} has dropped {packets} packets, {bytes} bytes");
             }
             for backend in &middlebox.backends {
                 let mac = match &backend.mac {
@@ -180,14 +204,25 @@ impl Control {
         Ok(Control { listener, path: path.to_path_buf() })
     }
 
-    /// Answers whoever has connected.
-    pub fn serve(&self, status: impl Fn() -> Status) {
-        while let Ok((mut stream, _)) = self.listener.accept() {
-            let answer = serde_json::to_vec(&status()).unwrap_or_default();
-            let sent = stream.set_write_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&answer));
-            if let Err(error) = sent {
-                log::debug!("status: {error}");
-            }
+    /// The next who has connected.
+    pub fn accept(&self) -> Option<Asker> {
+        self.listener.accept().ok().map(|(stream, _)| Asker { stream })
+    }
+}
+
+/// Somebody who waits for the status.
+pub struct Asker {
+    stream: UnixStream,
+}
+
+impl Asker {
+    /// Answers; a client that does not read is given up.
+    pub fn answer(mut self, status: &Status) {
+        let answer = serde_json::to_vec(status).unwrap_or_default();
+        let sent =
+            self.stream.set_write_timeout(Some(PATIENCE)).and_then(|()| self.stream.write_all(&answer));
+        if let Err(error) = sent {
+            log::debug!("status: {error}");
         }
     }
 }
@@ -226,7 +261,7 @@ mod tests {
         let asked = std::thread::scope(|scope| {
             let client = scope.spawn(|| ask(&path).unwrap());
             while !client.is_finished() {
-                control.serve(|| status.clone());
+                control.accept().into_iter().for_each(|asker| asker.answer(&status));
             }
             client.join().unwrap()
         });

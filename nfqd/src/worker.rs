@@ -4,8 +4,10 @@ use crate::engine::{Judgement, Snapshot, judge};
 use crate::flows::{Flows, Seconds};
 use crate::queue::{Buffers, Queue, Queued, Verdict};
 use arc_swap::ArcSwap;
-use std::sync::Arc;
+use nfqd_shmctl::MacAddr;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -41,6 +43,8 @@ pub struct Counts {
     pub replies: AtomicU64,
     /// Times that the kernel lost messages because the receive buffer was full.
     pub overruns: AtomicU64,
+    /// Packets and bytes that each deny rule has dropped here.
+    pub rules: Mutex<HashMap<(MacAddr, u16), (u64, u64)>>,
 }
 
 /// A running worker.
@@ -96,9 +100,14 @@ fn serve(
     let mut loaded = None;
     let packets = queue.serve(buffers, |queued| {
         let (snapshot, now) = loaded.get_or_insert_with(|| (shared.snapshot.load(), shared.now()));
-        let judgement = judge_queued(snapshot, &shared.flows, queued, *now);
+        let (middlebox, judgement) = judge_queued(snapshot, &shared.flows, queued, *now);
         match judgement {
-            Judgement::Drop(_) => dropped += 1,
+            Judgement::Drop(number) => {
+                dropped += 1;
+                let mut rules = counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
+                let count = rules.entry((middlebox, number.get())).or_default();
+                *count = (count.0 + 1, count.1 + queued.length as u64);
+            }
             Judgement::Redirect { .. } => redirected += 1,
             Judgement::Reply { .. } => replies += 1,
             Judgement::Accept(_) | Judgement::Direct => {}
@@ -121,12 +130,12 @@ fn serve(
 }
 
 /// By br_netfilter the Ethernet header is not there; the mark names the middlebox.
-fn judge_queued(snapshot: &Snapshot, flows: &Flows, queued: &Queued, now: Seconds) -> Judgement {
+fn judge_queued(snapshot: &Snapshot, flows: &Flows, queued: &Queued, now: Seconds) -> (MacAddr, Judgement) {
     let mut packet = queued.packet;
     if !queued.has_link
         && let Some(mac) = snapshot.middlebox_of(queued.mark)
     {
         packet.link.destination = mac;
     }
-    judge(snapshot, flows, &packet, now)
+    (packet.link.destination, judge(snapshot, flows, &packet, now))
 }

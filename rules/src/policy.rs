@@ -188,6 +188,10 @@ impl Policy {
                 Ok(())
             }
             Command::Unregister { mac, services } => self.unregister(*mac, *services),
+            Command::Query { mac: Some(mac) } if self.get(*mac).is_none() => {
+                refuse(1, ErrorCode::UnknownMac, "not registered")
+            }
+            Command::Query { .. } => Ok(()),
         }
     }
 

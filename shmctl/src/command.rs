@@ -82,6 +82,11 @@ pub enum Command {
         /// Which services end.
         services: Services,
     },
+    /// `Q [{mac}]`: what is registered, with counters.
+    Query {
+        /// The middlebox; without one, all that the channel may speak for.
+        mac: Option<MacAddr>,
+    },
 }
 
 /// The balancing types that a registration can name. Source and destination have the family of the registered address.
@@ -307,15 +312,16 @@ pub struct VlanClear {
 }
 
 impl Command {
-    /// The middlebox that the command speaks for.
-    pub fn mac(&self) -> MacAddr {
+    /// The middlebox that the command speaks for; `Q` may speak for none.
+    pub fn mac(&self) -> Option<MacAddr> {
         match *self {
+            Command::Query { mac } => mac,
             Command::RegisterFirewall { mac, .. }
             | Command::RegisterBalance { mac, .. }
             | Command::Add { mac, .. }
             | Command::Delete { mac, .. }
             | Command::DeleteRule { mac, .. }
-            | Command::Unregister { mac, .. } => mac,
+            | Command::Unregister { mac, .. } => Some(mac),
         }
     }
 }
@@ -353,6 +359,8 @@ impl fmt::Display for Command {
             Command::Delete { mac, rule, clear } => write!(f, "D {mac}{} {clear}", Number(*rule)),
             Command::DeleteRule { mac, rule } => write!(f, "D {mac} #{rule}"),
             Command::Unregister { mac, services } => write!(f, "X {mac} {services}"),
+            Command::Query { mac: None } => f.write_str("Q"),
+            Command::Query { mac: Some(mac) } => write!(f, "Q {mac}"),
         }
     }
 }

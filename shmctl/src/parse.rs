@@ -194,7 +194,8 @@ impl Command {
             return Err(CommandError::new(ErrorCode::Syntax, word, expected));
         }
         let mut words = Words::new(line);
-        let commands = "write R (register), A (add filters), D (delete filters) or X (end registration)";
+        let commands =
+            "write R (register), A (add filters), D (delete filters), X (end registration) or Q (query)";
         let verb = words.next().ok_or_else(|| {
             CommandError::new(ErrorCode::Syntax, Word::end(line), format!("empty; {commands}"))
         })?;
@@ -203,8 +204,9 @@ impl Command {
             "A" => add(&mut words)?,
             "D" => delete(&mut words)?,
             "X" => unregister(&mut words)?,
-            "B" | "Q" => {
-                let expected = "this version does not have this command yet; it has R, A, D and X";
+            "Q" => Command::Query { mac: words.peek().map(|_| mac(&mut words)).transpose()? },
+            "B" => {
+                let expected = "this version does not have this command yet; it has R, A, D, X and Q";
                 return Err(CommandError::new(ErrorCode::Unsupported, verb, expected));
             }
             _ => {
@@ -663,7 +665,9 @@ mod tests {
             ("D 2:0:0:0:0:1 M 4 s 1:2:3:4:5:6", Syntax, 21, "not a key"),
             ("X", Syntax, 2, "MAC"),
             ("X 2:0:0:0:0:1 Z", Syntax, 15, "'Z': not a service"),
-            ("Q", Unsupported, 1, "'Q'"),
+            ("B 2:0:0:0:0:1 + 10.0.0.1", Unsupported, 1, "'B'"),
+            ("Q 1:2", Value, 3, "'1:2': not a MAC"),
+            ("Q 2:0:0:0:0:1 F", Syntax, 15, "'F': unexpected"),
             ("R F \u{1b}[31m 10.0.0.1", Value, 5, "\\u{1b}[31m"),
         ] {
             let error = Command::parse(line).expect_err(line);
@@ -813,6 +817,7 @@ mod tests {
             }),
             (station(), rule).prop_map(|(mac, rule)| Command::DeleteRule { mac, rule }),
             (station(), services).prop_map(|(mac, services)| Command::Unregister { mac, services }),
+            proptest::option::of(station()).prop_map(|mac| Command::Query { mac }),
         ]
     }
 

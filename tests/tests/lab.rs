@@ -100,6 +100,38 @@ fn filters_on_addresses_ports_and_protocols() {
 }
 
 #[test]
+fn rules_and_middleboxes_count_what_they_see() {
+    in_both_modes(|scene| {
+        let (daemon, client) = (&scene.daemon, &scene.lab.client);
+        daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        // An exact rule is an element of a set, a range a plain rule.
+        daemon.must("A 12:13:14:15:16:17 I 8 p icmp");
+        daemon.must("A 12:13:14:15:16:17 #2 U 2 d 5000-5001");
+        assert!(!pings(client, VM));
+        let socket = client.enter(|| std::net::UdpSocket::bind("0.0.0.0:0").unwrap());
+        for port in [5000, 5001, 5002] {
+            socket.send_to(&[7; 100], (VM, port)).unwrap();
+        }
+        let rules = || {
+            let rules = daemon.status().middleboxes[0].rules.clone();
+            rules.iter().map(|rule| (rule.rule, rule.packets, rule.bytes)).collect::<Vec<_>>()
+        };
+        // A ping of 56 bytes and two datagrams of 100, with their headers.
+        wait_for("the counts", || rules() == [(1, 1, 84), (2, 2, 256)]);
+        let middlebox = daemon.status().middleboxes[0].clone();
+        assert!(middlebox.packets >= 4 && middlebox.bytes >= 84 + 3 * 128, "{middlebox:?}");
+        let reply = daemon.tell("Q 12:13:14:15:16:17");
+        assert!(reply.starts_with("OK 12:13:14:15:16:17 packets "), "{reply}");
+        let expected = "; R F 12:13:14:15:16:17 10.129.126.15; A 12:13:14:15:16:17 I 8 p icmp; \
+                        A 12:13:14:15:16:17 #2 U 2 d 5000-5001; #1 packets 1 bytes 84; #2 packets 2 bytes 256";
+        assert!(reply.ends_with(expected), "{reply}");
+        assert_eq!(daemon.tell("Q 2:0:0:0:0:9"), "ERR unknown-mac column 3: '2:0:0:0:0:9': not registered");
+        daemon.must("X 12:13:14:15:16:17");
+        assert_eq!(daemon.tell("Q"), "OK nothing registered");
+    });
+}
+
+#[test]
 fn by_source_only_that_source_is_redirected() {
     in_both_modes(|scene| {
         scene

@@ -4,7 +4,7 @@
 
 use super::field::Value;
 use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
-use super::ruleset::Ruleset;
+use super::ruleset::{self, Ruleset};
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
 use crate::packet::Ports;
@@ -104,6 +104,30 @@ fn reply(key: &[u8], protocol: Protocol, slot: SlotKey) -> Option<Reply> {
     let &[a, b, _, _, c, d, _, _] = ports else { return None };
     let ports = Ports { source: u16::from_be_bytes([a, b]), destination: u16::from_be_bytes([c, d]) };
     Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, slot })
+}
+
+/// Packets and bytes, from the IP header on, that the fast path has counted.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// To each middlebox.
+    pub middleboxes: BTreeMap<MacAddr, (u64, u64)>,
+    /// Dropped by each rule.
+    pub rules: BTreeMap<(MacAddr, u16), (u64, u64)>,
+}
+
+impl Counters {
+    fn add_middlebox(&mut self, mac: MacAddr, counted: (u64, u64)) {
+        add(self.middleboxes.entry(mac).or_default(), counted);
+    }
+
+    /// Adds to what a rule has dropped.
+    pub fn add_rule(&mut self, mac: MacAddr, number: u16, counted: (u64, u64)) {
+        add(self.rules.entry((mac, number)).or_default(), counted);
+    }
+}
+
+fn add(sum: &mut (u64, u64), more: (u64, u64)) {
+    *sum = (sum.0 + more.0, sum.1 + more.1);
 }
 
 /// Enough for transactions of some hundred thousand elements.
@@ -260,6 +284,33 @@ impl Kernel {
                     let slot = out.by_index.get(&index).copied();
                     out.replies.extend(slot.and_then(|slot| reply(&element.key, protocol, slot)));
                 }
+            }
+        }
+        Ok(out)
+    }
+
+    /// What the rules of `ruleset`, which is loaded, have counted.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn counters(&mut self, ruleset: &Ruleset) -> Result<Counters, KernelError> {
+        let mut out = Counters::default();
+        let Some(table) = ruleset.get(&Family::Bridge) else { return Ok(out) };
+        let number = |comment: &Option<String>| comment.as_ref()?.strip_prefix("rule ")?.parse::<u16>().ok();
+        for name in table.sets.iter().filter(|(_, set)| set.counter).map(|(name, _)| name) {
+            for element in self.elements(Family::Bridge, name)? {
+                let mac = element.key.first_chunk().copied().map(MacAddr);
+                let (Some(mac), Some(counted)) = (mac, element.counted) else { continue };
+                match number(&element.comment) {
+                    Some(number) => out.add_rule(mac, number, counted),
+                    None => out.add_middlebox(mac, counted),
+                }
+            }
+        }
+        for rule in self.ask(&Question::Rules(Family::Bridge))?.rules {
+            let mac = rule.chain.split_once("_rules_").and_then(|(_, digits)| ruleset::mac_of_chain(digits));
+            if let (Some(mac), Some(number), Some(counted)) = (mac, number(&rule.comment), rule.counted) {
+                out.add_rule(mac, number, counted);
             }
         }
         Ok(out)

@@ -147,6 +147,13 @@ fn own_chain(what: &str, mac: MacAddr) -> String {
     format!("{what}_{}", mac.to_string().replace(':', ""))
 }
 
+/// The middlebox that a chain of its own is named for, from the twelve digits behind the name.
+pub(super) fn mac_of_chain(digits: &str) -> Option<MacAddr> {
+    let bytes: Vec<u8> =
+        (0..12).step_by(2).map_while(|at| u8::from_str_radix(digits.get(at..at + 2)?, 16).ok()).collect();
+    (digits.len() == 12).then(|| bytes.try_into().ok().map(MacAddr))?
+}
+
 /// One of the two IP families, with its fields and map names.
 #[derive(Clone, Copy)]
 struct Ip {

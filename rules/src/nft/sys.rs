@@ -23,6 +23,7 @@ mod message {
     pub const GETCHAIN: u16 = 4;
     pub const DELCHAIN: u16 = 5;
     pub const NEWRULE: u16 = 6;
+    pub const GETRULE: u16 = 7;
     pub const DELRULE: u16 = 8;
     pub const NEWSET: u16 = 9;
     pub const GETSET: u16 = 10;
@@ -572,6 +573,16 @@ pub(super) enum Question {
     Sets(Family),
     /// The elements of one of our sets.
     Elements(Family, String),
+    /// The rules of our table.
+    Rules(Family),
+}
+
+/// What a rule in the kernel has counted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct FoundRule {
+    pub chain: String,
+    pub comment: Option<String>,
+    pub counted: Option<(u64, u64)>,
 }
 
 /// What an element in the kernel holds.
@@ -621,6 +632,7 @@ pub(super) struct Answers {
     pub chains: BTreeMap<String, bool>,
     pub sets: BTreeMap<String, FoundSet>,
     pub elements: Vec<FoundElement>,
+    pub rules: Vec<FoundRule>,
 }
 
 impl Question {
@@ -648,6 +660,14 @@ impl Question {
                 let header = header(message::GETSET, *family, dump, buffer);
                 // SAFETY: needed to name the table in the message; both are alive.
                 unsafe { sys::nftnl_set_nlmsg_build_payload(header, set.0.pointer) };
+                header
+            }
+            Question::Rules(family) => {
+                let rule = RuleObject::new();
+                rule.str(sys::NFTNL_RULE_TABLE, TABLE_NAME);
+                let header = header(message::GETRULE, *family, dump, buffer);
+                // SAFETY: needed to name the table in the message; both are alive.
+                unsafe { sys::nftnl_rule_nlmsg_build_payload(header, rule.0.pointer) };
                 header
             }
             Question::Elements(family, name) => {
@@ -713,6 +733,27 @@ impl Question {
                         };
                         let name = text(sys::nftnl_set_get_str(set.0.pointer, sys::NFTNL_SET_NAME as u16));
                         answers.sets.extend(name.map(|name| (name, found)));
+                    }
+                }
+            }
+            Question::Rules(_) => {
+                let rule = RuleObject::new();
+                let mut counted: Option<(u64, u64)> = None;
+                let mut len = 0;
+                let counted_out: *mut Option<(u64, u64)> = &mut counted;
+                // SAFETY: as above; the callback gets a pointer to `counted`, which outlives the call.
+                unsafe {
+                    if sys::nftnl_rule_nlmsg_parse(header, rule.0.pointer) != 0 {
+                        return;
+                    }
+                    sys::nftnl_expr_foreach(rule.0.pointer, Some(on_expression), counted_out.cast());
+                    let get = |kind: u32| text(sys::nftnl_rule_get_str(rule.0.pointer, kind as u16));
+                    let kind = sys::NFTNL_RULE_USERDATA as u16;
+                    let data = slice(sys::nftnl_rule_get_data(rule.0.pointer, kind, &mut len), len);
+                    if get(sys::NFTNL_RULE_TABLE).as_deref() == Some(TABLE_NAME)
+                        && let Some(chain) = get(sys::NFTNL_RULE_CHAIN)
+                    {
+                        answers.rules.push(FoundRule { chain, comment: comment_of(data, 0), counted });
                     }
                 }
             }
