@@ -347,7 +347,7 @@ impl Daemon {
             Err(error) => {
                 log::error!("{error}");
                 self.policy = before;
-                self.slots = slots;
+                self.slots.put_back(slots, Instant::now());
                 self.publish();
             }
         }

@@ -111,6 +111,8 @@ pub fn apply_file(
     skip: impl Fn(&Policy, &Command) -> bool,
 ) -> Vec<String> {
     let mut errors = Vec::new();
+    // Some editors begin a file with a byte order mark.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (number, line) in nfqd_shmctl::split_lines(text) {
         if Command::parse(line).is_ok_and(|command| skip(policy, &command)) {
             continue;

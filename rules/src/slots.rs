@@ -126,6 +126,15 @@ impl<K: Copy + Ord> Numbers<K> {
     }
 }
 
+impl<K> Numbers<K> {
+    /// A number that others used for a moment: the kernel may have learnt it.
+    fn rest(&mut self, index: u32, now: Instant) {
+        if self.free.remove(&index) {
+            self.resting.push((index, now + REST));
+        }
+    }
+}
+
 /// The slots in use, and the numbers by which marks name middleboxes on the way to the engine.
 #[derive(Clone, Debug, Default)]
 pub struct Slots {
@@ -185,6 +194,19 @@ impl Slots {
     /// A number that a flow in the kernel still carries: nothing else gets it soon.
     pub fn seen(&mut self, index: u32, now: Instant) {
         self.numbers.seen(index, now);
+    }
+
+    /// Puts `old` back, in the place of slots that held for a moment: what these have used rests.
+    pub fn put_back(&mut self, old: Slots, now: Instant) {
+        let discarded = std::mem::replace(self, old);
+        for &index in discarded.numbers.used.values() {
+            self.numbers.rest(index, now);
+            self.numbers.seen(index, now);
+        }
+        for &index in discarded.middleboxes.used.values() {
+            self.middleboxes.rest(index, now);
+            self.middleboxes.seen(index, now);
+        }
     }
 
     /// Whether every destination of the policy got a slot.
@@ -263,6 +285,22 @@ mod tests {
         assert_eq!(indexes(&slots), [3], "not even the backend that had it");
         slots.follow(&b, |_| None, now + REST * 3);
         assert_eq!(indexes(&slots), [1]);
+    }
+
+    #[test]
+    fn what_held_for_a_moment_rests() {
+        let (a, b) =
+            (policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2"), policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3"));
+        let now = Instant::now();
+        let mut slots = Slots::default();
+        slots.follow(&a, |_| None, now);
+        let before = slots.clone();
+        slots.follow(&b, |_| None, now);
+        assert_eq!(indexes(&slots), [2]);
+        slots.put_back(before, now);
+        assert_eq!(indexes(&slots), [1], "the kernel still has it");
+        slots.follow(&b, |_| None, now);
+        assert_eq!(indexes(&slots), [3]);
     }
 
     #[test]

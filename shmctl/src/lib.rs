@@ -16,6 +16,10 @@
 //! | 2048 | 2048 | reply: text ended by a NUL, one line a frame | the host |
 //! | 4096 | … | left for the ring layout | nobody yet |
 //!
+//! Frames stand one behind the other from the start, with NULs or blanks between them; what stands before a frame and is
+//! neither, nor a taken frame, leaves it unread. A write should have at most sixteen frames: further ones are answered
+//! over the reply to the first.
+//!
 //! A writer keeps the mailbox' depth of one: it writes the body and the closing `@`, the opening `@` last, waits
 //! until the opening byte has become `$`, and then reads the reply. The host writes the reply before it writes `$`.
 //!

@@ -16,8 +16,9 @@ pub const REPLY_OFFSET: usize = 2048;
 /// Bytes for the reply, its NUL included.
 pub const REPLY_SIZE: usize = 2048;
 
-/// Frames taken in one scan: a guest that fills the mailbox with `@` costs the host no more than this.
-const MAX_FRAMES: usize = 16;
+/// Frames taken in one scan: a guest that fills the mailbox with `@` costs the host no more than this. Further frames of
+/// the same write are taken by the next scan, and their reply is written over the first one's.
+pub const MAX_FRAMES: usize = 16;
 
 /// How long an opening `@` may stand without a closing one before it is refused.
 const TORN_AFTER: Duration = Duration::from_secs(1);
@@ -34,6 +35,8 @@ pub struct Frame {
     open: usize,
     /// The offset of the closing `@`, where there is one.
     close: Option<usize>,
+    /// Offsets of `$` inside: they would be taken for marks.
+    dollars: Vec<usize>,
 }
 
 /// Why a frame has no text.
@@ -67,11 +70,10 @@ pub struct HostMailbox {
 }
 
 impl HostMailbox {
-    /// Takes the frames that are complete, oldest first, at most `limit` and never more than sixteen. `now` lets an opening mark without a closing one time out.
+    /// Takes the frames that are complete, oldest first, at most [`MAX_FRAMES`]. `now` lets an opening mark without a closing one time out.
     ///
     /// Each frame must be given to [`HostMailbox::reply`] before the next call, or it is taken again.
-    pub fn take(&mut self, region: &Region, now: Instant, limit: usize) -> Vec<Frame> {
-        let limit = limit.min(MAX_FRAMES);
+    pub fn take(&mut self, region: &Region, now: Instant) -> Vec<Frame> {
         let mut copy = [0; COMMAND_SIZE];
         region.read(0, &mut copy);
         // The common case by far: nothing there, and no allocation.
@@ -90,14 +92,15 @@ impl HostMailbox {
                     let Some(end) = body.iter().position(|&(_, byte)| byte == TAKEN) else { break };
                     rest = body.get(end + 1..).unwrap_or_default();
                 }
-                OPEN if frames.len() < limit => {
+                OPEN if frames.len() < MAX_FRAMES => {
                     let Some(end) = closing(body) else {
                         frames.extend(self.torn(open, now));
                         return frames;
                     };
                     let (text, after) = body.split_at(end);
                     let close = after.first().map(|&(offset, _)| offset);
-                    frames.push(Frame { text: read(text), open, close });
+                    let dollars = text.iter().filter(|&&(_, byte)| byte == TAKEN).map(|&(offset, _)| offset);
+                    frames.push(Frame { text: read(text), open, close, dollars: dollars.collect() });
                     rest = after.get(1..).unwrap_or_default();
                 }
                 blank if blank.is_ascii_whitespace() => rest = body,
@@ -113,7 +116,12 @@ impl HostMailbox {
         let since = self.torn.filter(|&(offset, _)| offset == open).map_or(now, |(_, since)| since);
         let expired = now.duration_since(since) >= TORN_AFTER;
         self.torn = (!expired).then_some((open, since));
-        expired.then_some(Frame { text: Err(FrameError::Torn { offset: open }), open, close: None })
+        expired.then(|| Frame {
+            text: Err(FrameError::Torn { offset: open }),
+            open,
+            close: None,
+            dollars: Vec::new(),
+        })
     }
 
     /// Writes the replies, one line a frame, then marks the frames as taken.
@@ -128,6 +136,9 @@ impl HostMailbox {
         region.write(REPLY_OFFSET, &text);
         // The closing marks first: a writer that waits for its opening mark finds the whole frame free.
         for (frame, _) in answered {
+            for &offset in &frame.dollars {
+                region.replace(offset, TAKEN, b'.');
+            }
             if let Some(close) = frame.close {
                 region.replace(close, OPEN, TAKEN);
             }
@@ -156,9 +167,13 @@ fn closing(body: &[(usize, u8)]) -> Option<usize> {
         }
         let word: String = after.iter().take(18).map(|&(_, byte)| char::from(byte)).collect();
         let digits = word.find(|c: char| !c.is_ascii_hexdigit() && c != ':').unwrap_or(word.len());
-        let is_mac = word.get(..digits).is_some_and(|text| text.parse::<MacAddr>().is_ok());
+        // What an earlier, longer command has left behind the new one's end is followed by that one's mark.
+        let left_behind = word.get(digits..).is_some_and(|rest| rest.starts_with(char::from(TAKEN)));
+        let is_mac = word.get(..digits).is_some_and(|text| text.parse::<MacAddr>().is_ok()) && !left_behind;
         let may_go_on = digits == after.len();
-        let another = after.iter().any(|&(_, byte)| byte == OPEN);
+        let mut same_word =
+            after.iter().map(|&(_, byte)| byte).take_while(|&byte| is_text(byte) || byte == OPEN);
+        let another = same_word.any(|byte| byte == OPEN);
         if !(is_mac || may_go_on || another) {
             return Some(mark);
         }
@@ -280,12 +295,12 @@ mod tests {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
         region.write(0, b"@R F 12:13:14:15:16:17 10.129.126.15@");
-        let frames = mailbox.take(&region, Instant::now(), 99);
+        let frames = mailbox.take(&region, Instant::now());
         assert_eq!(texts(&frames), ["R F 12:13:14:15:16:17 10.129.126.15"]);
         answer(&mut mailbox, &region, frames);
         assert_eq!(bytes(&region, 37), b"$R F 12:13:14:15:16:17 10.129.126.15$");
         assert_eq!(reply(&region), "OK 0");
-        assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
+        assert_eq!(mailbox.take(&region, Instant::now()), []);
     }
 
     #[test]
@@ -293,7 +308,7 @@ mod tests {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
         region.write(0, b"\0\0@X\0 1:2:3:4:5:6\0@\n@D 1:2:3:4:5:6 #2@ junk@X@");
-        let frames = mailbox.take(&region, Instant::now(), 99);
+        let frames = mailbox.take(&region, Instant::now());
         assert_eq!(texts(&frames), ["X 1:2:3:4:5:6", "D 1:2:3:4:5:6 #2"]);
         answer(&mut mailbox, &region, frames);
         assert_eq!(bytes(&region, 46), b"\0\0$X\0 1:2:3:4:5:6\0$\n$D 1:2:3:4:5:6 #2$ junk@X@");
@@ -306,16 +321,52 @@ mod tests {
         let mut mailbox = HostMailbox::default();
         let command = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3";
         region.write(0, format!("@{command}@@X 2:0:0:0:0:1@").as_bytes());
-        assert_eq!(texts(&mailbox.take(&region, Instant::now(), 99)), [command, "X 2:0:0:0:0:1"]);
+        assert_eq!(texts(&mailbox.take(&region, Instant::now())), [command, "X 2:0:0:0:0:1"]);
         // Nor does one that is mistyped: the command is refused, not cut.
         let mistyped = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:zz";
         region.write(0, &[0; COMMAND_SIZE]);
         region.write(0, format!("@{mistyped}@").as_bytes());
-        assert_eq!(texts(&mailbox.take(&region, Instant::now(), 99)), [mistyped]);
+        assert_eq!(texts(&mailbox.take(&region, Instant::now())), [mistyped]);
         // A writer that is in the middle of that MAC has not ended its frame.
         region.write(0, &[0; COMMAND_SIZE]);
         region.write(0, b"@R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0");
-        assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
+        assert_eq!(mailbox.take(&region, Instant::now()), []);
+    }
+
+    #[test]
+    fn what_an_earlier_command_left_is_no_part_of_a_later_one() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let long = "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@02:00:00:00:00:17";
+        for short in [
+            "R F 12:13:14:15:16:17 10.129.126.15",
+            "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.18",
+            "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.1",
+            "X 12:13:14:15:16:17",
+        ] {
+            for command in [long, short] {
+                // As the original wrote: no NUL behind it.
+                region.write(0, format!("@{command}@").as_bytes());
+                let frames = mailbox.take(&region, Instant::now());
+                assert_eq!(texts(&frames), [command]);
+                answer(&mut mailbox, &region, frames);
+            }
+        }
+    }
+
+    #[test]
+    fn a_dollar_inside_a_command_is_no_mark() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let commands: String = (0..20).map(|n| format!("@X $ {n}@")).collect();
+        region.write(0, commands.as_bytes());
+        let mut taken = 0;
+        for _ in 0..3 {
+            let frames = mailbox.take(&region, Instant::now());
+            taken += frames.len();
+            answer(&mut mailbox, &region, frames);
+        }
+        assert_eq!(taken, 20);
     }
 
     #[test]
@@ -326,10 +377,10 @@ mod tests {
         for first in [0, b'$'] {
             region.store(0, first);
             region.write(1, body);
-            assert_eq!(mailbox.take(&region, Instant::now(), 99), []);
+            assert_eq!(mailbox.take(&region, Instant::now()), []);
         }
         region.store(0, b'@');
-        assert_eq!(mailbox.take(&region, Instant::now(), 99).len(), 1);
+        assert_eq!(mailbox.take(&region, Instant::now()).len(), 1);
     }
 
     #[test]
@@ -338,22 +389,22 @@ mod tests {
         let mut mailbox = HostMailbox::default();
         let start = Instant::now();
         region.write(0, b"@X 1:2:3");
-        assert_eq!(mailbox.take(&region, start, 99), []);
-        assert_eq!(mailbox.take(&region, start + TORN_AFTER / 2, 99), []);
+        assert_eq!(mailbox.take(&region, start), []);
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER / 2), []);
         region.write(8, b":4:5:6@");
-        assert_eq!(texts(&mailbox.take(&region, start + TORN_AFTER, 99)), ["X 1:2:3:4:5:6"]);
+        assert_eq!(texts(&mailbox.take(&region, start + TORN_AFTER)), ["X 1:2:3:4:5:6"]);
         // Overlong: no closing mark in all of the command area.
         region.write(0, &[b'x'; COMMAND_SIZE]);
         region.write(0, b"@");
-        assert_eq!(mailbox.take(&region, start, 99), []);
-        let frames = mailbox.take(&region, start + TORN_AFTER, 99);
+        assert_eq!(mailbox.take(&region, start), []);
+        let frames = mailbox.take(&region, start + TORN_AFTER);
         assert_eq!(
             frames.iter().map(|f| f.text.clone()).collect::<Vec<_>>(),
             [Err(FrameError::Torn { offset: 0 })]
         );
         answer(&mut mailbox, &region, frames);
         assert_eq!(region.load(0), b'$');
-        assert_eq!(mailbox.take(&region, start + TORN_AFTER * 3, 99), []);
+        assert_eq!(mailbox.take(&region, start + TORN_AFTER * 3), []);
     }
 
     #[test]
@@ -363,7 +414,7 @@ mod tests {
         assert_eq!(send_command(&region, "Q", timeout), Err(SendError::Timeout(timeout)));
         assert!(matches!(send_frame(&region, "X 1:2:3:4:5:6", timeout), Err(SendError::NotAFrame(_))));
         // What timed out was withdrawn.
-        assert_eq!(HostMailbox::default().take(&region, Instant::now(), 99), []);
+        assert_eq!(HostMailbox::default().take(&region, Instant::now()), []);
         let got = std::thread::scope(|scope| {
             let guest = scope.spawn(|| {
                 (0..50)
@@ -372,7 +423,7 @@ mod tests {
             });
             let mut mailbox = HostMailbox::default();
             while !guest.is_finished() {
-                let frames = mailbox.take(&region, Instant::now(), 99);
+                let frames = mailbox.take(&region, Instant::now());
                 let answered: Vec<_> = frames
                     .into_iter()
                     .map(|f| {
@@ -400,15 +451,15 @@ mod tests {
             let start = Instant::now();
             // Every scan but the two that wait for a torn frame takes at least one mark away.
             for scan in 0..COMMAND_SIZE as u32 {
-                let frames = mailbox.take(&region, start + TORN_AFTER * scan, 99);
+                let frames = mailbox.take(&region, start + TORN_AFTER * scan);
                 prop_assert!(frames.len() <= MAX_FRAMES);
                 answer(&mut mailbox, &region, frames);
             }
             // The next writer finds its place.
-            let rest = mailbox.take(&region, start + TORN_AFTER * COMMAND_SIZE as u32, 99);
+            let rest = mailbox.take(&region, start + TORN_AFTER * COMMAND_SIZE as u32);
             prop_assert_eq!(rest, []);
             region.write(0, b"@X 1:2:3:4:5:6@");
-            let frames = mailbox.take(&region, start, 99);
+            let frames = mailbox.take(&region, start);
             prop_assert_eq!(frames[0].text.as_deref(), Ok("X 1:2:3:4:5:6"));
         }
     }
