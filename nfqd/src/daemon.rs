@@ -151,7 +151,7 @@ pub struct Daemon {
     stale: bool,
     repairs: u64,
     counters: Counters,
-    counted: Instant,
+    counted: Option<Instant>,
 }
 
 impl Daemon {
@@ -221,7 +221,7 @@ impl Daemon {
             stale: false,
             repairs: 0,
             counters: Counters::default(),
-            counted: Instant::now() - SLOW_TICK,
+            counted: None,
         };
         daemon.find_neighbours();
         daemon.follow();
@@ -430,8 +430,8 @@ impl Daemon {
     /// What the fast path and the engine have counted, asked at most once a second: guests may ask, and the answer is as
     /// long as the ruleset.
     fn counters(&mut self) -> Counters {
-        if self.counted.elapsed() >= SLOW_TICK {
-            self.counted = Instant::now();
+        if self.counted.is_none_or(|counted| counted.elapsed() >= SLOW_TICK) {
+            self.counted = Some(Instant::now());
             match self.kernel.counters(&self.loaded) {
                 Ok(counters) => self.counters = counters,
                 Err(error) => log::warn!("counters: {error}"),
