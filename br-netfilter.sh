@@ -346,7 +346,7 @@ step() {
 
 engine_packets() {
     in_ns host "$nfqd" status --json --control "$work/control" \
-        | awk -F'[:,]' '/"packets"/ { sum += $2 } END { print sum + 0 }'
+        | awk -F'[:,]' '/"middleboxes"/ { past = 1 } !past && /"packets"/ { sum += $2 } END { print sum + 0 }'
 }
 
 demo() {
