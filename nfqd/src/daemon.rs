@@ -5,7 +5,7 @@
 
 use crate::channel::Channel;
 use crate::config::{Config, FailChoice, Options as Flags, ShmSpec, SteerChoice};
-use crate::engine::Snapshot;
+use crate::engine::{Filters, Snapshot};
 use crate::flows::{FlowKey, Flows};
 use crate::neighbours::Neighbours;
 use crate::queue::{Queue, QueueError};
@@ -16,13 +16,15 @@ use crate::status::{
 use crate::watch::Watch;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
-use nfqd_rules::Policy;
+use nfqd_rules::nft::delta::{Desired, Standing};
+use nfqd_rules::nft::filters::one_by_one;
 use nfqd_rules::nft::kernel::{Counters, Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
-use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
-use nfqd_rules::slots::Slots;
+use nfqd_rules::nft::ruleset::{FastPath, Options, Steer};
+use nfqd_rules::slots::{Slot, SlotKey};
+use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::mailbox::Frame;
-use nfqd_shmctl::{Command, CommandError, ErrorCode, MacAddr, RegionError};
+use nfqd_shmctl::{Action, Command, CommandError, ErrorCode, MacAddr, RegionError, RuleId};
 use nix::errno::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -135,9 +137,10 @@ pub struct Daemon {
     watch: Watch,
     options: Options,
     kernel: Kernel,
-    loaded: Ruleset,
-    policy: Policy,
-    slots: Slots,
+    desired: Desired,
+    /// What the kernel has, unless it is stale.
+    loaded: Desired,
+    standing: Standing,
     macs: BTreeMap<IpAddr, MacAddr>,
     neighbours: Neighbours,
     channels: Vec<Channel>,
@@ -150,8 +153,11 @@ pub struct Daemon {
     /// The kernel has not what it should have; tried again every second.
     stale: bool,
     repairs: u64,
+    /// What was counted before the ruleset that stands was loaded, and in rules that were made anew since.
+    kept: Counters,
     counters: Counters,
-    counted: Option<Instant>,
+    /// When the kernel was asked for its counters, and for how long it is not asked again.
+    counted: Option<(Instant, Duration)>,
 }
 
 impl Daemon {
@@ -183,6 +189,7 @@ impl Daemon {
         let steer = steer(&mut kernel, config.steer, queues)?;
         let options = Options { steer, fast_path: config.fast_path, queues };
         let heritage = kernel.heritage()?;
+        let kept = kernel.counters()?;
         let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
         let watch = Watch::open(kernel.port()).map_err(|errno| system("notifications")(errno.into()))?;
         let shared = Arc::new(Shared {
@@ -207,9 +214,9 @@ impl Daemon {
             watch,
             options,
             kernel,
-            loaded: Ruleset::new(),
-            policy,
-            slots: heritage.slots,
+            desired: Desired { policy, slots: heritage.slots },
+            loaded: Desired::default(),
+            standing: Standing::new(&Desired::default(), &options).0,
             macs: heritage.macs,
             neighbours,
             channels,
@@ -220,12 +227,21 @@ impl Daemon {
             soon: 0,
             stale: false,
             repairs: 0,
+            kept,
             counters: Counters::default(),
             counted: None,
         };
         daemon.find_neighbours();
-        daemon.follow();
+        let macs = &daemon.macs;
+        daemon.desired.slots.follow(&daemon.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
         daemon.publish();
+        let registered = |mac: &MacAddr, policy: &Policy| policy.get(*mac).is_some();
+        let policy = &daemon.desired.policy;
+        daemon.kept.middleboxes.retain(|mac, _| registered(mac, policy));
+        daemon
+            .kept
+            .rules
+            .retain(|(mac, rule), _| policy.get(*mac).is_some_and(|middlebox| has(middlebox, *rule)));
         daemon.load()?;
         for queue in open {
             let number = queue.number();
@@ -248,7 +264,7 @@ impl Daemon {
             self.fast_path_name(),
             self.options.queues.first,
             self.options.queues.first + (self.options.queues.count - 1),
-            self.policy.middleboxes().len()
+            self.desired.policy.middleboxes().len()
         );
         let mut slow = Instant::now();
         loop {
@@ -280,74 +296,115 @@ impl Daemon {
         }
     }
 
-    fn wanted(&self) -> Ruleset {
-        build(&self.policy, &self.slots, &self.options)
+    /// Gives what the policy names its numbers and MACs, where it differs from `before`. False when there are not enough
+    /// numbers.
+    fn follow(&mut self, before: &Policy) -> bool {
+        let Desired { policy, slots } = &mut self.desired;
+        let (macs, now) = (&self.macs, Instant::now());
+        let mut enough = true;
+        for mac in policy.changed(before) {
+            enough &= slots.update(mac, policy.get(mac), |ip| macs.get(&ip).copied(), now);
+        }
+        enough
     }
 
-    /// Gives what the policy names its numbers and MACs.
-    fn follow(&mut self) {
-        let macs = &self.macs;
-        self.slots.follow(&self.policy, |ip| macs.get(&ip).copied(), Instant::now());
-    }
-
-    /// Gives the engine the policy of now.
+    /// Gives the engine what is to hold now.
     fn publish(&mut self) {
-        self.shared.snapshot.store(Arc::new(snapshot(&self.policy, &self.slots, &self.options)));
+        let mut snapshot = Snapshot::new(self.desired.clone());
+        snapshot.learn = self.options.fast_path == FastPath::Full;
+        snapshot.filters = match (self.options.fast_path, self.options.steer) {
+            (FastPath::Full, _) => Filters::None,
+            (FastPath::Off, Steer::BrNetfilter) => Filters::WithoutTags,
+            (FastPath::Off, Steer::Native) => Filters::All,
+        };
+        self.shared.snapshot.store(Arc::new(snapshot));
     }
 
     /// Makes the kernel's tables what they should be, whatever they are.
     fn load(&mut self) -> Result<(), KernelError> {
-        let wanted = self.wanted();
-        self.kernel.load(&wanted)?;
-        self.loaded = wanted;
+        let (standing, ruleset) = Standing::new(&self.desired, &self.options);
+        self.kernel.load(&ruleset)?;
+        self.standing = standing;
+        self.loaded = self.desired.clone();
         self.stale = false;
         Ok(())
     }
 
-    /// Brings policy and slots to the engine, then to the kernel. The engine goes first: it must know what the kernel
-    /// sends it.
+    /// The same for tables that another program has changed. What they have counted is kept.
+    fn repair(&mut self) -> Result<(), KernelError> {
+        self.repairs += 1;
+        let counted = self.kernel.counters()?;
+        self.load()?;
+        self.kept.add(&counted);
+        self.counted = None;
+        Ok(())
+    }
+
+    /// Brings what is to hold to the engine, then to the kernel. The engine goes first: it must know what the kernel sends
+    /// it.
     fn enforce(&mut self) -> Result<(), KernelError> {
         self.publish();
-        let wanted = self.wanted();
-        let result = match self.kernel.change(&self.loaded, &wanted) {
+        let change = self.standing.change(&self.loaded, &self.desired);
+        let result = match self.kernel.change(&change) {
+            Ok(lost) => {
+                self.standing.done(change);
+                self.kept.add(&lost);
+                self.forget_counts();
+                self.loaded = self.desired.clone();
+                Ok(())
+            }
             // Somebody else has changed our tables: what is there is replaced whole.
             Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)) => {
                 log::warn!("our tables were changed by another program ({error}); repairing them");
-                self.repairs += 1;
-                self.kernel.load(&wanted)
+                self.repair()
             }
-            other => other,
+            Err(error) => Err(error),
         };
         self.stale = result.is_err();
-        if result.is_ok() {
-            self.loaded = wanted;
-        }
         result
     }
 
+    /// Forgets what rules have counted that are gone.
+    fn forget_counts(&mut self) {
+        let (before, now) = (&self.loaded.policy, &self.desired.policy);
+        for mac in now.changed(before) {
+            let (Some(old), new) = (before.get(mac), now.get(mac)) else { continue };
+            if new.is_none() {
+                self.kept.middleboxes.remove(&mac);
+            }
+            for rule in rules(old).filter(|rule| new.is_none_or(|new| !has(new, *rule))) {
+                self.kept.rules.remove(&(mac, rule));
+                for worker in &self.workers {
+                    worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner).remove(&(mac, rule));
+                }
+            }
+        }
+        self.counted = None;
+    }
+
     /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
-    fn adopt(&mut self, before: Policy) -> Result<(), String> {
-        if self.policy == before {
+    fn adopt(&mut self, before: Desired) -> Result<(), String> {
+        let enough = self.follow(&before.policy);
+        let changed = self.desired.changed(&before);
+        if changed.is_empty() {
             return Ok(());
         }
-        let slots = self.slots.clone();
-        self.follow();
-        let result = if self.slots.are_enough_for(&self.policy) {
+        let result = if enough {
             self.enforce().map_err(|error| format!("ERR internal the host cannot enforce it: {error}"))
         } else {
             Err("ERR quota the host has no numbers left for backends; try again in two minutes".to_string())
         };
         match &result {
             Ok(()) => {
-                self.save();
-                if self.slots.iter().any(|(_, slot)| slot.mac.is_none()) {
+                let mut backends = changed.iter().flat_map(|mac| self.desired.slots.of(*mac));
+                if backends.any(|(_, slot)| slot.mac.is_none()) {
                     self.soon = SOON;
                 }
             }
             Err(error) => {
                 log::error!("{error}");
-                self.policy = before;
-                self.slots.put_back(slots, Instant::now());
+                self.desired.policy = before.policy;
+                self.desired.slots.put_back(before.slots, Instant::now());
                 self.publish();
             }
         }
@@ -361,15 +418,30 @@ impl Daemon {
             if frames.is_empty() {
                 continue;
             }
-            let before = self.policy.clone();
-            let mut answered: Vec<(Frame, String)> = Vec::new();
+            let before = self.desired.clone();
+            let (mut answered, mut obeyed): (Vec<(Frame, String)>, Vec<Command>) = (Vec::new(), Vec::new());
             for frame in frames {
-                let reply = self.command(at, &frame);
+                let reply = match self.command(at, &frame) {
+                    Ok(Command::Query { mac }) => self.answer(at, mac),
+                    Ok(command) => {
+                        let reply = format!("OK {command}");
+                        obeyed.push(command);
+                        reply
+                    }
+                    Err(reply) => reply,
+                };
                 answered.push((frame, reply));
             }
-            if let Err(error) = self.adopt(before) {
-                let accepted = answered.iter_mut().filter(|(_, reply)| reply.starts_with("OK"));
-                accepted.for_each(|(_, reply)| reply.clone_from(&error));
+            match self.adopt(before) {
+                Ok(()) if obeyed.is_empty() => {}
+                Ok(()) => {
+                    let result = self.state.append(&obeyed, &self.desired.policy);
+                    self.saved(result);
+                }
+                Err(error) => {
+                    let accepted = answered.iter_mut().filter(|(_, reply)| reply.starts_with("OK"));
+                    accepted.for_each(|(_, reply)| reply.clone_from(&error));
+                }
             }
             if let Some(channel) = self.channels.get_mut(at) {
                 for (frame, reply) in &answered {
@@ -383,64 +455,64 @@ impl Daemon {
         }
     }
 
-    /// Applies one command to the policy; the reply for it.
-    fn command(&mut self, channel: usize, frame: &Frame) -> String {
-        let line = match &frame.text {
-            Ok(line) => line,
-            Err(error) => return format!("ERR syntax {error}"),
-        };
-        match self.authorise(channel, line).and_then(|_| self.policy.apply_line(line)) {
-            Ok(Command::Query { mac }) => self.answer(channel, mac),
-            Ok(command) => format!("OK {command}"),
-            Err(error) => error.reply(),
-        }
+    /// Applies one command to the policy; a refusal is the reply.
+    fn command(&mut self, channel: usize, frame: &Frame) -> Result<Command, String> {
+        let line = frame.text.as_ref().map_err(|error| format!("ERR syntax {error}"))?;
+        self.authorise(channel, line)
+            .and_then(|()| self.desired.policy.apply_line(line))
+            .map_err(|error| error.reply())
     }
 
     /// The reply to `Q`: each registration as a command, with what it has counted, in one line. Without a MAC it is about
     /// all middleboxes that the channel may speak for.
     fn answer(&mut self, channel: usize, mac: Option<MacAddr>) -> String {
-        let status = self.status();
+        let counters = self.counters();
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone()).unwrap_or_default();
-        let wanted = |text: &str| {
-            let named: Option<MacAddr> = text.parse().ok();
-            named.is_some_and(|named| {
-                mac.map_or(bound.is_empty() || bound.contains(&named), |mac| mac == named)
-            })
+        let registered = self.desired.policy.middleboxes().keys().copied();
+        let wanted: Vec<MacAddr> = match mac {
+            Some(mac) => vec![mac],
+            None if bound.is_empty() => registered.take(LONGEST_ANSWER).collect(),
+            None => bound,
         };
-        let mut parts = Vec::new();
-        for middlebox in status.middleboxes.iter().filter(|middlebox| wanted(&middlebox.mac)) {
-            parts.push(format!("{} packets {} bytes {}", middlebox.mac, middlebox.packets, middlebox.bytes));
-            parts.extend(middlebox.commands.iter().cloned());
+        let mut text = "OK".to_string();
+        for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac, &counters)) {
             let rule =
-                |rule: &RuleStatus| format!("#{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
-            parts.extend(middlebox.rules.iter().map(rule));
+                |rule: &RuleStatus| format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
+            let heading =
+                format!("{} packets {} bytes {}", middlebox.mac, middlebox.packets, middlebox.bytes);
+            let parts =
+                [heading].into_iter().chain(middlebox.commands).chain(middlebox.rules.iter().map(rule));
+            for part in parts {
+                text.push_str(if text.len() == 2 { " " } else { "; " });
+                text.push_str(&part);
+            }
+            if text.len() > LONGEST_ANSWER {
+                let end =
+                    text.get(..LONGEST_ANSWER).and_then(|text| text.rfind("; ")).unwrap_or(LONGEST_ANSWER);
+                text.truncate(end);
+                text.push_str("; and more, ask for one middlebox");
+                return text;
+            }
         }
-        let mut text = format!(
-            "OK {}",
-            if parts.is_empty() { "nothing registered".to_string() } else { parts.join("; ") }
-        );
-        if text.len() > LONGEST_ANSWER {
-            let end = text.get(..LONGEST_ANSWER).and_then(|text| text.rfind("; ")).unwrap_or(LONGEST_ANSWER);
-            text.truncate(end);
-            text.push_str("; and more, ask for one middlebox");
-        }
-        text
+        if text.len() == 2 { "OK nothing registered".to_string() } else { text }
     }
 
-    /// What the fast path and the engine have counted, asked at most once a second: guests may ask, and the answer is as
-    /// long as the ruleset.
+    /// What the fast path and the engine have counted. The kernel is asked at most once a second, and seldom enough that
+    /// it takes no more than a twentieth of the time: guests may ask, and its answer is as long as the ruleset.
     fn counters(&mut self) -> Counters {
-        if self.counted.is_none_or(|counted| counted.elapsed() >= SLOW_TICK) {
-            self.counted = Some(Instant::now());
-            match self.kernel.counters(&self.loaded) {
+        if self.counted.is_none_or(|(counted, pause)| counted.elapsed() >= pause) {
+            let start = Instant::now();
+            match self.kernel.counters() {
                 Ok(counters) => self.counters = counters,
                 Err(error) => log::warn!("counters: {error}"),
             }
+            self.counted = Some((Instant::now(), SLOW_TICK.max(start.elapsed() * 20)));
         }
         let mut out = self.counters.clone();
+        out.add(&self.kept);
         for worker in &self.workers {
             let rules = worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
-            rules.iter().for_each(|(&(mac, number), &counted)| out.add_rule(mac, number, counted));
+            rules.iter().for_each(|(&(mac, rule), &counted)| out.add_rule(mac, rule, counted));
         }
         out
     }
@@ -457,7 +529,7 @@ impl Daemon {
                 && others.into_iter().any(|(_, other)| other.spec().macs.contains(mac))
         };
         let by_mac = to.mac.as_ref().is_some_and(of_others);
-        let by_address = self.policy.middleboxes().iter().any(|(mac, middlebox)| {
+        let by_address = self.desired.policy.middleboxes().iter().any(|(mac, middlebox)| {
             let registered = middlebox.ip() == Some(to.ip) || middlebox.services().contains_key(&to.ip);
             registered && of_others(mac)
         });
@@ -470,7 +542,11 @@ impl Daemon {
     }
 
     fn save(&mut self) {
-        let result = self.state.save(&self.policy);
+        let result = self.state.save(&self.desired.policy);
+        self.saved(result);
+    }
+
+    fn saved(&mut self, result: Result<(), StateError>) {
         if let Err(error) = &result
             && self.unsaved.is_none()
         {
@@ -482,6 +558,7 @@ impl Daemon {
     /// Asks the kernel for the MACs of backends that no command gave one. True when something is new.
     fn find_neighbours(&mut self) -> bool {
         let wanted: BTreeSet<IpAddr> = self
+            .desired
             .policy
             .destinations()
             .filter(|(_, _, to)| to.mac.is_none())
@@ -512,13 +589,13 @@ impl Daemon {
 
     fn look_around(&mut self) {
         if self.find_neighbours() {
-            self.follow();
+            let macs = &self.macs;
+            self.desired.slots.follow(&self.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
             self.stale = true;
         }
         if self.watch.changed() {
             log::warn!("our tables were changed by another program; loading them again");
-            self.repairs += 1;
-            if let Err(error) = self.load() {
+            if let Err(error) = self.repair() {
                 log::error!("{error}");
                 self.stale = true;
             }
@@ -541,14 +618,15 @@ impl Daemon {
             Ok(config) => config,
             Err(error) => return log::error!("{error}; the configuration stays as it was"),
         };
-        let before = self.policy.clone();
-        if let Err(error) = apply_commands(&mut self.policy, config.commands.as_deref()) {
-            self.policy = before;
+        let before = self.desired.clone();
+        if let Err(error) = apply_commands(&mut self.desired.policy, config.commands.as_deref()) {
+            self.desired = before;
             return log::error!("{error}; the configuration stays as it was");
         }
         if self.adopt(before).is_err() {
             return;
         }
+        self.save();
         self.channels.retain(|channel| channel.error().is_none() && config.shm.contains(channel.spec()));
         for spec in &config.shm {
             if self.channels.iter().all(|channel| channel.spec() != spec) {
@@ -580,35 +658,41 @@ impl Daemon {
         }
     }
 
-    fn status(&mut self) -> Status {
-        let (counters, commands) = (self.counters(), self.policy.commands());
-        let middlebox = |mac: &MacAddr| {
-            let registered = self.policy.get(*mac);
-            let backends = self.slots.iter().filter(|(key, _)| key.middlebox == *mac);
-            MiddleboxStatus {
-                mac: mac.to_string(),
-                firewall: registered.and_then(|m| m.firewall()).map(|firewall| firewall.ip().to_string()),
-                packets: counters.middleboxes.get(mac).map_or(0, |counted| counted.0),
-                bytes: counters.middleboxes.get(mac).map_or(0, |counted| counted.1),
-                commands: commands
-                    .iter()
-                    .filter(|c| c.mac() == Some(*mac))
-                    .map(ToString::to_string)
-                    .collect(),
-                rules: counters
-                    .rules
-                    .range((*mac, 0)..=(*mac, u16::MAX))
-                    .map(|(&(_, rule), &(packets, bytes))| RuleStatus { rule, packets, bytes })
-                    .collect(),
-                backends: backends
-                    .map(|(key, slot)| BackendStatus {
-                        service: key.vip.to_string(),
-                        ip: key.backend.to_string(),
-                        mac: slot.mac.map(|mac| mac.to_string()),
-                    })
-                    .collect(),
-            }
+    /// The state of one middlebox, if it is registered.
+    fn middlebox_status(&self, mac: MacAddr, counters: &Counters) -> Option<MiddleboxStatus> {
+        let middlebox = self.desired.policy.get(mac)?;
+        let (packets, bytes) = counters.middleboxes.get(&mac).copied().unwrap_or_default();
+        let firewall = middlebox.firewall();
+        let looked_at: BTreeMap<RuleId, String> = firewall
+            .filter(|_| self.options.fast_path == FastPath::Full)
+            .map(|firewall| {
+                one_by_one(mac, firewall).into_iter().map(|(rule, why)| (rule, why.to_string())).collect()
+            })
+            .unwrap_or_default();
+        let rule = |rule: Option<RuleId>| {
+            let (packets, bytes) = counters.rules.get(&(mac, rule)).copied().unwrap_or_default();
+            let name = rule.map_or("default".to_string(), |rule| rule.to_string());
+            let one_by_one = rule.and_then(|rule| looked_at.get(&rule).cloned());
+            RuleStatus { rule: name, packets, bytes, one_by_one }
         };
+        let backend = |(key, slot): (SlotKey, Slot)| BackendStatus {
+            service: key.vip.to_string(),
+            ip: key.backend.to_string(),
+            mac: slot.mac.map(|mac| mac.to_string()),
+        };
+        Some(MiddleboxStatus {
+            mac: mac.to_string(),
+            firewall: firewall.map(|firewall| firewall.ip().to_string()),
+            packets,
+            bytes,
+            commands: middlebox.commands(mac).iter().map(ToString::to_string).collect(),
+            rules: rules(middlebox).map(rule).collect(),
+            backends: self.desired.slots.of(mac).map(backend).collect(),
+        })
+    }
+
+    fn status(&mut self) -> Status {
+        let counters = self.counters();
         let queue = |worker: &Worker| QueueStatus {
             queue: worker.queue,
             alive: worker.is_alive(),
@@ -630,7 +714,9 @@ impl Daemon {
             fast_path: self.fast_path_name().to_string(),
             fail: if self.options.queues.bypass { "open" } else { "closed" }.to_string(),
             queues: self.workers.iter().map(queue).collect(),
-            middleboxes: self.policy.middleboxes().keys().map(middlebox).collect(),
+            middleboxes: (self.desired.policy.middleboxes().keys())
+                .filter_map(|mac| self.middlebox_status(*mac, &counters))
+                .collect(),
             channels: self.channels.iter().map(channel).collect(),
             flows: self.shared.flows.len(),
             repairs: self.repairs,
@@ -640,8 +726,18 @@ impl Daemon {
     }
 }
 
-fn snapshot(policy: &Policy, slots: &Slots, options: &Options) -> Snapshot {
-    Snapshot::new(policy, slots, options.fast_path == FastPath::Full)
+/// The rules of a middlebox in the order they are looked at; none for its default, when that denies.
+fn rules(middlebox: &Middlebox) -> impl Iterator<Item = Option<RuleId>> {
+    let rules =
+        middlebox.firewall().into_iter().flat_map(|firewall| firewall.rules().keys().copied().map(Some));
+    rules.chain(has(middlebox, None).then_some(None))
+}
+
+fn has(middlebox: &Middlebox, rule: Option<RuleId>) -> bool {
+    middlebox.firewall().is_some_and(|firewall| match rule {
+        Some(rule) => firewall.rules().contains_key(&rule),
+        None => firewall.default_action() == Action::Deny,
+    })
 }
 
 fn open_channel(spec: &ShmSpec) -> Result<Channel, RegionError> {
@@ -662,8 +758,9 @@ fn apply_commands(policy: &mut Policy, path: Option<&Path>) -> Result<(), StartE
         .map_err(|error| StartError::Input(format!("{}: {error}", path.display())))?;
     let mut changed = policy.clone();
     let errors = apply_file(&mut changed, path, &text, |policy, command| match command {
-        Command::RegisterFirewall { mac, ip } => {
-            policy.get(*mac).and_then(|m| m.firewall()).is_some_and(|firewall| firewall.ip() == *ip)
+        Command::RegisterFirewall { mac, ip, default } => {
+            let firewall = policy.get(*mac).and_then(|middlebox| middlebox.firewall());
+            firewall.is_some_and(|firewall| firewall.ip() == *ip && firewall.default_action() == *default)
         }
         _ => false,
     });

@@ -1,55 +1,80 @@
 //! The engine: a packet, a snapshot of the policy, the flows and the time in; a verdict out. No I/O.
 
 use crate::flows::{FlowKey, Flows, FragmentKey, Seconds};
-use nfqd_rules::decide::{denied, redirected};
+use nfqd_rules::decide::{filtered, redirected};
 use nfqd_rules::mark::{self, Operation};
-use nfqd_rules::packet::{Fragment, Ip, Packet, Ports};
-use nfqd_rules::slots::{SlotKey, Slots};
-use nfqd_rules::{Middlebox, Policy};
-use nfqd_shmctl::{MacAddr, Protocol, RuleNumber};
-use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use nfqd_rules::nft::delta::Desired;
+use nfqd_rules::packet::{Fragment, IPV6_LEN, Ip, Packet, Ports};
+use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{Filtered, Middlebox, Policy};
+use nfqd_shmctl::{Action, MacAddr, Protocol, RuleId};
 
-/// Everything that a verdict depends on besides the packet and the flows; made anew for every change of the policy.
+/// Everything that a verdict depends on besides the packet and the flows; made anew for every change of the policy, which
+/// costs nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    policy: Policy,
-    slots: HashMap<SlotKey, (u32, Option<MacAddr>)>,
-    backends: HashSet<IpAddr>,
-    by_index: HashMap<u32, MacAddr>,
+    desired: Desired,
     /// Whether a backend whose MAC is unknown gets packets all the same; offline there is nobody to ask.
     pub redirect_unresolved: bool,
     /// Whether the kernel may remember flows.
     pub learn: bool,
+    /// Which filters are the engine's.
+    pub filters: Filters,
+}
+
+/// Which filters are the engine's; the kernel has had the others before a packet comes here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Filters {
+    /// All.
+    #[default]
+    All,
+    /// Those of middleboxes without a rule about VLAN tags, with which packets do not come here by br_netfilter.
+    WithoutTags,
+    /// None.
+    None,
 }
 
 impl Snapshot {
-    /// A snapshot of a policy and its slots.
-    pub fn new(policy: &Policy, slots: &Slots, learn: bool) -> Snapshot {
-        Snapshot {
-            policy: policy.clone(),
-            slots: slots.iter().map(|(key, slot)| (key, (slot.index, slot.mac))).collect(),
-            backends: policy.destinations().map(|(_, _, to)| to.ip).collect(),
-            by_index: slots.middleboxes().map(|(mac, index)| (index, mac)).collect(),
-            redirect_unresolved: false,
-            learn,
-        }
+    /// A snapshot of what is to hold.
+    pub fn new(desired: Desired) -> Snapshot {
+        Snapshot { desired, redirect_unresolved: false, learn: true, filters: Filters::All }
     }
 
     /// The policy.
     pub fn policy(&self) -> &Policy {
-        &self.policy
+        &self.desired.policy
     }
 
     /// The middlebox that a mark names, on the way to the engine by br_netfilter.
     pub fn middlebox_of(&self, mark: u32) -> Option<MacAddr> {
-        self.by_index.get(&mark::index(mark)).copied()
+        self.desired.slots.middlebox_of(mark::index(mark))
     }
 
     /// The MAC of a slot's backend, if it is known.
     pub fn mac(&self, key: &SlotKey) -> Option<MacAddr> {
-        self.slots.get(key).and_then(|&(_, mac)| mac)
+        self.desired.slots.get(key).and_then(|slot| slot.mac)
     }
+
+    fn has(&self, key: &SlotKey) -> bool {
+        self.desired.slots.get(key).is_some()
+    }
+
+    fn filters(&self, middlebox: &Middlebox) -> bool {
+        match self.filters {
+            Filters::All => true,
+            Filters::WithoutTags => middlebox.firewall().is_some_and(|firewall| !firewall.looks_at_tags()),
+            Filters::None => false,
+        }
+    }
+}
+
+/// What the engine says about a packet, and why.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Judged {
+    /// What it says.
+    pub judgement: Judgement,
+    /// The rule of its middlebox that let it pass, or that dropped it.
+    pub rule: Option<RuleId>,
 }
 
 /// What the engine says about a packet.
@@ -57,8 +82,8 @@ impl Snapshot {
 pub enum Judgement {
     /// It goes on unchanged.
     Accept(Reason),
-    /// A deny rule of its middlebox matches.
-    Drop(RuleNumber),
+    /// The filters of its middlebox drop it.
+    Drop,
     /// It goes to a backend.
     Redirect {
         /// The backend.
@@ -97,9 +122,9 @@ impl Judgement {
             (false, true) => Operation::ReplyLearn,
             (false, false) => Operation::Reply,
         };
-        let index = |slot: &SlotKey| snapshot.slots.get(slot).map(|&(index, _)| index);
+        let index = |slot: &SlotKey| snapshot.desired.slots.get(slot).map(|slot| slot.index);
         match self {
-            Judgement::Drop(_) => None,
+            Judgement::Drop => None,
             Judgement::Accept(_) => Some(mark::cleared(old)),
             Judgement::Direct => Some(mark::with(old, Operation::ReplyLearn, 0)),
             Judgement::Redirect { slot, learn } | Judgement::Reply { slot, learn } => {
@@ -114,12 +139,27 @@ impl Judgement {
 }
 
 /// Judges a packet, and remembers the flow of one that it sends to a backend.
-pub fn judge(snapshot: &Snapshot, flows: &Flows, packet: &Packet, now: Seconds) -> Judgement {
-    let middlebox = snapshot.policy.get(packet.link.destination);
-    if let Some(number) = middlebox.and_then(|middlebox| denied(middlebox, packet)) {
-        return Judgement::Drop(number);
-    }
-    let from_backend = packet.ip.filter(|ip| snapshot.backends.contains(&ip.source));
+pub fn judge(snapshot: &Snapshot, flows: &Flows, packet: &Packet, now: Seconds) -> Judged {
+    let middlebox = snapshot.policy().get(packet.link.destination);
+    let filters = middlebox.filter(|middlebox| snapshot.filters(middlebox));
+    let Filtered { action, rule } = filters
+        .map_or(Filtered { action: Action::Allow, rule: None }, |middlebox| filtered(middlebox, packet));
+    let judgement = match action {
+        Action::Deny => Judgement::Drop,
+        Action::Allow => forward(snapshot, flows, middlebox, packet, now),
+    };
+    Judged { judgement, rule }
+}
+
+/// Where a packet goes that the filters let pass.
+fn forward(
+    snapshot: &Snapshot,
+    flows: &Flows,
+    middlebox: Option<&Middlebox>,
+    packet: &Packet,
+    now: Seconds,
+) -> Judgement {
+    let from_backend = packet.ip.filter(|ip| snapshot.desired.slots.is_backend(ip.source));
     if let Some(slot) = from_backend.and_then(|ip| reply(snapshot, flows, &ip, now)) {
         return Judgement::Reply { slot, learn: learnable(snapshot, packet) };
     }
@@ -136,10 +176,9 @@ pub fn judge(snapshot: &Snapshot, flows: &Flows, packet: &Packet, now: Seconds) 
 /// Flows that the kernel's maps can hold: whole packets of TCP and UDP with ports. IPv6 extension headers keep a packet
 /// out of the fast path, so there is nothing to remember for it there.
 fn learnable(snapshot: &Snapshot, packet: &Packet) -> bool {
-    const IPV6_HEADER: usize = 40;
     snapshot.learn
         && packet.ip.is_some_and(|ip| {
-            let plain = ip.source.is_ipv4() || ip.l4 == IPV6_HEADER;
+            let plain = ip.source.is_ipv4() || ip.l4 == IPV6_LEN;
             let known = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
             ip.fragment == Fragment::Whole && ip.ports.is_some() && plain && known && ip.mendable
         })
@@ -165,12 +204,14 @@ fn reply(snapshot: &Snapshot, flows: &Flows, ip: &Ip, now: Seconds) -> Option<Sl
         };
         let slot = flows.get(&key, now)?;
         // The service may be gone since, and the flow with it: it does not come back when the service does.
-        if !snapshot.slots.contains_key(&slot) {
+        if !snapshot.has(&slot) {
             flows.remove(&key);
         }
         slot
     };
-    snapshot.slots.get(&slot)?;
+    if !snapshot.has(&slot) {
+        return None;
+    }
     if ip.fragment == Fragment::First {
         flows.insert_fragment(fragment, slot, now);
     }
@@ -187,8 +228,10 @@ fn redirect(
     let (vip, to) = redirected(middlebox, packet)?;
     let ip = packet.ip?;
     let slot = SlotKey { middlebox: packet.link.destination, vip, backend: to.ip };
-    let &(_, mac) = snapshot.slots.get(&slot)?;
-    if mac.is_none() && !snapshot.redirect_unresolved {
+    if !snapshot.has(&slot) {
+        return None;
+    }
+    if snapshot.mac(&slot).is_none() && !snapshot.redirect_unresolved {
         return Some(Judgement::Accept(Reason::BackendUnresolved));
     }
     if ip.fragment != Fragment::Later {
@@ -208,6 +251,8 @@ fn redirect(
 mod tests {
     use super::*;
     use etherparse::{IpNumber, Ipv4Header, PacketBuilder};
+    use nfqd_rules::slots::Slots;
+    use std::net::IpAddr;
     use std::time::Instant;
 
     const VM: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -221,7 +266,7 @@ mod tests {
         }
         let mut slots = Slots::default();
         slots.follow(&policy, |_| None, Instant::now());
-        Snapshot::new(&policy, &slots, true)
+        Snapshot::new(Desired { policy, slots })
     }
 
     fn static_to_3() -> Snapshot {
@@ -238,6 +283,10 @@ mod tests {
         Packet::from_frame(&out).unwrap()
     }
 
+    fn judged(snapshot: &Snapshot, flows: &Flows, packet: &Packet, now: Seconds) -> Judgement {
+        judge(snapshot, flows, packet, now).judgement
+    }
+
     fn vip_of(judgement: Judgement) -> Option<IpAddr> {
         match judgement {
             Judgement::Reply { slot, .. } => Some(slot.vip),
@@ -248,36 +297,36 @@ mod tests {
     #[test]
     fn a_flow_goes_there_and_comes_back() {
         let (snapshot, flows) = (static_to_3(), Flows::new(100));
-        let there = judge(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
+        let there = judged(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
         assert!(matches!(there, Judgement::Redirect { learn: true, .. }), "{there:?}");
         assert_eq!(there.mark(0x7f, &snapshot), Some(0x3000_017f));
-        let back = judge(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1000)), 1);
+        let back = judged(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1000)), 1);
         assert_eq!(vip_of(back), Some(IpAddr::from([10, 0, 0, 2])));
         assert_eq!(back.mark(0, &snapshot), Some(0x5000_0100));
         // The backend's own conversation with the same client is left alone.
-        let own = judge(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1001)), 1);
+        let own = judged(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1001)), 1);
         assert_eq!((own, own.mark(1, &snapshot)), (Judgement::Direct, Some(0x5000_0001)));
-        let other = judge(&snapshot, &flows, &udp(CLIENT, BACKEND, (1, 3), (53, 1001)), 1);
+        let other = judged(&snapshot, &flows, &udp(CLIENT, BACKEND, (1, 3), (53, 1001)), 1);
         assert_eq!(other, Judgement::Accept(Reason::NotOurs));
     }
 
     #[test]
     fn a_reply_outlives_nothing_it_should_not() {
         let (before, flows) = (static_to_3(), Flows::new(100));
-        judge(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
+        judged(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
         let reply = udp(BACKEND, CLIENT, (3, 1), (53, 1000));
         let after = snapshot(&["R L 2:0:0:0:0:2 10.0.0.9 0 10.0.0.3@2:0:0:0:0:3"]);
-        assert_eq!(judge(&after, &flows, &reply, 1), Judgement::Direct, "the service is gone");
-        assert_eq!(judge(&before, &flows, &reply, 1), Judgement::Direct, "and the flow with it");
-        judge(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 2);
-        assert!(vip_of(judge(&before, &flows, &reply, 200)).is_some());
-        assert_eq!(judge(&before, &flows, &reply, 600), Judgement::Direct, "the flow is too old");
+        assert_eq!(judged(&after, &flows, &reply, 1), Judgement::Direct, "the service is gone");
+        assert_eq!(judged(&before, &flows, &reply, 1), Judgement::Direct, "and the flow with it");
+        judged(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 2);
+        assert!(vip_of(judged(&before, &flows, &reply, 200)).is_some());
+        assert_eq!(judged(&before, &flows, &reply, 600), Judgement::Direct, "the flow is too old");
     }
 
     #[test]
     fn later_fragments_follow_the_first() {
         let (snapshot, flows) = (static_to_3(), Flows::new(100));
-        judge(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
+        judged(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
         let piece = |first: bool| {
             let mut ip = Ipv4Header::new(16, 9, IpNumber::UDP, [10, 0, 0, 3], [10, 0, 0, 1]).unwrap();
             ip.identification = 77;
@@ -288,20 +337,20 @@ mod tests {
             out.extend([0, 53, 0x03, 0xe8, 0, 40, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
             Packet::from_frame(&out).unwrap()
         };
-        assert!(matches!(judge(&snapshot, &flows, &piece(false), 0), Judgement::Accept(_)));
-        let first = judge(&snapshot, &flows, &piece(true), 0);
+        assert!(matches!(judged(&snapshot, &flows, &piece(false), 0), Judgement::Accept(_)));
+        let first = judged(&snapshot, &flows, &piece(true), 0);
         assert!(matches!(first, Judgement::Reply { learn: false, .. }), "{first:?}");
-        assert_eq!(vip_of(judge(&snapshot, &flows, &piece(false), 0)), vip_of(first));
+        assert_eq!(vip_of(judged(&snapshot, &flows, &piece(false), 0)), vip_of(first));
     }
 
     #[test]
     fn without_the_backends_mac_the_redirect_is_not_made() {
         let (mut snapshot, flows) = (snapshot(&["R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3"]), Flows::new(100));
         let packet = udp(CLIENT, VM, (1, 2), (1000, 53));
-        assert_eq!(judge(&snapshot, &flows, &packet, 0), Judgement::Accept(Reason::BackendUnresolved));
+        assert_eq!(judged(&snapshot, &flows, &packet, 0), Judgement::Accept(Reason::BackendUnresolved));
         assert!(flows.is_empty());
         snapshot.redirect_unresolved = true;
-        assert!(matches!(judge(&snapshot, &flows, &packet, 0), Judgement::Redirect { .. }));
+        assert!(matches!(judged(&snapshot, &flows, &packet, 0), Judgement::Redirect { .. }));
     }
 
     #[test]
@@ -312,9 +361,9 @@ mod tests {
             "A 2:0:0:0:0:1 I 1 s 10.0.0.3",
         ];
         let (snapshot, flows) = (snapshot(&lines), Flows::new(100));
-        judge(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
-        let back = judge(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1000)), 0);
-        assert_eq!(back, Judgement::Drop(RuleNumber::FIRST));
+        judged(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
+        let back = judged(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1000)), 0);
+        assert_eq!(back, Judgement::Drop);
         assert_eq!(back.mark(0, &snapshot), None);
     }
 }

@@ -1,8 +1,9 @@
 //! Runs a capture through the engine, without root or kernel: the third oracle beside the fast path and the daemon.
 
-use crate::engine::{Judgement, Reason, Snapshot, judge};
+use crate::engine::{Judged, Judgement, Reason, Snapshot, judge};
 use crate::flows::{Flows, Seconds};
 use nfqd_rules::Policy;
+use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
 use nfqd_rules::slots::Slots;
@@ -99,7 +100,7 @@ impl Replay {
     pub fn set_policy(&mut self, policy: &Policy) {
         let mut slots = Slots::default();
         slots.follow(policy, |_| None, Instant::now());
-        self.snapshot = Snapshot::new(policy, &slots, true);
+        self.snapshot = Snapshot::new(Desired { policy: policy.clone(), slots });
         self.snapshot.redirect_unresolved = true;
     }
 
@@ -125,7 +126,8 @@ impl Replay {
         let destination = packet.link.destination;
         let registered = self.snapshot.policy().get(destination).is_some();
         line.middlebox = registered.then(|| destination.to_string());
-        match judge(&self.snapshot, &self.flows, &packet, now) {
+        let Judged { judgement, rule } = judge(&self.snapshot, &self.flows, &packet, now);
+        match judgement {
             Judgement::Accept(reason) => {
                 line.reason = match reason {
                     Reason::NotOurs => "not for a middlebox",
@@ -135,10 +137,13 @@ impl Replay {
                 .to_string();
             }
             Judgement::Direct => line.reason = "a backend's own traffic".to_string(),
-            Judgement::Drop(number) => {
+            Judgement::Drop => {
                 line.verdict = "drop";
-                line.reason = format!("deny rule {number} matches");
-                line.rule = Some(number.get());
+                line.reason = match rule {
+                    Some(rule) => format!("deny rule {} matches", rule.number),
+                    None => "no allow rule matches".to_string(),
+                };
+                line.rule = rule.map(|rule| rule.number.get());
                 return (line, None);
             }
             Judgement::Redirect { slot, .. } => {
@@ -157,6 +162,9 @@ impl Replay {
                 line.reason = format!("reply of service {}", slot.vip);
                 line.from = Some(slot.vip.to_string());
             }
+        }
+        if let Some(rule) = rule {
+            line.reason = format!("allow rule {} matches; {}", rule.number, line.reason);
         }
         (line, Some(out))
     }

@@ -1,21 +1,31 @@
-//! Registrations on disk: commands, one a line, in one file that is replaced whole.
+//! Registrations on disk: commands, one a line, in one file.
 //!
-//! The file is written beside, synced, and renamed over the old one, so that a crash leaves one or the other. When the
-//! disk is full the policy still holds in memory and in the kernel; the daemon says so and tries again.
+//! Commands are appended as they are accepted, and synced before they are answered: what a change costs does not depend
+//! on how much is registered. When the file has grown to twice what it needs it is written anew, beside, synced, and
+//! renamed over the old one, so that a crash leaves one or the other. A last line without its end was being written when
+//! the host went down; its command was never answered, and is not taken. When the disk is full the policy still holds in
+//! memory and in the kernel; the daemon says so and tries again.
 
 use nfqd_rules::Policy;
 use nfqd_shmctl::Command;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// The directory of `--state`, held by one daemon at a time.
 pub struct State {
     directory: PathBuf,
+    /// The file, open for more lines; none until it has been written whole.
+    file: Option<File>,
+    /// Lines in it, and how many it had when it was written whole.
+    lines: (usize, usize),
     /// Let go when the daemon ends, however it ends.
     _lock: Flock<File>,
 }
+
+/// Lines more than twice what is needed that the file may have before it is written anew.
+const SPARE_LINES: usize = 1000;
 
 /// Why registrations cannot be kept.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +59,7 @@ impl State {
         let lock = File::options().create(true).append(true).open(directory.join("lock")).map_err(io)?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
             .map_err(|_| StateError::Held { path: directory.to_path_buf() })?;
-        Ok(State { directory: directory.to_path_buf(), _lock: lock })
+        Ok(State { directory: directory.to_path_buf(), file: None, lines: (0, 0), _lock: lock })
     }
 
     /// The file.
@@ -72,7 +82,13 @@ impl State {
             Err(source) => return Err(StateError::Io { path, source }),
         };
         let mut policy = Policy::default();
-        let errors = apply_file(&mut policy, &path, &text, |_, _| false);
+        let complete = text.rfind('\n').map_or(0, |at| at + 1);
+        let (text, rest) = text.split_at(complete);
+        let mut errors = apply_file(&mut policy, &path, text, |_, _| false);
+        if !rest.is_empty() {
+            let (path, line) = (path.display(), text.lines().count() + 1);
+            errors.push(format!("{path}:{line}:1: '{}': this line has no end", rest.escape_default()));
+        }
         if !errors.is_empty() {
             let copy = self.directory.join("commands.rejected");
             fs::copy(&path, &copy).map_err(|source| StateError::Io { path: copy, source })?;
@@ -80,25 +96,51 @@ impl State {
         Ok((policy, errors))
     }
 
-    /// Keeps a policy.
+    /// Keeps a policy: writes the file whole.
     ///
     /// # Errors
     /// When it cannot be written; the old file stands then.
-    pub fn save(&self, policy: &Policy) -> Result<(), StateError> {
+    pub fn save(&mut self, policy: &Policy) -> Result<(), StateError> {
         let (path, new) = (self.path(), self.directory.join("commands.new"));
-        let mut text = String::from("# Registrations of nfqd, written by it; edit while it is stopped.\n");
-        for command in policy.commands() {
-            text.push_str(&command.to_string());
-            text.push('\n');
-        }
-        let write = || -> io::Result<()> {
-            let mut file = File::create(&new)?;
-            file.write_all(text.as_bytes())?;
+        // Until it is there, nothing may be appended to the old one.
+        self.file = None;
+        let write = || -> io::Result<(File, usize)> {
+            let mut file = BufWriter::new(File::create(&new)?);
+            file.write_all(b"# Registrations of nfqd, written by it; edit while it is stopped.\n")?;
+            let mut lines = 0;
+            for command in policy.commands() {
+                writeln!(file, "{command}")?;
+                lines += 1;
+            }
+            let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
             file.sync_all()?;
             fs::rename(&new, &path)?;
-            File::open(&self.directory)?.sync_all()
+            File::open(&self.directory)?.sync_all()?;
+            Ok((file, lines))
         };
-        write().map_err(|source| StateError::Io { path: path.clone(), source })
+        let (file, lines) = write().map_err(|source| StateError::Io { path: path.clone(), source })?;
+        self.file = Some(file);
+        self.lines = (lines, lines);
+        Ok(())
+    }
+
+    /// Keeps what these commands, which `policy` has obeyed, have changed.
+    ///
+    /// # Errors
+    /// When it cannot be written. The next [`State::save`] writes it whole.
+    pub fn append(&mut self, commands: &[Command], policy: &Policy) -> Result<(), StateError> {
+        let (lines, whole) = self.lines;
+        let Some(file) = self.file.as_mut().filter(|_| lines <= 2 * whole + SPARE_LINES) else {
+            return self.save(policy);
+        };
+        let text: String = commands.iter().map(|command| format!("{command}\n")).collect();
+        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
+        if let Err(source) = written {
+            self.file = None;
+            return Err(StateError::Io { path: self.path(), source });
+        }
+        self.lines.0 += commands.len();
+        Ok(())
     }
 }
 
@@ -135,7 +177,7 @@ mod tests {
         policy.apply_line("R F 2:0:0:0:0:1 10.0.0.1").unwrap();
         policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
         {
-            let state = State::open(dir.path()).unwrap();
+            let mut state = State::open(dir.path()).unwrap();
             assert_eq!(state.load().unwrap(), (Policy::default(), Vec::new()));
             state.save(&policy).unwrap();
             assert!(matches!(State::open(dir.path()), Err(StateError::Held { .. })));
@@ -146,11 +188,11 @@ mod tests {
     #[test]
     fn one_wrong_line_keeps_no_other_out_and_is_not_lost() {
         let dir = tempfile::tempdir().unwrap();
-        let state = State::open(dir.path()).unwrap();
+        let mut state = State::open(dir.path()).unwrap();
         fs::write(state.path(), b"R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n\xff\nA 2:0:0:0:0:1 I 2\n")
             .unwrap();
         let (policy, errors) = state.load().unwrap();
-        assert_eq!(policy.commands().len(), 2);
+        assert_eq!(policy.commands().count(), 2);
         let expected = "commands:3:17: '99': not a bit value of this class; write a number from 0 to 15";
         assert!(errors[0].ends_with(expected) && errors.len() == 2, "{errors:?}");
         state.save(&policy).unwrap();
@@ -159,9 +201,43 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_leaves_the_old_file() {
+    fn commands_are_appended_until_the_file_is_too_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State::open(dir.path()).unwrap();
+        let mut policy = Policy::default();
+        let mut change = |state: &mut State, line: &str| {
+            let command = policy.apply_line(line).unwrap();
+            state.append(&[command], &policy).unwrap();
+            if line.len() % 7 == 0 {
+                assert_eq!(state.load().unwrap(), (policy.clone(), Vec::new()));
+            }
+            fs::read_to_string(state.path()).unwrap().lines().count()
+        };
+        assert_eq!(change(&mut state, "R F 2:0:0:0:0:1 10.0.0.1"), 2);
+        assert_eq!(change(&mut state, "A 2:0:0:0:0:1 T 2 d 80"), 3);
+        assert_eq!(change(&mut state, "X 2:0:0:0:0:1"), 4);
+        assert_eq!(change(&mut state, "R F 2:0:0:0:0:1 10.0.0.1"), 5);
+        let longest = (0..1100).map(|n| change(&mut state, &format!("A 2:0:0:0:0:1 T 2 d {n}"))).max();
+        assert!((SPARE_LINES..SPARE_LINES + 10).contains(&longest.unwrap()), "{longest:?}");
+    }
+
+    #[test]
+    fn a_line_that_was_being_written_is_not_taken() {
         let dir = tempfile::tempdir().unwrap();
         let state = State::open(dir.path()).unwrap();
+        fs::write(state.path(), b"R F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 2 d 8").unwrap();
+        let (policy, errors) = state.load().unwrap();
+        assert_eq!(policy.commands().count(), 1);
+        assert!(
+            errors[0].ends_with("commands:2:1: 'A 2:0:0:0:0:1 T 2 d 8': this line has no end"),
+            "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State::open(dir.path()).unwrap();
         state.save(&Policy::default()).unwrap();
         let before = fs::read(state.path()).unwrap();
         // A directory in the way of the new file fails as a full disk does.

@@ -46,7 +46,7 @@ pub struct QueueStatus {
     pub alive: bool,
     /// Packets taken.
     pub packets: u64,
-    /// Packets dropped by a deny rule.
+    /// Packets dropped by filters.
     pub dropped: u64,
     /// Packets sent to a backend.
     pub redirected: u64,
@@ -69,21 +69,24 @@ pub struct MiddleboxStatus {
     pub bytes: u64,
     /// Its registration as commands.
     pub commands: Vec<String>,
-    /// What its deny rules have dropped.
+    /// Its rules in the order they are looked at, and its default when that denies.
     pub rules: Vec<RuleStatus>,
     /// Its backends.
     pub backends: Vec<BackendStatus>,
 }
 
-/// One deny rule.
+/// One rule.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RuleStatus {
-    /// Its number.
-    pub rule: u16,
-    /// Packets that it has dropped.
+    /// Its name: `#1` denies, `+1` allows, `default` is what no rule matches.
+    pub rule: String,
+    /// Packets that it has matched.
     pub packets: u64,
-    /// Bytes that it has dropped, from the IP header on.
+    /// Bytes that it has matched, from the IP header on.
     pub bytes: u64,
+    /// Why the kernel looks at it by itself, instead of in a set with others of its shape.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub one_by_one: Option<String>,
 }
 
 /// One backend of a service.
@@ -147,8 +150,13 @@ impl Status {
             for command in &middlebox.commands {
                 let _ = writeln!(out, "    {command}");
             }
-            for RuleStatus { rule, packets, bytes } in &middlebox.rules {
-                let _ = writeln!(out, "    rule {rule} has dropped {packets} packets, {bytes} bytes");
+            for RuleStatus { rule, packets, bytes, one_by_one } in &middlebox.rules {
+                let did = if rule.starts_with('+') { "allowed" } else { "dropped" };
+                let why = one_by_one
+                    .as_ref()
+                    .map(|why| format!(" - looked at by itself: {why}"))
+                    .unwrap_or_default();
+                let _ = writeln!(out, "    rule {rule} has {did} {packets} packets, {bytes} bytes{why}");
             }
             for backend in &middlebox.backends {
                 let mac = match &backend.mac {

@@ -1,10 +1,11 @@
 //! A thread that serves one queue.
 
-use crate::engine::{Judgement, Snapshot, judge};
+use crate::engine::{Judged, Judgement, Snapshot, judge};
 use crate::flows::{Flows, Seconds};
 use crate::queue::{Buffers, Queue, Queued, Verdict};
 use arc_swap::ArcSwap;
-use nfqd_shmctl::MacAddr;
+use nfqd_rules::nft::kernel::Count;
+use nfqd_shmctl::{MacAddr, RuleId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,8 +44,8 @@ pub struct Counts {
     pub replies: AtomicU64,
     /// Times that the kernel lost messages because the receive buffer was full.
     pub overruns: AtomicU64,
-    /// Packets and bytes that each deny rule has dropped here.
-    pub rules: Mutex<HashMap<(MacAddr, u16), (u64, u64)>>,
+    /// What each rule has matched here; none is for what the default of a middlebox has dropped.
+    pub rules: Mutex<HashMap<(MacAddr, Option<RuleId>), Count>>,
 }
 
 /// A running worker.
@@ -100,14 +101,14 @@ fn serve(
     let mut loaded = None;
     let packets = queue.serve(buffers, |queued| {
         let (snapshot, now) = loaded.get_or_insert_with(|| (shared.snapshot.load(), shared.now()));
-        let (middlebox, judgement) = judge_queued(snapshot, &shared.flows, queued, *now);
+        let (middlebox, Judged { judgement, rule }) = judge_queued(snapshot, &shared.flows, queued, *now);
+        if rule.is_some() || judgement == Judgement::Drop {
+            let mut rules = counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = rules.entry((middlebox, rule)).or_default();
+            *count = (count.0 + 1, count.1 + queued.length as u64);
+        }
         match judgement {
-            Judgement::Drop(number) => {
-                dropped += 1;
-                let mut rules = counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
-                let count = rules.entry((middlebox, number.get())).or_default();
-                *count = (count.0 + 1, count.1 + queued.length as u64);
-            }
+            Judgement::Drop => dropped += 1,
             Judgement::Redirect { .. } => redirected += 1,
             Judgement::Reply { .. } => replies += 1,
             Judgement::Accept(_) | Judgement::Direct => {}
@@ -130,7 +131,7 @@ fn serve(
 }
 
 /// By br_netfilter the Ethernet header is not there; the mark names the middlebox.
-fn judge_queued(snapshot: &Snapshot, flows: &Flows, queued: &Queued, now: Seconds) -> (MacAddr, Judgement) {
+fn judge_queued(snapshot: &Snapshot, flows: &Flows, queued: &Queued, now: Seconds) -> (MacAddr, Judged) {
     let mut packet = queued.packet;
     if !queued.has_link
         && let Some(mac) = snapshot.middlebox_of(queued.mark)

@@ -2,8 +2,8 @@
 //! offline replay must agree with.
 
 use crate::packet::Packet;
-use crate::policy::{Middlebox, Policy};
-use nfqd_shmctl::{Balance, Destination, RuleNumber};
+use crate::policy::{Filtered, Middlebox, Policy};
+use nfqd_shmctl::{Action, Balance, Destination, RuleId};
 use std::net::IpAddr;
 
 /// What is to happen to a packet on its way to its destination MAC.
@@ -11,8 +11,8 @@ use std::net::IpAddr;
 pub enum Decision<'p> {
     /// It goes on unchanged.
     Accept,
-    /// A deny rule matches; the lowest number that does.
-    Drop(RuleNumber),
+    /// The middlebox' filters drop it: by this rule, or by default.
+    Drop(Option<RuleId>),
     /// It goes to a backend.
     Redirect {
         /// The service's address, which clients use.
@@ -22,10 +22,10 @@ pub enum Decision<'p> {
     },
 }
 
-/// The lowest deny rule of the middlebox that a packet matches.
-pub fn denied(middlebox: &Middlebox, packet: &Packet) -> Option<RuleNumber> {
-    let conditions = middlebox.firewall()?.conditions();
-    conditions.iter().find(|(_, conditions)| conditions.match_packet(packet)).map(|&(number, _)| number)
+/// What the filters of the middlebox say of a packet.
+pub fn filtered(middlebox: &Middlebox, packet: &Packet) -> Filtered {
+    let firewall = middlebox.firewall();
+    firewall.map_or(Filtered { action: Action::Allow, rule: None }, |firewall| firewall.filter(packet))
 }
 
 /// The service of the middlebox that takes a packet: the one with the packet's destination address before the others,
@@ -53,8 +53,8 @@ pub fn redirected<'p>(middlebox: &'p Middlebox, packet: &Packet) -> Option<(IpAd
 /// What a packet deserves: filters first, then balancing.
 pub fn decide<'p>(policy: &'p Policy, packet: &Packet) -> Decision<'p> {
     let Some(middlebox) = policy.get(packet.link.destination) else { return Decision::Accept };
-    if let Some(number) = denied(middlebox, packet) {
-        return Decision::Drop(number);
+    if let Filtered { action: Action::Deny, rule } = filtered(middlebox, packet) {
+        return Decision::Drop(rule);
     }
     match redirected(middlebox, packet) {
         Some((vip, to)) => Decision::Redirect { vip, to },
@@ -84,7 +84,8 @@ mod tests {
         }
         match decide(&policy, packet) {
             Decision::Accept => "accept".to_string(),
-            Decision::Drop(number) => format!("drop {number}"),
+            Decision::Drop(Some(rule)) => format!("drop {rule}"),
+            Decision::Drop(None) => "drop".to_string(),
             Decision::Redirect { vip, to } => format!("{vip} -> {}", to.ip),
         }
     }
@@ -93,17 +94,17 @@ mod tests {
     fn all_bits_that_are_on_must_match() {
         let packet = frame([10, 0, 0, 1], 1000, 80);
         for (filter, expected) in [
-            ("A MB I 1 s 10.0.0.1", "drop 1"),
+            ("A MB I 1 s 10.0.0.1", "drop #1"),
             ("A MB I 1 s 10.0.0.2", "accept"),
-            ("A MB I 3 s 10.0.0.1 d", "drop 1"),
+            ("A MB I 3 s 10.0.0.1 d", "drop #1"),
             ("A MB I 2 d 10.0.0.8", "accept"),
-            ("A MB I 4 t 0", "drop 1"),
+            ("A MB I 4 t 0", "drop #1"),
             ("A MB I 8 p udp", "accept"),
-            ("A MB M 5 s 1:2:3:4:5:6 p 8", "drop 1"),
+            ("A MB M 5 s 1:2:3:4:5:6 p 8", "drop #1"),
             ("A MB M 5 s 1:2:3:4:5:6 p arp", "accept"),
-            ("A MB M 2 d", "drop 1"),
+            ("A MB M 2 d", "drop #1"),
             ("A MB M 2 d 2:0:0:0:0:8", "accept"),
-            ("A MB T 2 d 80", "drop 1"),
+            ("A MB T 2 d 80", "drop #1"),
             ("A MB T 3 s 80 d 80", "accept"),
             ("A MB T 0", "accept"),
             ("A MB M 4 p arp", "accept"),
@@ -112,7 +113,7 @@ mod tests {
         }
         assert_eq!(
             verdict(&["R F MB 10.0.0.9", "A MB T 2 d 81", "A MB #4 I 2", "A MB #3 I 2"], &packet),
-            "drop 3"
+            "drop #3"
         );
         assert_eq!(verdict(&["R F MB 10.0.0.9", "A MB T 2 d 80", "A MB I 8 p udp"], &packet), "accept");
     }
@@ -122,7 +123,7 @@ mod tests {
         let packet = frame([10, 0, 0, 1], 1000, 80);
         let balance = "R L MB 10.0.0.9 0 10.0.0.5";
         assert_eq!(verdict(&[balance], &packet), "10.0.0.9 -> 10.0.0.5");
-        assert_eq!(verdict(&[balance, "R F MB 10.0.0.9", "A MB T 2 d 80"], &packet), "drop 1");
+        assert_eq!(verdict(&[balance, "R F MB 10.0.0.9", "A MB T 2 d 80"], &packet), "drop #1");
         assert_eq!(verdict(&["R L MB 10.0.0.7 0 10.0.0.6", balance], &packet), "10.0.0.9 -> 10.0.0.5");
         assert_eq!(verdict(&["R L MB 10.0.0.7 0 10.0.0.6"], &packet), "10.0.0.7 -> 10.0.0.6");
         assert_eq!(verdict(&["R L MB 10.0.0.9 1 10.0.0.1 10.0.0.6"], &packet), "10.0.0.9 -> 10.0.0.6");

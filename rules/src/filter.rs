@@ -1,22 +1,21 @@
-//! Deny rules: what a middlebox stores for each, and which packets one matches.
+//! Rules: what a middlebox stores for each, and what a packet must have to be matched.
 
 use crate::packet::{Fragment, Packet};
 use nfqd_shmctl::{
-    AddressRange, Clear, Command, EtherType, InetClear, InetSet, LinkClear, LinkSet, MacAddr, MacMask,
-    NumberRange, PortClear, PortSet, Protocol, RuleNumber, Set, Transport, VlanClear, VlanSet,
+    AddressRange, Class, Clear, Command, EtherType, Field, MacAddr, MacMask, NumberRange, Piece, Protocol,
+    RuleId, Set, TcpFlags, Value,
 };
 use std::net::IpAddr;
 
-/// One deny rule: the bits that are on, and the stored values whether their bit is on or not.
+/// One rule: the bits that are on, and the stored values whether their bit is on or not.
 ///
 /// All bits that are on must match; a rule with no bit on matches nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rule {
-    inet: InetSet,
-    link: LinkSet,
-    tcp: PortSet,
-    udp: PortSet,
-    vlan: VlanSet,
+    /// By class.
+    bits: [u8; Class::ALL.len()],
+    /// Of each field at most one, sorted.
+    values: Box<[Value]>,
 }
 
 /// Why a rule cannot be as a command wants it: words for the person who wrote the command.
@@ -57,12 +56,22 @@ pub struct Conditions {
     pub destination: Option<AddressRange>,
     /// The TOS or traffic-class byte.
     pub tos: Option<u8>,
+    /// The IP packet's length.
+    pub length: Option<NumberRange>,
+    /// Which piece of a datagram.
+    pub piece: Option<Piece>,
     /// The protocol.
     pub protocol: Option<Protocol>,
     /// The source port, of the protocol above.
     pub source_port: Option<NumberRange>,
     /// The destination port, of the protocol above.
     pub destination_port: Option<NumberRange>,
+    /// The TCP flags.
+    pub tcp_flags: Option<TcpFlags>,
+    /// The type of ICMP or ICMPv6, by the protocol above.
+    pub icmp_type: Option<NumberRange>,
+    /// The code.
+    pub icmp_code: Option<NumberRange>,
 }
 
 impl Rule {
@@ -72,34 +81,9 @@ impl Rule {
     /// When a bit would be on without a value, or the addresses are of two families.
     pub fn with(&self, set: &Set, ip: IpAddr) -> Result<Rule, RuleError> {
         let mut rule = self.clone();
-        match set {
-            Set::Inet(new) => {
-                let old = &mut rule.inet;
-                old.bits |= new.bits;
-                old.source = new.source.or(old.source);
-                old.destination = new.destination.or(old.destination);
-                old.tos = new.tos.or(old.tos);
-                old.protocol = new.protocol.or(old.protocol);
-            }
-            Set::Link(new) => {
-                let old = &mut rule.link;
-                old.bits |= new.bits;
-                old.source = new.source.or(old.source);
-                old.destination = new.destination.or(old.destination);
-                old.ether_type = new.ether_type.or(old.ether_type);
-            }
-            Set::Vlan(new) => {
-                let old = &mut rule.vlan;
-                old.bits |= new.bits;
-                old.id = new.id.or(old.id);
-            }
-            Set::Ports(transport, new) => {
-                let old = rule.ports(*transport);
-                old.bits |= new.bits;
-                old.source = new.source.or(old.source);
-                old.destination = new.destination.or(old.destination);
-            }
-        }
+        *rule.bits_of(set.class) |= set.bits;
+        let kept = self.values.iter().filter(|old| set.values.iter().all(|new| new.field() != old.field()));
+        rule.set_values(kept.chain(&set.values).copied());
         rule.check(ip)?;
         Ok(rule)
     }
@@ -109,155 +93,157 @@ impl Rule {
     /// # Errors
     /// When what is left contradicts itself.
     pub fn without(&self, clear: &Clear, ip: IpAddr) -> Result<Rule, RuleError> {
-        fn blank<T>(value: &mut Option<T>, named: bool) {
-            if named {
-                *value = None;
-            }
-        }
         let mut rule = self.clone();
-        match *clear {
-            Clear::Inet(InetClear { keep, source, destination, tos, protocol }) => {
-                rule.inet.bits &= keep;
-                blank(&mut rule.inet.source, source);
-                blank(&mut rule.inet.destination, destination);
-                blank(&mut rule.inet.tos, tos);
-                blank(&mut rule.inet.protocol, protocol);
-            }
-            Clear::Link(LinkClear { keep, source, destination, ether_type }) => {
-                rule.link.bits &= keep;
-                blank(&mut rule.link.source, source);
-                blank(&mut rule.link.destination, destination);
-                blank(&mut rule.link.ether_type, ether_type);
-            }
-            Clear::Vlan(VlanClear { keep, id }) => {
-                rule.vlan.bits &= keep;
-                blank(&mut rule.vlan.id, id);
-            }
-            Clear::Ports(transport, PortClear { keep, source, destination }) => {
-                let ports = rule.ports(transport);
-                ports.bits &= keep;
-                blank(&mut ports.source, source);
-                blank(&mut ports.destination, destination);
-            }
-        }
+        *rule.bits_of(clear.class) &= clear.keep;
+        let kept = self.values.iter().filter(|old| !clear.blank.contains(&old.field()));
+        rule.set_values(kept.copied());
         rule.check(ip)?;
         Ok(rule)
     }
 
-    fn ports(&mut self, transport: Transport) -> &mut PortSet {
-        match transport {
-            Transport::Tcp => &mut self.tcp,
-            Transport::Udp => &mut self.udp,
-        }
+    fn bits_of(&mut self, class: Class) -> &mut u8 {
+        // The classes are numbered from 0 without gaps.
+        &mut self.bits[class as usize]
+    }
+
+    fn set_values(&mut self, values: impl Iterator<Item = Value>) {
+        let mut values: Vec<Value> = values.collect();
+        values.sort_by_key(Value::field);
+        self.values = values.into();
+    }
+
+    fn is_on(&self, field: Field) -> bool {
+        self.bits[field.class() as usize] & field.bit() != 0
+    }
+
+    fn value(&self, field: Field) -> Option<Value> {
+        self.values.iter().copied().find(|value| value.field() == field).or(field.default_value())
+    }
+
+    /// The values of the fields whose bits are on.
+    fn on(&self) -> impl Iterator<Item = (Field, Option<Value>)> {
+        let fields = Class::ALL.into_iter().flat_map(Class::fields).copied();
+        fields.filter(|&field| self.is_on(field)).map(|field| (field, self.value(field)))
     }
 
     fn check(&self, ip: IpAddr) -> Result<(), RuleError> {
-        let (inet, link, tcp, udp) = (&self.inet, &self.link, &self.tcp, &self.udp);
-        for (class, bits, bit, key, has_value) in [
-            ('I', inet.bits, 1, 's', inet.source.is_some()),
-            ('I', inet.bits, 4, 't', inet.tos.is_some()),
-            ('I', inet.bits, 8, 'p', inet.protocol.is_some()),
-            ('M', link.bits, 1, 's', link.source.is_some()),
-            ('M', link.bits, 4, 'p', link.ether_type.is_some()),
-            ('T', tcp.bits, 1, 's', tcp.source.is_some()),
-            ('T', tcp.bits, 2, 'd', tcp.destination.is_some()),
-            ('U', udp.bits, 1, 's', udp.source.is_some()),
-            ('U', udp.bits, 2, 'd', udp.destination.is_some()),
-            ('V', self.vlan.bits, 1, 's', self.vlan.id.is_some()),
-        ] {
-            if bits & bit != 0 && !has_value {
-                return Err(RuleError::NoValue { class, bit, key });
-            }
+        if let Some((field, _)) = self.on().find(|(_, value)| value.is_none()) {
+            let class = field.class().letter();
+            return Err(RuleError::NoValue { class, bit: field.bit(), key: field.letter() });
         }
-        let destination = inet.destination.flatten().unwrap_or(ip.into());
-        match inet.source {
-            Some(source_ip) if inet.bits & 3 == 3 && source_ip.is_ipv4() != destination.is_ipv4() => {
-                Err(RuleError::Families { source_ip, destination })
+        if !(self.is_on(Field::SourceIp) && self.is_on(Field::DestinationIp)) {
+            return Ok(());
+        }
+        match (self.value(Field::SourceIp), self.value(Field::DestinationIp)) {
+            (Some(Value::SourceIp(source_ip)), Some(Value::DestinationIp(destination))) => {
+                let destination = destination.unwrap_or(ip.into());
+                let same = source_ip.is_ipv4() == destination.is_ipv4();
+                if same { Ok(()) } else { Err(RuleError::Families { source_ip, destination }) }
             }
             _ => Ok(()),
         }
     }
 
     /// The commands that make this rule of an empty one.
-    pub fn commands(&self, mac: MacAddr, rule: RuleNumber) -> Vec<Command> {
-        let sets = [
-            (self.inet != InetSet::default()).then_some(Set::Inet(self.inet)),
-            (self.link != LinkSet::default()).then_some(Set::Link(self.link)),
-            (self.tcp != PortSet::default()).then_some(Set::Ports(Transport::Tcp, self.tcp)),
-            (self.udp != PortSet::default()).then_some(Set::Ports(Transport::Udp, self.udp)),
-            (self.vlan != VlanSet::default()).then_some(Set::Vlan(self.vlan)),
-        ];
-        let mut sets: Vec<Set> = sets.into_iter().flatten().collect();
+    pub fn commands(&self, mac: MacAddr, rule: RuleId) -> Vec<Command> {
+        let of = |class: Class| {
+            let values = self.values.iter().copied().filter(|value| value.field().class() == class).collect();
+            Set { class, bits: self.bits[class as usize], values }
+        };
+        let mut sets: Vec<Set> = Class::ALL.into_iter().map(of).collect();
+        sets.retain(|set| set.bits != 0 || !set.values.is_empty());
         if sets.is_empty() {
             // A rule with no bit on is kept.
-            sets.push(Set::Inet(InetSet::default()));
+            sets.push(Set { class: Class::Inet, bits: 0, values: Vec::new() });
         }
         sets.into_iter().map(|set| Command::Add { mac, rule, set }).collect()
     }
 
-    /// What a packet to the middlebox `mac`, registered with `ip`, must have to be dropped; `None` when no packet can
+    /// What a packet to the middlebox `mac`, registered with `ip`, must have to be matched; `None` when no packet can
     /// have it: no bit is on, or the bits contradict each other.
     pub fn conditions(&self, mac: MacAddr, ip: IpAddr) -> Option<Conditions> {
-        let (inet, link, vlan) = (&self.inet, &self.link, &self.vlan);
-        // The ports of one protocol; no packet is of both.
-        let (protocol, ports) = match (self.tcp.bits, self.udp.bits) {
-            (0, 0) => (None, PortSet::default()),
-            (_, 0) => (Some(Protocol::TCP), self.tcp),
-            (0, _) => (Some(Protocol::UDP), self.udp),
-            _ => return None,
-        };
-        let on = |bits: u8, bit: u8| bits & bit != 0;
-        if inet.bits | link.bits | ports.bits | vlan.bits == 0 {
+        if self.bits.iter().all(|&bits| bits == 0) {
             return None;
         }
-        if on(link.bits, 2) && link.destination.flatten().is_some_and(|other| other != mac) {
-            return None;
-        }
-        let mut conditions = Conditions {
-            source_mac: link.source.filter(|_| on(link.bits, 1)),
-            vlan: vlan.id.filter(|_| on(vlan.bits, 1)),
-            ether_type: link.ether_type.filter(|_| on(link.bits, 4)),
-            source: inet.source.filter(|_| on(inet.bits, 1)),
-            destination: on(inet.bits, 2).then(|| inet.destination.flatten().unwrap_or(ip.into())),
-            tos: inet.tos.filter(|_| on(inet.bits, 4)),
-            protocol: inet.protocol.filter(|_| on(inet.bits, 8)),
-            source_port: ports.source.filter(|_| on(ports.bits, 1)),
-            destination_port: ports.destination.filter(|_| on(ports.bits, 2)),
+        let mut out = Conditions::default();
+        // Several fields of a rule may each ask for a protocol or a family; no packet is of two.
+        let (mut protocols, mut families) = (Vec::new(), Vec::new());
+        let mut ask = |protocol: Protocol, family: Option<EtherType>| {
+            protocols.push(protocol);
+            families.extend(family);
         };
-        if let Some(protocol) = protocol {
-            if conditions.protocol.is_some_and(|named| named != protocol) {
-                return None;
+        let family = |range: AddressRange| if range.is_ipv4() { EtherType::IPV4 } else { EtherType::IPV6 };
+        let mut named_type = None;
+        for value in self.on().filter_map(|(_, value)| value) {
+            match value {
+                Value::SourceIp(range) => out.source = Some(range),
+                Value::DestinationIp(range) => out.destination = Some(range.unwrap_or(ip.into())),
+                Value::Tos(tos) => out.tos = Some(tos),
+                Value::Protocol(protocol) => ask(protocol, None),
+                Value::SourceMac(mask) => out.source_mac = Some(mask),
+                Value::DestinationMac(other) if other.is_some_and(|other| other != mac) => return None,
+                Value::DestinationMac(_) => {}
+                Value::EtherType(ether_type) => named_type = Some(ether_type),
+                Value::TcpSource(range) | Value::UdpSource(range) => out.source_port = Some(range),
+                Value::TcpDestination(range) | Value::UdpDestination(range) => {
+                    out.destination_port = Some(range)
+                }
+                Value::VlanId(ids) => out.vlan = Some(ids),
+                Value::IcmpType(range) | Value::Icmp6Type(range) => out.icmp_type = Some(range),
+                Value::IcmpCode(range) | Value::Icmp6Code(range) => out.icmp_code = Some(range),
+                Value::TcpFlags(flags) => out.tcp_flags = Some(flags),
+                Value::Length(range) => out.length = Some(range),
+                Value::Piece(piece) => out.piece = Some(piece),
             }
-            conditions.protocol = Some(protocol);
+            match value.field().class() {
+                Class::Tcp | Class::Flags => ask(Protocol::TCP, None),
+                Class::Udp => ask(Protocol::UDP, None),
+                Class::Icmp => ask(Protocol::ICMP, Some(EtherType::IPV4)),
+                Class::Icmp6 => ask(Protocol::ICMPV6, Some(EtherType::IPV6)),
+                Class::Inet | Class::Link | Class::Vlan | Class::Packet => {}
+            }
         }
-        let family = match (conditions.source, conditions.destination) {
-            (Some(a), Some(b)) if a.is_ipv4() != b.is_ipv4() => return None,
-            (Some(address), _) | (_, Some(address)) => {
-                Some(if address.is_ipv4() { EtherType::IPV4 } else { EtherType::IPV6 })
-            }
-            (None, None) => None,
-        };
-        let needs_ip = family.is_some() || conditions.tos.is_some() || conditions.protocol.is_some();
-        match (conditions.ether_type, family) {
+        families.extend(out.source.into_iter().chain(out.destination).map(family));
+        out.protocol = the_same(&protocols)?;
+        let family = the_same(&families)?;
+        let icmp = out.icmp_type.is_some() || out.icmp_code.is_some();
+        // Beside addresses the EtherType says nothing new; for ICMP it tells the two families' types apart.
+        out.ether_type = match (named_type, family) {
             (Some(named), Some(family)) if named != family => return None,
-            (Some(named), _) if needs_ip && ![EtherType::IPV4, EtherType::IPV6].contains(&named) => {
+            (Some(named), None) if out.need_ip() && ![EtherType::IPV4, EtherType::IPV6].contains(&named) => {
                 return None;
             }
-            _ => {}
-        }
-        Some(conditions)
+            (named, family) => named.or(family.filter(|_| icmp)),
+        };
+        Some(out)
     }
+}
+
+/// The one value, `None` for none; nothing when there are two that differ.
+#[allow(clippy::option_option)]
+fn the_same<T: Copy + PartialEq>(values: &[T]) -> Option<Option<T>> {
+    let first = values.first().copied();
+    values.iter().all(|value| Some(*value) == first).then_some(first)
 }
 
 impl Conditions {
     /// Whether any of them looks at the IP header or behind it.
     pub fn need_ip(&self) -> bool {
-        self.source.is_some() || self.destination.is_some() || self.tos.is_some() || self.protocol.is_some()
+        self.source.is_some()
+            || self.destination.is_some()
+            || self.tos.is_some()
+            || self.length.is_some()
+            || self.piece.is_some()
+            || self.protocol.is_some()
     }
 
-    /// Whether any of them looks at ports.
-    pub fn need_ports(&self) -> bool {
-        self.source_port.is_some() || self.destination_port.is_some()
+    /// Whether any of them looks behind the IP header: later pieces of a datagram have nothing there.
+    pub fn need_transport(&self) -> bool {
+        self.source_port.is_some()
+            || self.destination_port.is_some()
+            || self.tcp_flags.is_some()
+            || self.icmp_type.is_some()
+            || self.icmp_code.is_some()
     }
 
     /// Whether a packet has all of them.
@@ -268,12 +254,13 @@ impl Conditions {
         fn within<T>(wanted: Option<T>, found: impl FnOnce(T) -> bool) -> bool {
             wanted.is_none_or(found)
         }
-        /// The id in the tag control information (IEEE 802.1Q).
-        const VLAN_ID: u16 = 0x0fff;
+        let number = |wanted: Option<NumberRange>, found: Option<u16>| {
+            within(wanted, |range| found.is_some_and(|found| range.contains(found)))
+        };
         let link = &packet.link;
         if !within(self.source_mac, |mask| mask.contains(link.source))
             || !same(self.ether_type, link.ether_type)
-            || !within(self.vlan, |ids| link.vlan.is_some_and(|tag| ids.contains(tag & VLAN_ID)))
+            || !number(self.vlan, link.vlan_id())
         {
             return false;
         }
@@ -281,14 +268,24 @@ impl Conditions {
             return true;
         }
         let Some(ip) = packet.ip else { return false };
-        let ports = ip.ports.filter(|_| ip.fragment != Fragment::Later);
+        let piece = |piece: Piece| match piece {
+            Piece::Whole => ip.fragment == Fragment::Whole,
+            Piece::First => ip.fragment == Fragment::First,
+            Piece::Later => ip.fragment == Fragment::Later,
+            Piece::Any => ip.fragment != Fragment::Whole,
+        };
         within(self.source, |range| range.contains(ip.source))
             && within(self.destination, |range| range.contains(ip.destination))
             && same(self.tos, Some(ip.tos))
-            && same(self.protocol, Some(ip.protocol))
-            && within(self.source_port, |range| ports.is_some_and(|ports| range.contains(ports.source)))
-            && within(self.destination_port, |range| {
-                ports.is_some_and(|ports| range.contains(ports.destination))
+            && within(self.length, |range| {
+                u16::try_from(ip.length).is_ok_and(|length| range.contains(length))
             })
+            && within(self.piece, piece)
+            && same(self.protocol, Some(ip.protocol))
+            && number(self.source_port, ip.ports.map(|ports| ports.source))
+            && number(self.destination_port, ip.ports.map(|ports| ports.destination))
+            && within(self.tcp_flags, |flags| ip.tcp_flags.is_some_and(|found| flags.contains(found)))
+            && number(self.icmp_type, ip.icmp_type.map(u16::from))
+            && number(self.icmp_code, ip.icmp_code.map(u16::from))
     }
 }

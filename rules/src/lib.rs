@@ -6,6 +6,7 @@
 //! * [`rewrite`]: how a redirected frame looks.
 //! * [`mark`], [`slots`], [`nft`]: the fast path in nftables, which says the same in the kernel.
 
+mod classifier;
 pub mod decide;
 pub mod filter;
 pub mod mark;
@@ -15,4 +16,4 @@ mod policy;
 pub mod rewrite;
 pub mod slots;
 
-pub use policy::{Firewall, MAX_RULES, MAX_SERVICES, Middlebox, Policy};
+pub use policy::{Filtered, Firewall, MAX_RULES, MAX_SERVICES, Middlebox, Policy};

@@ -32,6 +32,14 @@ pub struct Link {
     pub ether_type: Option<EtherType>,
 }
 
+impl Link {
+    /// The id in the outer VLAN tag.
+    pub fn vlan_id(&self) -> Option<u16> {
+        const ID: u16 = 0x0fff;
+        self.vlan.map(|tag| tag & ID)
+    }
+}
+
 /// An IP header and what is known of the layer behind it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Ip {
@@ -41,6 +49,8 @@ pub struct Ip {
     pub destination: IpAddr,
     /// The whole TOS or traffic-class byte.
     pub tos: u8,
+    /// The packet's length as its header has it, in bytes from the IP header on; of a super-packet, the whole.
+    pub length: u32,
     /// The protocol behind any IPv6 extension headers. An authentication header ends the walk, as in the kernel.
     pub protocol: Protocol,
     /// Whether this is a piece of a datagram.
@@ -49,6 +59,12 @@ pub struct Ip {
     pub id: u32,
     /// The ports of TCP, UDP, UDP-Lite, DCCP or SCTP, in the first piece only.
     pub ports: Option<Ports>,
+    /// The flags of TCP, in the first piece only.
+    pub tcp_flags: Option<u8>,
+    /// The type of ICMP (over IPv4) or ICMPv6 (over IPv6), in the first piece only.
+    pub icmp_type: Option<u8>,
+    /// Its code.
+    pub icmp_code: Option<u8>,
     /// Where the header begins, in bytes from the start of the IP header.
     pub l4: usize,
     /// Whether the checksum field that an address change must mend is in the packet, or there is none to mend.
@@ -139,6 +155,26 @@ fn ports(payload: &[u8], protocol: Protocol, l4: usize) -> Option<Ports> {
     Some(Ports { source: u16_at(payload, l4)?, destination: u16_at(payload, l4 + 2)? })
 }
 
+/// What is known of the layer behind the IP header, unless it is a later piece.
+struct Transport {
+    ports: Option<Ports>,
+    tcp_flags: Option<u8>,
+    icmp_type: Option<u8>,
+    icmp_code: Option<u8>,
+}
+
+fn transport(payload: &[u8], protocol: Protocol, icmp: Protocol, fragment: Fragment, l4: usize) -> Transport {
+    const TCP_FLAGS: usize = 13;
+    let first = fragment != Fragment::Later;
+    let byte = |wanted: bool, at: usize| payload.get(l4 + at).copied().filter(|_| first && wanted);
+    Transport {
+        ports: if first { ports(payload, protocol, l4) } else { None },
+        tcp_flags: byte(protocol == Protocol::TCP, TCP_FLAGS),
+        icmp_type: byte(protocol == icmp, 0),
+        icmp_code: byte(protocol == icmp, 1),
+    }
+}
+
 /// Where the checksum that covers the addresses stands behind the L4 header's start: the protocols that
 /// `nft_payload_l4csum_offset` mends.
 pub(crate) fn checksum_offset(protocol: Protocol) -> Option<usize> {
@@ -173,14 +209,20 @@ fn ipv4(payload: &[u8], length: usize, gso: bool) -> Option<Ip> {
         (0, true) => Fragment::First,
         _ => Fragment::Later,
     };
+    let Transport { ports, tcp_flags, icmp_type, icmp_code } =
+        transport(payload, protocol, Protocol::ICMP, fragment, header_len);
     Some(Ip {
         source: header.source_addr().into(),
         destination: header.destination_addr().into(),
         tos: *payload.get(1)?,
+        length: u32::from(header.total_len()),
         protocol,
         fragment,
         id: u32::from(header.identification()),
-        ports: if fragment == Fragment::Later { None } else { ports(payload, protocol, header_len) },
+        ports,
+        tcp_flags,
+        icmp_type,
+        icmp_code,
         l4: header_len,
         mendable: mendable(payload, protocol, fragment, header_len),
     })
@@ -194,7 +236,32 @@ const DESTINATION: u8 = 60;
 /// What may not follow a fragment header of a later piece, besides the four above: it would be walked, too.
 const AUTHENTICATION: u8 = 51;
 
-const IPV6_LEN: usize = 40;
+/// Bytes of an IPv6 header.
+pub const IPV6_LEN: usize = 40;
+
+/// Offset and identification of the first fragment header of a chain, authentication headers included, as
+/// `ipv6_find_hdr` looks for one.
+fn fragment_behind(payload: &[u8], mut next: u8, mut at: usize) -> Option<(u16, u32)> {
+    loop {
+        let &[following, len] = payload.get(at..at + 2)? else { return None };
+        let len = usize::from(len);
+        at += match next {
+            FRAGMENT => {
+                let id = |at: usize| u32::from(u16_at(payload, at).unwrap_or(0));
+                return Some((u16_at(payload, at + 2)? & !7, id(at + 4) << 16 | id(at + 6)));
+            }
+            // Its length counts in fours, less two (RFC 4302).
+            AUTHENTICATION => (len + 2) * 4,
+            ROUTING => {
+                payload.get(at..at + 4)?;
+                (len + 1) * 8
+            }
+            HOP_BY_HOP | DESTINATION => (len + 1) * 8,
+            _ => return None,
+        };
+        next = following;
+    }
+}
 
 fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
     let header = Ipv6HeaderSlice::from_slice(payload).ok()?;
@@ -231,20 +298,32 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
         }
         fragment = Fragment::First;
     }
+    if next == AUTHENTICATION && fragment == Fragment::Whole {
+        // nftables stops here for the protocol, but looks on for a fragment header (`nft_exthdr_ipv6_eval`).
+        if let Some((offset, found)) = fragment_behind(payload, next, at) {
+            fragment = if offset == 0 { Fragment::First } else { Fragment::Later };
+            id = found;
+        }
+    }
     // `thoff > U16_MAX` in the kernel.
     if at > usize::from(u16::MAX) {
         return None;
     }
     let protocol = Protocol(next);
-    let later = fragment == Fragment::Later;
+    let Transport { ports, tcp_flags, icmp_type, icmp_code } =
+        transport(payload, protocol, Protocol::ICMPV6, fragment, at);
     Some(Ip {
         source: header.source_addr().into(),
         destination: header.destination_addr().into(),
         tos: header.traffic_class(),
+        length: u32::from(header.payload_length()) + IPV6_LEN as u32,
         protocol,
         fragment,
         id,
-        ports: if later { None } else { ports(payload, protocol, at) },
+        ports,
+        tcp_flags,
+        icmp_type,
+        icmp_code,
         l4: at,
         mendable: mendable(payload, protocol, fragment, at),
     })

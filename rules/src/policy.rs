@@ -1,9 +1,14 @@
-//! The policy: which middleboxes are registered, with which deny rules and balanced addresses.
+//! The policy: which middleboxes are registered, with which rules and balanced addresses.
 //!
 //! A command gives a new state or a refusal, never half of it.
 
+use crate::classifier::Classifier;
 use crate::filter::{Conditions, Rule};
-use nfqd_shmctl::{Balance, Command, CommandError, Destination, ErrorCode, MacAddr, RuleNumber, Services};
+use crate::packet::Packet;
+use imbl::OrdMap;
+use nfqd_shmctl::{
+    Action, Balance, Command, CommandError, Destination, ErrorCode, MacAddr, RuleId, Services,
+};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,10 +18,10 @@ pub const MAX_RULES: usize = 1024;
 /// Most balanced addresses that one middlebox may have.
 pub const MAX_SERVICES: usize = 16;
 
-/// Everything that is registered. Cloning is cheap: middleboxes are shared until they change.
+/// Everything that is registered. A clone costs nothing, whatever is registered: both share it until one changes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Policy {
-    middleboxes: BTreeMap<MacAddr, Arc<Middlebox>>,
+    middleboxes: OrdMap<MacAddr, Arc<Middlebox>>,
 }
 
 /// One middlebox and its services.
@@ -27,18 +32,35 @@ pub struct Middlebox {
     services: BTreeMap<IpAddr, Balance>,
 }
 
-/// Firewall service: deny rules, which are ORed.
+/// Firewall service: rules that allow, then rules that deny, then the default.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Firewall {
     ip: IpAddr,
-    rules: BTreeMap<RuleNumber, Rule>,
-    /// What the rules that can match ask for, by their number; kept beside them so that no packet fills in defaults.
-    conditions: Vec<(RuleNumber, Conditions)>,
+    default: Action,
+    rules: BTreeMap<RuleId, Rule>,
+    /// The same rules made ready for packets.
+    classifier: Classifier,
+    looks_at_tags: bool,
+}
+
+/// What a firewall says of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Filtered {
+    /// What happens to it.
+    pub action: Action,
+    /// The rule that says so; none when none matches and the default says it.
+    pub rule: Option<RuleId>,
 }
 
 impl Firewall {
-    fn new(ip: IpAddr) -> Firewall {
-        Firewall { ip, rules: BTreeMap::new(), conditions: Vec::new() }
+    fn new(ip: IpAddr, default: Action) -> Firewall {
+        Firewall {
+            ip,
+            default,
+            rules: BTreeMap::new(),
+            classifier: Classifier::default(),
+            looks_at_tags: false,
+        }
     }
 
     /// The registered address.
@@ -46,32 +68,54 @@ impl Firewall {
         self.ip
     }
 
-    /// The rules, by number.
-    pub fn rules(&self) -> &BTreeMap<RuleNumber, Rule> {
+    /// What happens to packets that no rule matches.
+    pub fn default_action(&self) -> Action {
+        self.default
+    }
+
+    /// The rules, in the order they are looked at.
+    pub fn rules(&self) -> &BTreeMap<RuleId, Rule> {
         &self.rules
     }
 
-    /// What the rules that can match ask for, by number.
-    pub fn conditions(&self) -> &[(RuleNumber, Conditions)] {
-        &self.conditions
+    /// What the rules that can match ask for, in the order they are looked at. `mac` is the middlebox'.
+    pub fn conditions(&self, mac: MacAddr) -> impl Iterator<Item = (RuleId, Conditions)> {
+        self.rules.iter().filter_map(move |(&id, rule)| Some((id, rule.conditions(mac, self.ip)?)))
+    }
+
+    /// Whether a rule looks at VLAN tags.
+    pub fn looks_at_tags(&self) -> bool {
+        self.looks_at_tags
+    }
+
+    /// What happens to a packet for this firewall's middlebox.
+    pub fn filter(&self, packet: &Packet) -> Filtered {
+        let whole = |id: RuleId| {
+            let rule = self.rules.get(&id);
+            let wanted = rule.and_then(|rule| rule.conditions(packet.link.destination, self.ip));
+            wanted.is_some_and(|wanted| wanted.match_packet(packet))
+        };
+        let rule = self.classifier.find(packet, whole);
+        Filtered { action: rule.map_or(self.default, |rule| rule.action), rule }
     }
 
     /// Refuses a rule that is one too many.
-    fn room_for(&self, number: RuleNumber) -> Result<(), Refusal> {
-        if self.rules.len() < MAX_RULES || self.rules.contains_key(&number) {
+    fn room_for(&self, id: RuleId) -> Result<(), Refusal> {
+        if self.rules.len() < MAX_RULES || self.rules.contains_key(&id) {
             return Ok(());
         }
         let expected = format!("one more than the {MAX_RULES} rules that a middlebox may have");
         refuse(2, ErrorCode::Quota, expected)
     }
 
-    fn set_rule(&mut self, mac: MacAddr, number: RuleNumber, rule: Option<Rule>) {
+    fn set_rule(&mut self, mac: MacAddr, id: RuleId, rule: Option<Rule>) {
         match rule {
-            Some(rule) => self.rules.insert(number, rule),
-            None => self.rules.remove(&number),
+            Some(rule) => self.rules.insert(id, rule),
+            None => self.rules.remove(&id),
         };
-        let matching = |(&number, rule): (&RuleNumber, &Rule)| Some((number, rule.conditions(mac, self.ip)?));
-        self.conditions = self.rules.iter().filter_map(matching).collect();
+        let conditions: Vec<_> = self.conditions(mac).collect();
+        self.classifier = Classifier::new(&conditions);
+        self.looks_at_tags = conditions.iter().any(|(_, wanted)| wanted.vlan.is_some());
     }
 }
 
@@ -84,6 +128,19 @@ impl Middlebox {
     /// The balanced addresses.
     pub fn services(&self) -> &BTreeMap<IpAddr, Balance> {
         &self.services
+    }
+
+    /// The commands that make this middlebox, whose MAC is `mac`.
+    pub fn commands(&self, mac: MacAddr) -> Vec<Command> {
+        let mut out = Vec::new();
+        if let Some(firewall) = &self.firewall {
+            out.push(Command::RegisterFirewall { mac, ip: firewall.ip, default: firewall.default });
+            out.extend(firewall.rules.iter().flat_map(|(&id, rule)| rule.commands(mac, id)));
+        }
+        for (&ip, balance) in &self.services {
+            out.push(Command::RegisterBalance { mac, ip, balance: balance.clone() });
+        }
+        out
     }
 
     /// An address to call it by.
@@ -108,8 +165,17 @@ fn refuse<T>(word: usize, code: ErrorCode, expected: impl ToString) -> Result<T,
 
 impl Policy {
     /// The middleboxes, by MAC.
-    pub fn middleboxes(&self) -> &BTreeMap<MacAddr, Arc<Middlebox>> {
+    pub fn middleboxes(&self) -> &OrdMap<MacAddr, Arc<Middlebox>> {
         &self.middleboxes
+    }
+
+    /// The MACs whose middleboxes differ between two policies; found without looking at what both share.
+    pub fn changed(&self, before: &Policy) -> Vec<MacAddr> {
+        use imbl::ordmap::DiffItem::{Add, Remove, Update};
+        let item = |item| match item {
+            Add(&mac, _) | Remove(&mac, _) | Update { new: (&mac, _), .. } => mac,
+        };
+        before.middleboxes.diff(&self.middleboxes).map(item).collect()
     }
 
     /// The middlebox of this MAC.
@@ -131,7 +197,8 @@ impl Policy {
     pub fn apply_line(&mut self, line: &str) -> Result<Command, CommandError> {
         let command = Command::parse(line)?;
         self.apply(&command).map_err(|refusal| {
-            let has_number = line.split_ascii_whitespace().nth(2).is_some_and(|word| word.starts_with('#'));
+            let has_number =
+                line.split_ascii_whitespace().nth(2).is_some_and(|word| word.starts_with(['#', '+']));
             let word = match refusal.word {
                 BITS if has_number => 4,
                 BITS => 3,
@@ -144,8 +211,8 @@ impl Policy {
 
     fn apply(&mut self, command: &Command) -> Result<(), Refusal> {
         match command {
-            Command::RegisterFirewall { mac, ip } => {
-                self.edit(*mac).firewall = Some(Firewall::new(*ip));
+            Command::RegisterFirewall { mac, ip, default } => {
+                self.edit(*mac).firewall = Some(Firewall::new(*ip, *default));
                 Ok(())
             }
             Command::RegisterBalance { mac, ip, balance } => {
@@ -169,10 +236,10 @@ impl Policy {
             }
             Command::Delete { mac, rule: number, clear } => {
                 let firewall = self.firewall(*mac)?;
-                // Rule 1 always exists, as the original's one rule did.
+                // Rule #1 always exists, as the original's one rule did.
                 let old = match firewall.rules.get(number) {
                     Some(old) => old.clone(),
-                    None if *number == RuleNumber::FIRST => Rule::default(),
+                    None if *number == RuleId::FIRST => Rule::default(),
                     None => return refuse(2, ErrorCode::Value, "no such rule; A makes one"),
                 };
                 firewall.room_for(*number)?;
@@ -211,7 +278,7 @@ impl Policy {
         }
     }
 
-    fn set_rule(&mut self, mac: MacAddr, number: RuleNumber, rule: Option<Rule>) {
+    fn set_rule(&mut self, mac: MacAddr, number: RuleId, rule: Option<Rule>) {
         if let Some(firewall) = &mut self.edit(mac).firewall {
             firewall.set_rule(mac, number, rule);
         }
@@ -245,18 +312,8 @@ impl Policy {
     }
 
     /// The commands that make this policy of an empty one.
-    pub fn commands(&self) -> Vec<Command> {
-        let mut out = Vec::new();
-        for (&mac, middlebox) in &self.middleboxes {
-            if let Some(firewall) = &middlebox.firewall {
-                out.push(Command::RegisterFirewall { mac, ip: firewall.ip });
-                out.extend(firewall.rules.iter().flat_map(|(&number, rule)| rule.commands(mac, number)));
-            }
-            for (&ip, balance) in &middlebox.services {
-                out.push(Command::RegisterBalance { mac, ip, balance: balance.clone() });
-            }
-        }
-        out
+    pub fn commands(&self) -> impl Iterator<Item = Command> {
+        self.middleboxes.iter().flat_map(|(&mac, middlebox)| middlebox.commands(mac))
     }
 }
 
@@ -275,7 +332,7 @@ mod tests {
     }
 
     fn printed(policy: &Policy) -> Vec<String> {
-        policy.commands().iter().map(|command| command.to_string().replace(MAC, "MB")).collect()
+        policy.commands().map(|command| command.to_string().replace(MAC, "MB")).collect()
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use crate::mark::MAX_INDEX;
 use crate::policy::{Middlebox, Policy};
+use imbl::{OrdMap, OrdSet};
 use nfqd_shmctl::MacAddr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -58,19 +59,21 @@ impl Slot {
 
 /// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
 #[derive(Clone, Debug)]
-struct Numbers<K> {
-    used: BTreeMap<K, u32>,
+struct Numbers<K: Ord> {
+    used: OrdMap<K, u32>,
     /// Numbers given back, with the time from which they may be used again.
-    resting: Vec<(u32, Instant)>,
+    resting: OrdMap<u32, Instant>,
+    /// No number that rests is ready before this.
+    ready: Option<Instant>,
     /// Numbers below `next` that are neither used nor rest.
-    free: BTreeSet<u32>,
+    free: OrdSet<u32>,
     /// Numbers from here on were never used.
     next: u32,
 }
 
-impl<K> Default for Numbers<K> {
+impl<K: Ord> Default for Numbers<K> {
     fn default() -> Numbers<K> {
-        Numbers { used: BTreeMap::new(), resting: Vec::new(), free: BTreeSet::new(), next: 1 }
+        Numbers { used: OrdMap::new(), resting: OrdMap::new(), ready: None, free: OrdSet::new(), next: 1 }
     }
 }
 
@@ -80,67 +83,84 @@ impl<K: Copy + Ord> Numbers<K> {
             return;
         }
         self.seen(index, now);
-        let at = self.resting.iter().position(|&(resting, _)| resting == index);
-        if let Some(at) = at {
-            self.resting.swap_remove(at);
+        if self.resting.remove(&index).is_some() {
             self.used.insert(key, index);
         }
     }
 
     /// A number that the kernel may still carry: it and those below it rest, unless they are taken over.
     fn seen(&mut self, index: u32, now: Instant) {
-        let until = now + REST;
-        self.resting.extend((self.next..=index.min(MAX_INDEX)).map(|index| (index, until)));
+        for index in self.next..=index.min(MAX_INDEX) {
+            self.lay_down(index, now);
+        }
         self.next = self.next.max(index.saturating_add(1));
     }
 
-    /// Gives every key a number, and takes back those of keys that are gone.
-    fn follow(&mut self, wanted: impl Fn(&K) -> bool, keys: impl Iterator<Item = K>, now: Instant) {
-        let resting = &mut self.resting;
-        self.used.retain(|key, index| {
-            let stays = wanted(key);
-            if !stays {
-                resting.push((*index, now + REST));
-            }
-            stays
-        });
-        let free = &mut self.free;
-        self.resting.retain(|&(index, until)| until > now || !free.insert(index));
-        for key in keys {
-            if !self.used.contains_key(&key)
-                && let Some(index) = self.allocate()
-            {
-                self.used.insert(key, index);
-            }
+    fn lay_down(&mut self, index: u32, now: Instant) {
+        let until = now + REST;
+        self.ready = Some(self.ready.map_or(until, |ready| ready.min(until)));
+        self.resting.insert(index, until);
+    }
+
+    /// Takes a number back.
+    fn release(&mut self, key: &K, now: Instant) {
+        if let Some(index) = self.used.remove(key) {
+            self.lay_down(index, now);
         }
     }
 
-    /// The lowest free number. One that rests is not free even for the key that had it: the engine may have forgotten
-    /// meanwhile what the kernel still remembers under it.
-    fn allocate(&mut self) -> Option<u32> {
-        self.free.pop_first().or_else(|| {
-            let fresh = (self.next <= MAX_INDEX).then_some(self.next)?;
-            self.next += 1;
-            Some(fresh)
-        })
+    /// The number of a key, which gets one if it has none and there is one left.
+    fn give(&mut self, key: K, now: Instant) -> Option<u32> {
+        if let Some(index) = self.used.get(&key) {
+            return Some(*index);
+        }
+        self.wake(now);
+        // The lowest free number. One that rests is not free even for the key that had it: the engine may have
+        // forgotten meanwhile what the kernel still remembers under it.
+        let lowest = self.free.get_min().copied();
+        let index = match lowest {
+            Some(index) => index,
+            None => (self.next <= MAX_INDEX).then_some(self.next)?,
+        };
+        self.free.remove(&index);
+        self.next = self.next.max(index + 1);
+        self.used.insert(key, index);
+        Some(index)
     }
-}
 
-impl<K> Numbers<K> {
+    /// Frees the numbers that have rested.
+    fn wake(&mut self, now: Instant) {
+        if self.ready.is_none_or(|ready| ready > now) {
+            return;
+        }
+        let rested: Vec<u32> =
+            self.resting.iter().filter(|(_, until)| **until <= now).map(|(index, _)| *index).collect();
+        for index in rested {
+            self.resting.remove(&index);
+            self.free.insert(index);
+        }
+        self.ready = self.resting.values().min().copied();
+    }
+
     /// A number that others used for a moment: the kernel may have learnt it.
     fn rest(&mut self, index: u32, now: Instant) {
-        if self.free.remove(&index) {
-            self.resting.push((index, now + REST));
+        if self.free.remove(&index).is_some() {
+            self.lay_down(index, now);
         }
+        self.seen(index, now);
     }
 }
 
-/// The slots in use, and the numbers by which marks name middleboxes on the way to the engine.
+/// The slots in use, and the numbers by which marks name middleboxes on the way to the engine. A clone costs nothing: both
+/// share what is the same.
 #[derive(Clone, Debug, Default)]
 pub struct Slots {
     numbers: Numbers<Edition>,
-    current: BTreeMap<SlotKey, Slot>,
+    current: OrdMap<SlotKey, Slot>,
+    /// How many slots each backend has.
+    backends: OrdMap<IpAddr, u32>,
     middleboxes: Numbers<MacAddr>,
+    by_index: OrdMap<u32, MacAddr>,
 }
 
 /// A slot under one edition of its middlebox' services. Any change of them may send a flow elsewhere, so it gives all
@@ -199,19 +219,8 @@ impl Slots {
     /// Puts `old` back, in the place of slots that held for a moment: what these have used rests.
     pub fn put_back(&mut self, old: Slots, now: Instant) {
         let discarded = std::mem::replace(self, old);
-        for &index in discarded.numbers.used.values() {
-            self.numbers.rest(index, now);
-            self.numbers.seen(index, now);
-        }
-        for &index in discarded.middleboxes.used.values() {
-            self.middleboxes.rest(index, now);
-            self.middleboxes.seen(index, now);
-        }
-    }
-
-    /// Whether every destination of the policy got a slot.
-    pub fn are_enough_for(&self, policy: &Policy) -> bool {
-        self.current.len() == policy.destinations().count()
+        discarded.numbers.used.values().for_each(|&index| self.numbers.rest(index, now));
+        discarded.middleboxes.used.values().for_each(|&index| self.middleboxes.rest(index, now));
     }
 
     /// Takes over the numbers of middleboxes that a table in the kernel still carries.
@@ -220,25 +229,98 @@ impl Slots {
     }
 
     /// Gives every destination and every middlebox of the policy a number, and takes back those that are gone. `macs`
-    /// says which MAC a backend's address has.
-    pub fn follow(&mut self, policy: &Policy, macs: impl Fn(IpAddr) -> Option<MacAddr>, now: Instant) {
-        let registered = |mac: &MacAddr| policy.get(*mac).is_some();
-        self.middleboxes.follow(registered, policy.middleboxes().keys().copied(), now);
-        let mut wanted: BTreeMap<Edition, Option<MacAddr>> = BTreeMap::new();
-        for (&mac, middlebox) in policy.middleboxes() {
-            let fingerprint = fingerprint(middlebox);
-            for (&vip, balance) in middlebox.services() {
-                let to = balance.destination();
-                let key = SlotKey { middlebox: mac, vip, backend: to.ip };
-                wanted.insert(Edition { key, fingerprint }, to.mac.or_else(|| macs(to.ip)));
+    /// says which MAC a backend's address has. False when there are not enough numbers.
+    pub fn follow(
+        &mut self,
+        policy: &Policy,
+        macs: impl Fn(IpAddr) -> Option<MacAddr>,
+        now: Instant,
+    ) -> bool {
+        let known = self
+            .middleboxes
+            .used
+            .keys()
+            .chain(self.numbers.used.keys().map(|edition| &edition.key.middlebox));
+        let gone: BTreeSet<MacAddr> = known.filter(|mac| policy.get(**mac).is_none()).copied().collect();
+        for mac in gone {
+            self.update(mac, None, &macs, now);
+        }
+        let mut enough = true;
+        for (mac, middlebox) in policy.middleboxes() {
+            enough &= self.update(*mac, Some(middlebox), &macs, now);
+        }
+        enough
+    }
+
+    /// The same for one middlebox, which is registered so or not at all.
+    pub fn update(
+        &mut self,
+        mac: MacAddr,
+        middlebox: Option<&Middlebox>,
+        macs: impl Fn(IpAddr) -> Option<MacAddr>,
+        now: Instant,
+    ) -> bool {
+        let mut enough = true;
+        match middlebox {
+            Some(_) => match self.middleboxes.give(mac, now) {
+                Some(index) => drop(self.by_index.insert(index, mac)),
+                None => enough = false,
+            },
+            None => {
+                let index = self.middleboxes.used.get(&mac).copied();
+                index.map(|index| self.by_index.remove(&index));
+                self.middleboxes.release(&mac, now);
             }
         }
-        self.numbers.follow(|edition| wanted.contains_key(edition), wanted.keys().copied(), now);
-        let slot = |(edition, mac): (Edition, Option<MacAddr>)| {
-            let index = *self.numbers.used.get(&edition)?;
-            Some((edition.key, Slot { index, mac, fingerprint: edition.fingerprint }))
-        };
-        self.current = wanted.into_iter().filter_map(slot).collect();
+        let fingerprint = middlebox.map_or(0, fingerprint);
+        let services = middlebox.into_iter().flat_map(Middlebox::services);
+        let wanted: BTreeMap<Edition, Option<MacAddr>> = services
+            .map(|(&vip, balance)| {
+                let to = balance.destination();
+                let key = SlotKey { middlebox: mac, vip, backend: to.ip };
+                (Edition { key, fingerprint }, to.mac.or_else(|| macs(to.ip)))
+            })
+            .collect();
+        let numbered = self.numbers.used.range(Edition { key: first_key(mac), fingerprint: 0 }..);
+        let numbered =
+            numbered.map(|(edition, _)| *edition).take_while(|edition| edition.key.middlebox == mac);
+        let gone: Vec<Edition> = numbered.filter(|edition| !wanted.contains_key(edition)).collect();
+        gone.iter().for_each(|edition| self.numbers.release(edition, now));
+        let before: Vec<SlotKey> = self.of(mac).map(|(key, _)| key).collect();
+        for key in before {
+            self.current.remove(&key);
+            self.count_backend(key.backend, false);
+        }
+        for (edition, mac) in wanted {
+            match self.numbers.give(edition, now) {
+                Some(index) => {
+                    self.current.insert(edition.key, Slot { index, mac, fingerprint });
+                    self.count_backend(edition.key.backend, true);
+                }
+                None => enough = false,
+            }
+        }
+        enough
+    }
+
+    fn count_backend(&mut self, ip: IpAddr, more: bool) {
+        let count = self.backends.get(&ip).copied().unwrap_or(0);
+        match if more { count + 1 } else { count.saturating_sub(1) } {
+            0 => drop(self.backends.remove(&ip)),
+            count => drop(self.backends.insert(ip, count)),
+        }
+    }
+
+    /// The middleboxes whose numbers or backends' MACs differ; found without looking at what both share.
+    pub fn changed(&self, before: &Slots) -> BTreeSet<MacAddr> {
+        use imbl::ordmap::DiffItem::{Add, Remove, Update};
+        let slots = before.current.diff(&self.current).map(|item| match item {
+            Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => key.middlebox,
+        });
+        let numbers = before.middleboxes.used.diff(&self.middleboxes.used).map(|item| match item {
+            Add(mac, _) | Remove(mac, _) | Update { new: (mac, _), .. } => *mac,
+        });
+        slots.chain(numbers).collect()
     }
 
     /// The slot of a backend of a service.
@@ -251,10 +333,32 @@ impl Slots {
         self.current.iter().map(|(key, slot)| (*key, *slot))
     }
 
-    /// The numbers of the middleboxes.
-    pub fn middleboxes(&self) -> impl Iterator<Item = (MacAddr, u32)> {
-        self.middleboxes.used.iter().map(|(mac, index)| (*mac, *index))
+    /// The slots of one middlebox.
+    pub fn of(&self, middlebox: MacAddr) -> impl Iterator<Item = (SlotKey, Slot)> {
+        let from = self.current.range(first_key(middlebox)..);
+        from.map(|(key, slot)| (*key, *slot)).take_while(move |(key, _)| key.middlebox == middlebox)
     }
+
+    /// Whether an address is a backend's.
+    pub fn is_backend(&self, ip: IpAddr) -> bool {
+        self.backends.contains_key(&ip)
+    }
+
+    /// The number of a middlebox.
+    pub fn middlebox(&self, mac: MacAddr) -> Option<u32> {
+        self.middleboxes.used.get(&mac).copied()
+    }
+
+    /// The middlebox of a number.
+    pub fn middlebox_of(&self, index: u32) -> Option<MacAddr> {
+        self.by_index.get(&index).copied()
+    }
+}
+
+/// Stands before all slots of a middlebox.
+fn first_key(middlebox: MacAddr) -> SlotKey {
+    let least = IpAddr::from([0; 4]);
+    SlotKey { middlebox, vip: least, backend: least }
 }
 
 #[cfg(test)]

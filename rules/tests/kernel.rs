@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_rules::Policy;
+use nfqd_rules::nft::delta::{Desired, Standing};
 use nfqd_rules::nft::kernel::{Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
@@ -84,6 +85,39 @@ const RICH: &[&str] = &[
     "A 2:0:0:0:0:1 #13 V 1 s 100-199",
     "A 2:0:0:0:0:1 #13 I 2 d 2001:db8::/32",
     "A 2:0:0:0:0:1 #14 U 2 d 53",
+    "A 2:0:0:0:0:1 #15 I 1 s 10.1.0.0/16",
+    "A 2:0:0:0:0:1 #15 T 2 d 80-85",
+    "A 2:0:0:0:0:1 #16 I 1 s 11.0.0.0/8",
+    "A 2:0:0:0:0:1 #16 T 2 d 80-90",
+    "A 2:0:0:0:0:1 #17 I 3 s 2001:db8::-2001:db8::7 d 2001:db8::1",
+    "A 2:0:0:0:0:1 #18 M 5 s 2:0:0:0:0:0/ff:ff:ff:0:0:0 p arp",
+    "A 2:0:0:0:0:1 #19 M 1 s 2:0:0:0:0:0/ff:00:ff:0:0:0",
+    "A 2:0:0:0:0:1 #20 C 3 t 3 c 3",
+    "A 2:0:0:0:0:1 #21 C 1 t 8",
+    "A 2:0:0:0:0:1 #22 C 1 t 13-18",
+    "A 2:0:0:0:0:1 #23 N 1 t 135",
+    "A 2:0:0:0:0:1 #24 N 3 t 1 c 3-4",
+    "A 2:0:0:0:0:1 #25 F 1 f syn/syn,ack",
+    "A 2:0:0:0:0:1 #26 F 1 f none",
+    "A 2:0:0:0:0:1 #32 F 1 f none/fin,rst",
+    "A 2:0:0:0:0:1 #33 F 1 f syn,ack",
+    "A 2:0:0:0:0:1 #34 F 1 f ack",
+    "A 2:0:0:0:0:1 #35 F 1 f all",
+    "A 2:0:0:0:0:1 #36 F 1 f fin,ece/all",
+    "A 2:0:0:0:0:1 #27 P 1 l 0-99",
+    "A 2:0:0:0:0:1 #28 P 3 l 1000 f whole",
+    "A 2:0:0:0:0:1 #29 P 2 f first",
+    "A 2:0:0:0:0:1 #30 P 2 f later",
+    "A 2:0:0:0:0:1 #31 P 2 f piece",
+    "A 2:0:0:0:0:1 #31 I 1 s 2001:db8::1",
+    "A 2:0:0:0:0:1 +1 I 1 s 10.9.9.9",
+    "A 2:0:0:0:0:1 +2 T 2 d 443",
+    "A 2:0:0:0:0:1 +3 U 2 d 1-3",
+    "R F 2:0:0:0:0:5 10.0.0.5 deny",
+    "A 2:0:0:0:0:5 +1 T 2 d 443",
+    "R F 2:0:0:0:0:6 10.0.0.6 deny",
+    "R F 2:0:0:0:0:7 10.0.0.7 deny",
+    "A 2:0:0:0:0:7 #1 T 2 d 443",
     "R F 2:0:0:0:0:4 10.0.0.4",
     "A 2:0:0:0:0:4 M 1 s 2:2:2:2:2:2",
     "A 2:0:0:0:0:4 #2 I 8 p icmp",
@@ -106,7 +140,9 @@ fn normal(listing: &str) -> Vec<String> {
             let port = matches!(next(1), "sport" | "dport");
             match word {
                 "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6") => at += 2,
-                "meta" if next(1) == "l4proto" && matches!(next(2), "tcp" | "udp") => at += 2,
+                "meta" if next(1) == "l4proto" && matches!(next(2), "tcp" | "udp" | "icmp" | "ipv6-icmp") => {
+                    at += 2
+                }
                 // Of the two kinds of VLAN tag nft shows the usual one never, the other one sometimes.
                 "ether" if next(1) == "type" && matches!(next(2), "8021q" | "8021ad") => at += 2,
                 "packets" | "bytes" if next(1).parse::<u64>().is_ok() => at += 1,
@@ -163,18 +199,20 @@ fn a_difference_makes_what_a_load_makes() {
                 lines.sort();
                 lines
             };
-            let mut slots = Slots::default();
-            let mut current = Ruleset::default();
+            let mut state = Desired::default();
+            let (mut standing, empty) = Standing::new(&state, &options);
+            kernel.load(&empty).unwrap();
             for end in (0..=RICH.len()).chain((0..RICH.len()).rev()) {
                 let policy = policy(&RICH[..end]);
-                slots.follow(&policy, |_| None, Instant::now());
-                let wanted = build(&policy, &slots, &options);
-                if current.is_empty() { kernel.load(&wanted) } else { kernel.change(&current, &wanted) }
-                    .unwrap();
+                let mut new = Desired { policy, slots: state.slots.clone() };
+                new.slots.follow(&new.policy, |_| None, Instant::now());
+                let change = standing.change(&state, &new);
+                kernel.change(&change).unwrap_or_else(|error| panic!("{end}: {error}"));
+                standing.done(change);
                 let by_change = sorted(list());
-                kernel.load(&wanted).unwrap();
+                kernel.load(&build(&new.policy, &new.slots, &options)).unwrap();
                 assert_eq!(by_change, sorted(list()), "{end}");
-                current = wanted;
+                state = new;
             }
             assert!(kernel.remove().unwrap());
             assert!(!kernel.remove().unwrap());
@@ -205,7 +243,10 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if steer == Steer::BrNetfilter {
-            assert_eq!(found.middleboxes().collect::<Vec<_>>(), slots.middleboxes().collect::<Vec<_>>());
+            let numbers = |slots: &Slots| {
+                policy.middleboxes().keys().map(|mac| slots.middlebox(*mac)).collect::<Vec<_>>()
+            };
+            assert_eq!(numbers(&found), numbers(&slots));
         }
 
         assert!(kernel.remove().unwrap());

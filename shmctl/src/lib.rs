@@ -26,15 +26,14 @@
 //! [`Display`]: std::fmt::Display
 
 mod command;
+mod field;
 pub mod mailbox;
 mod parse;
 mod region;
 mod value;
 
-pub use command::{
-    Balance, Class, Clear, Command, Destination, InetClear, InetSet, LinkClear, LinkSet, PortClear, PortSet,
-    RuleNumber, Services, Set, Transport, VlanClear, VlanSet,
-};
+pub use command::{Action, Balance, Clear, Command, Destination, RuleId, RuleNumber, Services, Set};
+pub use field::{Class, Field, Value};
 pub use parse::{CommandError, ErrorCode, MAX_COMMAND, split_lines};
 pub use region::{DEFAULT_SIZE, Region, RegionError};
-pub use value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Protocol};
+pub use value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Piece, Protocol, TcpFlags};

@@ -354,6 +354,159 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// Names of ICMP types, as nft has them (RFC 792 and IANA "ICMP Type Numbers").
+pub(crate) const ICMP_TYPES: [(&str, u8); 13] = [
+    ("echo-reply", 0),
+    ("destination-unreachable", 3),
+    ("source-quench", 4),
+    ("redirect", 5),
+    ("echo-request", 8),
+    ("router-advertisement", 9),
+    ("router-solicitation", 10),
+    ("time-exceeded", 11),
+    ("parameter-problem", 12),
+    ("timestamp-request", 13),
+    ("timestamp-reply", 14),
+    ("address-mask-request", 17),
+    ("address-mask-reply", 18),
+];
+
+/// Names of ICMPv6 types, as nft has them (RFC 4443, RFC 4861 and IANA "ICMPv6 Parameters").
+pub(crate) const ICMP6_TYPES: [(&str, u8); 14] = [
+    ("destination-unreachable", 1),
+    ("packet-too-big", 2),
+    ("time-exceeded", 3),
+    ("parameter-problem", 4),
+    ("echo-request", 128),
+    ("echo-reply", 129),
+    ("mld-listener-query", 130),
+    ("mld-listener-report", 131),
+    ("mld-listener-done", 132),
+    ("nd-router-solicit", 133),
+    ("nd-router-advert", 134),
+    ("nd-neighbor-solicit", 135),
+    ("nd-neighbor-advert", 136),
+    ("nd-redirect", 137),
+];
+
+/// The one number that a name stands for.
+pub(crate) fn named_range(names: &[(&str, u8)], text: &str) -> Option<NumberRange> {
+    let (_, number) = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(text))?;
+    NumberRange::new(u16::from(*number), u16::from(*number))
+}
+
+/// TCP flags (RFC 9293, RFC 3168): those that are looked at, and which of them must be on. Some is always looked at.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TcpFlags {
+    on: u8,
+    mask: u8,
+}
+
+/// The flags, from the lowest bit of byte 13 of the TCP header.
+const TCP_FLAGS: [&str; 8] = ["fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr"];
+
+impl TcpFlags {
+    /// The flags of `mask` are looked at, and those of `on` must be on; `None` when none is looked at, or one must be
+    /// on that is not.
+    pub fn new(on: u8, mask: u8) -> Option<TcpFlags> {
+        (mask != 0 && on & !mask == 0).then_some(TcpFlags { on, mask })
+    }
+
+    /// Those that must be on.
+    pub fn on(&self) -> u8 {
+        self.on
+    }
+
+    /// Those that are looked at.
+    pub fn mask(&self) -> u8 {
+        self.mask
+    }
+
+    /// Whether a header's flags are as they must be.
+    pub fn contains(&self, flags: u8) -> bool {
+        flags & self.mask == self.on
+    }
+
+    fn read(text: &str) -> Option<u8> {
+        match text.to_ascii_lowercase().as_str() {
+            "none" => return Some(0),
+            "all" => return Some(u8::MAX),
+            _ => {}
+        }
+        text.split(',').try_fold(0, |flags, word| {
+            let at = TCP_FLAGS.iter().position(|name| name.eq_ignore_ascii_case(word))?;
+            Some(flags | 1 << at)
+        })
+    }
+
+    fn text(flags: u8) -> String {
+        match flags {
+            0 => "none".to_string(),
+            u8::MAX => "all".to_string(),
+            _ => {
+                let on = TCP_FLAGS.iter().enumerate().filter(|(at, _)| flags & 1 << at != 0);
+                on.map(|(_, name)| *name).collect::<Vec<_>>().join(",")
+            }
+        }
+    }
+}
+
+/// Reads `syn,ack` (these are on) or `syn/syn,ack` (of these two, this one only). `none` alone is no flag at all.
+impl FromStr for TcpFlags {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (on, mask) = match text.split_once('/') {
+            Some((on, mask)) => (TcpFlags::read(on).ok_or(())?, TcpFlags::read(mask).ok_or(())?),
+            None => {
+                let on = TcpFlags::read(text).ok_or(())?;
+                (on, if on == 0 { u8::MAX } else { on })
+            }
+        };
+        TcpFlags::new(on, mask).ok_or(())
+    }
+}
+
+impl fmt::Display for TcpFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&TcpFlags::text(self.on))?;
+        let short = self.mask == if self.on == 0 { u8::MAX } else { self.on };
+        if short { Ok(()) } else { write!(f, "/{}", TcpFlags::text(self.mask)) }
+    }
+}
+
+/// Which piece of a datagram a packet may be.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Piece {
+    /// `whole`: all of it, without an IPv6 fragment header.
+    Whole,
+    /// `first`: the first piece, or all of it behind an IPv6 fragment header.
+    First,
+    /// `later`: a later piece.
+    Later,
+    /// `piece`: first or later.
+    Any,
+}
+
+const PIECES: [(&str, Piece); 4] =
+    [("whole", Piece::Whole), ("first", Piece::First), ("later", Piece::Later), ("piece", Piece::Any)];
+
+impl FromStr for Piece {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let found = PIECES.iter().find(|(name, _)| name.eq_ignore_ascii_case(text));
+        found.map(|&(_, piece)| piece).ok_or(())
+    }
+}
+
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = PIECES.iter().find(|(_, piece)| piece == self).map(|(name, _)| *name);
+        f.write_str(name.unwrap_or_default())
+    }
+}
+
 /// Reads plain decimal digits: no sign, no blanks, nothing that does not fit.
 pub(crate) fn decimal<T: FromStr>(text: &str) -> Option<T> {
     (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
@@ -454,6 +607,38 @@ mod tests {
             Ok((true, false))
         );
         assert!("90-80".parse::<NumberRange>().is_err() && "80-65536".parse::<NumberRange>().is_err());
+    }
+
+    #[test]
+    fn tcp_flags_and_pieces() {
+        for (text, on, mask, canonical) in [
+            ("syn", 2, 2, "syn"),
+            ("ACK,SYN", 0x12, 0x12, "syn,ack"),
+            ("syn/syn,ack", 2, 0x12, "syn/syn,ack"),
+            ("none", 0, 255, "none"),
+            ("none/rst,fin", 0, 5, "none/fin,rst"),
+            ("all", 255, 255, "all"),
+            ("fin/all", 1, 255, "fin/all"),
+            ("syn/syn", 2, 2, "syn"),
+        ] {
+            let flags: TcpFlags = text.parse().unwrap();
+            assert_eq!(
+                (flags.on(), flags.mask(), flags.to_string().as_str()),
+                (on, mask, canonical),
+                "{text}"
+            );
+            assert_eq!(canonical.parse(), Ok(flags));
+        }
+        for bad in ["", "syn,", "sin", "ack/syn", "none/none", "syn/", "/syn", "2", "syn/ack/syn"] {
+            assert!(bad.parse::<TcpFlags>().is_err(), "{bad}");
+        }
+        for (name, piece) in PIECES {
+            assert_eq!((name.parse(), piece.to_string().as_str()), (Ok(piece), name));
+        }
+        assert!("any".parse::<Piece>().is_err());
+        assert!(
+            TcpFlags::new(2, 0x12).unwrap().contains(0xc2) && !TcpFlags::new(2, 0x12).unwrap().contains(0x12)
+        );
     }
 
     #[test]

@@ -36,9 +36,10 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
     let port = || select(PORTS.to_vec());
     let ports = (port(), port());
     prop_oneof![
-        6 => (ports.clone(), any::<[u8; 16]>(), any::<u8>()).prop_map(|((s, d), rest, more)| {
+        6 => (ports.clone(), any::<[u8; 16]>(), select(vec![0_u8, 2, 0x10, 0x11, 0x12, 8, 0xff]), any::<u8>()).prop_map(|((s, d), rest, flags, more)| {
             let mut out = [s.to_be_bytes(), d.to_be_bytes()].concat();
             out.extend(rest);
+            out[13] = flags;
             out.extend(vec![7; usize::from(more)]);
             (6, out)
         }),
@@ -49,7 +50,8 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
             out.extend(vec![9; more]);
             (17, out)
         }),
-        2 => (select(vec![1_u8, 58]), any::<[u8; 12]>()).prop_map(|(protocol, rest)| (protocol, rest.to_vec())),
+        3 => (select(vec![1_u8, 58]), select(vec![0_u8, 1, 3, 8, 128, 135]), 0..4_u8, any::<[u8; 12]>())
+            .prop_map(|(protocol, kind, code, rest)| (protocol, [&[kind, code], &rest[..]].concat())),
         1 => (select(vec![47_u8, 51, 59, 132, 136, 200]), any::<[u8; 24]>()).prop_map(|(p, rest)| (p, rest.to_vec())),
         // Cut in the L4 header.
         1 => (select(vec![6_u8, 17]), proptest::collection::vec(any::<u8>(), 0..18)),
@@ -238,13 +240,33 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
     let transport = (select(vec!['T', 'U']), 0..4_u8, key('s', ports().boxed()), key('d', ports().boxed()))
         .prop_map(|(class, bits, s, d)| format!("{class} {bits}{s}{d}"));
     let vlan = (0..2_u8, key('s', tags.boxed())).prop_map(|(bits, s)| format!("V {bits}{s}"));
+    let words = |words: &[&'static str]| select(words.to_vec()).prop_map(str::to_string).boxed();
+    let icmp = (
+        select(vec!['C', 'N']),
+        0..4_u8,
+        key('t', words(&["0", "1", "8", "0-127", "128-255", "128", "3"])),
+        key('c', words(&["0", "0-3", "1-255"])),
+    )
+        .prop_map(|(class, bits, t, c)| format!("{class} {bits}{t}{c}"));
+    let flags =
+        (0..2_u8, key('f', words(&["syn", "syn/syn,ack", "none", "none/rst", "ack,fin", "psh/all", "all"])))
+            .prop_map(|(bits, f)| format!("F {bits}{f}"));
+    let whole = (
+        0..4_u8,
+        key('l', words(&["0-39", "0-60", "44", "48-100", "61-65535", "20", "40-44"])),
+        key('f', words(&["whole", "first", "later", "piece"])),
+    )
+        .prop_map(|(bits, l, f)| format!("P {bits}{l}{f}"));
     let middlebox = || select(MIDDLEBOXES.to_vec());
-    let filter = prop_oneof![4 => inet, 3 => link, 4 => transport, 1 => vlan];
+    let filter =
+        prop_oneof![8 => inet, 6 => link, 8 => transport, 3 => vlan, 3 => icmp, 2 => flags, 3 => whole];
     let backend = select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
     let backend6 = select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
     let vip4 = select(vec!["10.0.0.2", "10.0.0.9"]);
     let command = prop_oneof![
-        6 => (middlebox(), 1..6_u16, filter).prop_map(|(mac, n, filter)| format!("A {mac} #{n} {filter}")),
+        12 => (middlebox(), select(vec!['#', '#', '+']), 1..6_u16, filter)
+            .prop_map(|(mac, sign, n, filter)| format!("A {mac} {sign}{n} {filter}")),
+        1 => (middlebox(), select(vec!['#', '+']), 1..6_u16).prop_map(|(mac, sign, n)| format!("D {mac} {sign}{n}")),
         2 => (middlebox(), vip4.clone(), backend.clone())
             .prop_map(|(mac, vip, (ip, at))| format!("R L {mac} {vip} 0 {ip}@{at}")),
         1 => (middlebox(), vip4, ip(), backend)
@@ -252,7 +274,12 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         1 => (middlebox(), backend6)
             .prop_map(|(mac, (ip, at))| format!("R L {mac} 2001:db8::2 0 {ip}@{at}")),
     ];
-    let firewalls = MIDDLEBOXES.map(|mac| format!("R F {mac} 10.0.0.2"));
-    proptest::collection::vec(command, 0..10)
-        .prop_map(move |commands| firewalls.iter().cloned().chain(commands).collect())
+    let closed = (prop::bool::weighted(0.2), prop::bool::weighted(0.2));
+    (closed, proptest::collection::vec(command, 0..16)).prop_map(|((a, b), commands)| {
+        let register = |(mac, closed): (&str, bool)| {
+            let default = if closed { " deny" } else { "" };
+            format!("R F {mac} 10.0.0.2{default}")
+        };
+        MIDDLEBOXES.into_iter().zip([a, b]).map(register).chain(commands).collect()
+    })
 }

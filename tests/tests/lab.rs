@@ -115,10 +115,10 @@ fn rules_and_middleboxes_count_what_they_see() {
         }
         let rules = || {
             let rules = daemon.status().middleboxes[0].rules.clone();
-            rules.iter().map(|rule| (rule.rule, rule.packets, rule.bytes)).collect::<Vec<_>>()
+            rules.iter().map(|rule| (rule.rule.clone(), rule.packets, rule.bytes)).collect::<Vec<_>>()
         };
         // A ping of 56 bytes and two datagrams of 100, with their headers.
-        wait_for("the counts", || rules() == [(1, 1, 84), (2, 2, 256)]);
+        wait_for("the counts", || rules() == [("#1".to_string(), 1, 84), ("#2".to_string(), 2, 256)]);
         let middlebox = daemon.status().middleboxes[0].clone();
         assert!(middlebox.packets >= 4 && middlebox.bytes >= 84 + 3 * 128, "{middlebox:?}");
         let reply = daemon.tell("Q 12:13:14:15:16:17");

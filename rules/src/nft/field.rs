@@ -1,6 +1,6 @@
 //! Packet fields as nftables names them, and the values they are compared with.
 
-use nfqd_shmctl::{EtherType, MacAddr, Protocol};
+use nfqd_shmctl::{AddressRange, EtherType, MacAddr, Protocol};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -39,10 +39,26 @@ pub enum Field {
     Ip6TrafficClass,
     /// `frag frag-off`: the offset in the first fragment header, where there is one.
     Ip6FragmentOffset,
+    /// `exthdr frag`: whether there is a fragment header.
+    Ip6FragmentHeader,
+    /// `ip length`.
+    Ip4Length,
+    /// `ip6 length`, without the header.
+    Ip6Length,
     /// `th sport`.
     SourcePort,
     /// `th dport`.
     DestinationPort,
+    /// `tcp flags`.
+    TcpFlags,
+    /// `icmp type`.
+    IcmpType,
+    /// `icmp code`.
+    IcmpCode,
+    /// `icmpv6 type`.
+    Icmp6Type,
+    /// `icmpv6 code`.
+    Icmp6Code,
     /// `tcp checksum`.
     TcpChecksum,
     /// `udp checksum`.
@@ -66,6 +82,10 @@ pub enum Type {
     Port,
     /// `mark`, 4 bytes in host order.
     Mark,
+    /// `icmp_type`, 1 byte.
+    IcmpType,
+    /// `icmpv6_type`, 1 byte.
+    Icmp6Type,
 }
 
 impl Type {
@@ -78,14 +98,16 @@ impl Type {
             Type::EtherType => 10,
             Type::Protocol => 12,
             Type::Port => 13,
+            Type::IcmpType => 14,
             Type::Mark => 19,
+            Type::Icmp6Type => 29,
         }
     }
 
     /// Length in bytes.
     pub(super) fn len(self) -> usize {
         match self {
-            Type::Protocol => 1,
+            Type::Protocol | Type::IcmpType | Type::Icmp6Type => 1,
             Type::EtherType | Type::Port => 2,
             Type::Ip4 | Type::Mark => 4,
             Type::Mac => 6,
@@ -104,6 +126,8 @@ impl fmt::Display for Type {
             Type::Protocol => "inet_proto",
             Type::Port => "inet_service",
             Type::Mark => "mark",
+            Type::IcmpType => "icmp_type",
+            Type::Icmp6Type => "icmpv6_type",
         })
     }
 }
@@ -119,12 +143,20 @@ impl Field {
             Field::Ip4Source | Field::Ip4Destination => Some(Type::Ip4),
             Field::Ip6Source | Field::Ip6Destination => Some(Type::Ip6),
             Field::SourcePort | Field::DestinationPort => Some(Type::Port),
+            Field::IcmpType => Some(Type::IcmpType),
+            Field::Icmp6Type => Some(Type::Icmp6Type),
             Field::OuterType
             | Field::VlanId
             | Field::Ip4FragmentOffset(_)
             | Field::Ip4Tos
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
+            | Field::Ip6FragmentHeader
+            | Field::Ip4Length
+            | Field::Ip6Length
+            | Field::TcpFlags
+            | Field::IcmpCode
+            | Field::Icmp6Code
             | Field::TcpChecksum
             | Field::UdpChecksum => None,
         }
@@ -133,12 +165,18 @@ impl Field {
     /// Length in bytes of what is loaded.
     pub(super) fn len(self) -> usize {
         match self {
-            Field::Ip4Tos => 1,
+            Field::Ip4Tos
+            | Field::Ip6FragmentHeader
+            | Field::TcpFlags
+            | Field::IcmpCode
+            | Field::Icmp6Code => 1,
             Field::OuterType
             | Field::VlanId
             | Field::Ip4FragmentOffset(_)
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
+            | Field::Ip4Length
+            | Field::Ip6Length
             | Field::TcpChecksum
             | Field::UdpChecksum => 2,
             _ => self.set_type().map_or(0, Type::len),
@@ -174,6 +212,14 @@ impl fmt::Display for Field {
             Field::TcpChecksum => "tcp checksum",
             Field::UdpChecksum => "udp checksum",
             Field::Ip6FragmentOffset => "frag frag-off",
+            Field::Ip6FragmentHeader => "exthdr frag",
+            Field::Ip4Length => "ip length",
+            Field::Ip6Length => "ip6 length",
+            Field::TcpFlags => "tcp flags",
+            Field::IcmpType => "icmp type",
+            Field::IcmpCode => "icmp code",
+            Field::Icmp6Type => "icmpv6 type",
+            Field::Icmp6Code => "icmpv6 code",
         };
         f.write_str(name)
     }
@@ -196,6 +242,18 @@ pub enum Value {
     Mark(u32),
     /// A TOS or traffic-class byte.
     Tos(u8),
+    /// Whether a header is there.
+    Exists(bool),
+    /// TCP flags.
+    Flags(u8),
+    /// A type of ICMP.
+    IcmpType(u8),
+    /// A code of ICMP.
+    IcmpCode(u8),
+    /// A type of ICMPv6.
+    Icmp6Type(u8),
+    /// A code of ICMPv6.
+    Icmp6Code(u8),
 }
 
 impl Value {
@@ -209,7 +267,13 @@ impl Value {
             Value::Protocol(protocol) => vec![protocol.0],
             Value::Port(port) => port.to_be_bytes().to_vec(),
             Value::Mark(mark) => mark.to_ne_bytes().to_vec(),
-            Value::Tos(tos) => vec![tos],
+            Value::Exists(there) => vec![u8::from(there)],
+            Value::Tos(byte)
+            | Value::Flags(byte)
+            | Value::IcmpType(byte)
+            | Value::IcmpCode(byte)
+            | Value::Icmp6Type(byte)
+            | Value::Icmp6Code(byte) => vec![byte],
         }
     }
 }
@@ -242,7 +306,93 @@ const DSCP: [(u8, &str); 21] = [
     (46, "ef"),
 ];
 
+/// Types and codes of ICMP as nft of Debian 12 names them; others are numbers.
+const ICMP_TYPES: [(u8, &str); 15] = [
+    (0, "echo-reply"),
+    (3, "destination-unreachable"),
+    (4, "source-quench"),
+    (5, "redirect"),
+    (8, "echo-request"),
+    (9, "router-advertisement"),
+    (10, "router-solicitation"),
+    (11, "time-exceeded"),
+    (12, "parameter-problem"),
+    (13, "timestamp-request"),
+    (14, "timestamp-reply"),
+    (15, "info-request"),
+    (16, "info-reply"),
+    (17, "address-mask-request"),
+    (18, "address-mask-reply"),
+];
+const ICMP_CODES: [(u8, &str); 8] = [
+    (0, "net-unreachable"),
+    (1, "host-unreachable"),
+    (2, "prot-unreachable"),
+    (3, "port-unreachable"),
+    (4, "frag-needed"),
+    (9, "net-prohibited"),
+    (10, "host-prohibited"),
+    (13, "admin-prohibited"),
+];
+const ICMP6_TYPES: [(u8, &str); 18] = [
+    (1, "destination-unreachable"),
+    (2, "packet-too-big"),
+    (3, "time-exceeded"),
+    (4, "parameter-problem"),
+    (128, "echo-request"),
+    (129, "echo-reply"),
+    (130, "mld-listener-query"),
+    (131, "mld-listener-report"),
+    (132, "mld-listener-done"),
+    (133, "nd-router-solicit"),
+    (134, "nd-router-advert"),
+    (135, "nd-neighbor-solicit"),
+    (136, "nd-neighbor-advert"),
+    (137, "nd-redirect"),
+    (138, "router-renumbering"),
+    (141, "ind-neighbor-solicit"),
+    (142, "ind-neighbor-advert"),
+    (143, "mld2-listener-report"),
+];
+const ICMP6_CODES: [(u8, &str); 6] = [
+    (0, "no-route"),
+    (1, "admin-prohibited"),
+    (3, "addr-unreachable"),
+    (4, "port-unreachable"),
+    (5, "policy-fail"),
+    (6, "reject-route"),
+];
+const TCP_FLAGS: [&str; 8] = ["fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr"];
+
+fn named(f: &mut fmt::Formatter<'_>, names: &[(u8, &str)], number: u8) -> fmt::Result {
+    match names.iter().find(|(named, _)| *named == number) {
+        Some((_, name)) => f.write_str(name),
+        None => write!(f, "{number}"),
+    }
+}
+
 impl Value {
+    /// A range as nft shows it: one value, a prefix where addresses make one, or first and last.
+    pub(super) fn range_text(first: &Value, last: &Value) -> String {
+        match (first, last) {
+            _ if first == last => first.to_string(),
+            (Value::Ip(a), Value::Ip(b)) => {
+                AddressRange::new(*a, *b).map_or_else(String::new, |range| range.to_string())
+            }
+            _ => format!("{}-{}", first.bound_text(), last.bound_text()),
+        }
+    }
+
+    /// The bound of a range as nft shows it: types and codes of ICMP without their names.
+    pub(super) fn bound_text(&self) -> String {
+        match self {
+            Value::IcmpType(n) | Value::IcmpCode(n) | Value::Icmp6Type(n) | Value::Icmp6Code(n) => {
+                n.to_string()
+            }
+            other => other.to_string(),
+        }
+    }
+
     /// The byte as nft shows it: `0x04 ip ecn ect1` behind `ip dscp`.
     pub(super) fn tos_text(tos: u8, family: &str) -> String {
         let ecn = ECN.get(usize::from(tos & 3)).copied().unwrap_or_default();
@@ -274,6 +424,15 @@ impl fmt::Display for Value {
             Value::Port(port) => port.fmt(f),
             Value::Mark(mark) => write!(f, "{mark:#010x}"),
             Value::Tos(tos) => tos.fmt(f),
+            Value::Exists(there) => f.write_str(if *there { "exists" } else { "missing" }),
+            Value::Flags(flags) => {
+                let on = TCP_FLAGS.iter().enumerate().filter(|(at, _)| flags & 1 << at != 0);
+                f.write_str(&on.map(|(_, name)| *name).collect::<Vec<_>>().join(","))
+            }
+            Value::IcmpType(number) => named(f, &ICMP_TYPES, *number),
+            Value::IcmpCode(number) => named(f, &ICMP_CODES, *number),
+            Value::Icmp6Type(number) => named(f, &ICMP6_TYPES, *number),
+            Value::Icmp6Code(number) => named(f, &ICMP6_CODES, *number),
         }
     }
 }

@@ -2,15 +2,17 @@
 //!
 //! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet that waits in a queue.
 
+use super::delta::Change;
 use super::field::Value;
+use super::filters::mac_of_chain;
 use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
-use super::ruleset::{self, Ruleset};
+use super::ruleset::Ruleset;
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
 use crate::packet::Ports;
 use crate::slots::{Edition, SlotKey, Slots};
 use mnl::{Bus, Socket};
-use nfqd_shmctl::{MacAddr, Protocol};
+use nfqd_shmctl::{MacAddr, Protocol, RuleId};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use std::collections::BTreeMap;
@@ -106,27 +108,46 @@ fn reply(key: &[u8], protocol: Protocol, slot: SlotKey) -> Option<Reply> {
     Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, slot })
 }
 
-/// Packets and bytes, from the IP header on, that the fast path has counted.
+/// Packets and bytes, from the IP header on.
+pub type Count = (u64, u64);
+
+/// What the fast path has counted.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
     /// To each middlebox.
-    pub middleboxes: BTreeMap<MacAddr, (u64, u64)>,
-    /// Dropped by each rule.
-    pub rules: BTreeMap<(MacAddr, u16), (u64, u64)>,
+    pub middleboxes: BTreeMap<MacAddr, Count>,
+    /// By each rule of a middlebox; by none, for what its default has dropped.
+    pub rules: BTreeMap<(MacAddr, Option<RuleId>), Count>,
 }
 
 impl Counters {
-    fn add_middlebox(&mut self, mac: MacAddr, counted: (u64, u64)) {
+    /// Adds to what has gone to a middlebox.
+    pub fn add_middlebox(&mut self, mac: MacAddr, counted: Count) {
         add(self.middleboxes.entry(mac).or_default(), counted);
     }
 
-    /// Adds to what a rule has dropped.
-    pub fn add_rule(&mut self, mac: MacAddr, number: u16, counted: (u64, u64)) {
-        add(self.rules.entry((mac, number)).or_default(), counted);
+    /// Adds to what a rule, or the default, has matched.
+    pub fn add_rule(&mut self, mac: MacAddr, rule: Option<RuleId>, counted: Count) {
+        add(self.rules.entry((mac, rule)).or_default(), counted);
+    }
+
+    /// Adds all of another's.
+    pub fn add(&mut self, other: &Counters) {
+        other.middleboxes.iter().for_each(|(mac, counted)| self.add_middlebox(*mac, *counted));
+        other.rules.iter().for_each(|((mac, rule), counted)| self.add_rule(*mac, *rule, *counted));
+    }
+
+    /// Adds what an element or a rule of this comment has counted.
+    fn add_commented(&mut self, mac: MacAddr, comment: Option<&str>, counted: Count) {
+        match comment.and_then(|text| text.strip_prefix("rule ")) {
+            Some("default") => self.add_rule(mac, None, counted),
+            Some(name) => name.parse().into_iter().for_each(|rule| self.add_rule(mac, Some(rule), counted)),
+            None => self.add_middlebox(mac, counted),
+        }
     }
 }
 
-fn add(sum: &mut (u64, u64), more: (u64, u64)) {
+fn add(sum: &mut Count, more: Count) {
     *sum = (sum.0 + more.0, sum.1 + more.1);
 }
 
@@ -289,30 +310,28 @@ impl Kernel {
         Ok(out)
     }
 
-    /// What the rules of `ruleset`, which is loaded, have counted.
+    /// What our ruleset has counted, whoever loaded it.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
-    pub fn counters(&mut self, ruleset: &Ruleset) -> Result<Counters, KernelError> {
+    pub fn counters(&mut self) -> Result<Counters, KernelError> {
         let mut out = Counters::default();
-        let Some(table) = ruleset.get(&Family::Bridge) else { return Ok(out) };
-        let number = |comment: &Option<String>| comment.as_ref()?.strip_prefix("rule ")?.parse::<u16>().ok();
-        for name in table.sets.iter().filter(|(_, set)| set.counter).map(|(name, _)| name) {
+        if !self.ours(Family::Bridge)? {
+            return Ok(out);
+        }
+        let sets = self.ask(&Question::Sets(Family::Bridge))?.sets;
+        let counts = |name: &str| {
+            ["middleboxes", "closed"].contains(&name) || name.starts_with("deny") || name.starts_with("allow")
+        };
+        for name in sets.keys().filter(|name| counts(name)) {
             for element in self.elements(Family::Bridge, name)? {
                 let mac = element.key.first_chunk().copied().map(MacAddr);
-                let (Some(mac), Some(counted)) = (mac, element.counted) else { continue };
-                match number(&element.comment) {
-                    Some(number) => out.add_rule(mac, number, counted),
-                    None => out.add_middlebox(mac, counted),
+                if let (Some(mac), Some(counted)) = (mac, element.counted) {
+                    out.add_commented(mac, element.comment.as_deref(), counted);
                 }
             }
         }
-        for rule in self.ask(&Question::Rules(Family::Bridge))?.rules {
-            let mac = rule.chain.split_once("_rules_").and_then(|(_, digits)| ruleset::mac_of_chain(digits));
-            if let (Some(mac), Some(number), Some(counted)) = (mac, number(&rule.comment), rule.counted) {
-                out.add_rule(mac, number, counted);
-            }
-        }
+        self.add_chain_counters(None, &mut out)?;
         Ok(out)
     }
 
@@ -422,18 +441,35 @@ impl Kernel {
         Ok(())
     }
 
-    /// Changes the kernel's tables from `old`, which is loaded, to `new`: only the difference is sent.
+    /// Changes the kernel's ruleset: only the difference is sent. What the rules that are made anew had counted comes
+    /// back.
     ///
     /// # Errors
     /// When the kernel refuses; nothing is changed then. `ENOENT` and `EEXIST` mean that somebody else has changed our
     /// tables: [`Kernel::load`] repairs them.
-    pub fn change(&mut self, old: &Ruleset, new: &Ruleset) -> Result<(), KernelError> {
-        if !old.keys().eq(new.keys()) {
-            return self.load(new);
+    pub fn change(&mut self, change: &Change) -> Result<Counters, KernelError> {
+        let mut lost = Counters::default();
+        let counting =
+            |chain: &Chain| chain.rules.iter().any(|rule| rule.statements.contains(&Statement::Counter));
+        for (name, chain) in change.old.chains.iter().filter(|(_, chain)| counting(chain)) {
+            if mac_of_chain(name).is_some() && change.new.chains.get(name) != Some(chain) {
+                self.add_chain_counters(Some(name), &mut lost)?;
+            }
         }
         let mut batch = self.batch();
-        old.values().zip(new.values()).for_each(|(old, new)| difference(&mut batch, old, new));
-        self.commit(batch)
+        difference(&mut batch, &change.old, &change.new);
+        self.commit(batch).map(|()| lost)
+    }
+
+    fn add_chain_counters(&mut self, chain: Option<&str>, out: &mut Counters) -> Result<(), KernelError> {
+        for rule in self.ask(&Question::Rules(Family::Bridge, chain.map(str::to_string)))?.rules {
+            if let (Some(mac), Some(counted), Some(_)) =
+                (mac_of_chain(&rule.chain), rule.counted, &rule.comment)
+            {
+                out.add_commented(mac, rule.comment.as_deref(), counted);
+            }
+        }
+        Ok(())
     }
 
     /// Removes our tables.
@@ -502,6 +538,6 @@ fn elements_difference(batch: &mut Batch, family: Family, name: &str, old: Optio
     let none = Default::default();
     let old = old.map_or(&none, |set| &set.elements);
     let same = |key: &Vec<Value>| old.get(key) == new.elements.get(key);
-    batch.delete_elements(family, name, old.keys().filter(|key| !same(key)));
+    batch.delete_elements(family, name, old.iter().filter(|(key, _)| !same(key)));
     batch.add_elements(family, name, new.elements.iter().filter(|(key, _)| !same(key)));
 }

@@ -129,6 +129,21 @@ pub(super) fn verdict_number(verdict: &Verdict) -> (i32, Option<&str>) {
     }
 }
 
+/// Loads from the first fragment header of IPv6.
+fn fragment_header(register: u32, offset: u32, len: u32, flags: u32) -> Expr {
+    const FRAGMENT_HEADER: u8 = 44;
+    expr(
+        "exthdr",
+        vec![
+            (sys::NFTNL_EXPR_EXTHDR_DREG, U32(register)),
+            (sys::NFTNL_EXPR_EXTHDR_TYPE, U8(FRAGMENT_HEADER)),
+            (sys::NFTNL_EXPR_EXTHDR_OFFSET, U32(offset)),
+            (sys::NFTNL_EXPR_EXTHDR_LEN, U32(len)),
+            (sys::NFTNL_EXPR_EXTHDR_FLAGS, U32(flags)),
+        ],
+    )
+}
+
 /// Loads a field into a register and the ones behind it.
 fn load(field: Field, register: u32) -> Vec<Expr> {
     let len = field.len() as u32;
@@ -157,18 +172,17 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::SourcePort => vec![payload(TRANSPORT, 0, len, register)],
         Field::DestinationPort => vec![payload(TRANSPORT, 2, len, register)],
         Field::Ip6FragmentOffset => {
-            const FRAGMENT_HEADER: u8 = 44;
-            let load = expr(
-                "exthdr",
-                vec![
-                    (sys::NFTNL_EXPR_EXTHDR_DREG, U32(register)),
-                    (sys::NFTNL_EXPR_EXTHDR_TYPE, U8(FRAGMENT_HEADER)),
-                    (sys::NFTNL_EXPR_EXTHDR_OFFSET, U32(2)),
-                    (sys::NFTNL_EXPR_EXTHDR_LEN, U32(len)),
-                ],
-            );
-            vec![load, bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2])]
+            vec![fragment_header(register, 2, len, 0), bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2])]
         }
+        Field::Ip6FragmentHeader => {
+            const PRESENT: u32 = 1;
+            vec![fragment_header(register, 0, len, PRESENT)]
+        }
+        Field::Ip4Length => vec![payload(NETWORK, 2, len, register)],
+        Field::Ip6Length => vec![payload(NETWORK, 4, len, register)],
+        Field::TcpFlags => vec![payload(TRANSPORT, 13, len, register)],
+        Field::IcmpType | Field::Icmp6Type => vec![payload(TRANSPORT, 0, len, register)],
+        Field::IcmpCode | Field::Icmp6Code => vec![payload(TRANSPORT, 1, len, register)],
         Field::UdpChecksum => vec![payload(TRANSPORT, 6, len, register)],
         Field::TcpChecksum => vec![payload(TRANSPORT, 16, len, register)],
     }

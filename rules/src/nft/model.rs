@@ -37,6 +37,13 @@ pub struct Table {
     pub chains: BTreeMap<String, Chain>,
 }
 
+impl Table {
+    /// A table with nothing in it.
+    pub fn new(family: Family) -> Table {
+        Table { family, sets: BTreeMap::new(), chains: BTreeMap::new() }
+    }
+}
+
 /// The name of every table of nfqd.
 pub const TABLE_NAME: &str = "nfqd";
 
@@ -164,7 +171,7 @@ pub struct Queues {
 }
 
 /// A set or a map.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Set {
     /// The types of the key's parts; nft of Debian 12 lists at most five rightly.
     pub key: Vec<Type>,
@@ -174,6 +181,8 @@ pub struct Set {
     pub dynamic: Option<Dynamic>,
     /// Whether each element counts packets and bytes.
     pub counter: bool,
+    /// Whether elements are ranges of keys, which must not overlap.
+    pub interval: bool,
     /// For the reader of `nft list ruleset`.
     pub comment: Option<String>,
     /// The elements that the policy wants; what packets put in is not here.
@@ -201,6 +210,8 @@ pub struct Dynamic {
 /// What a set has for a key.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Element {
+    /// The last key of a range; the element's own key is the first.
+    pub last: Option<Vec<Value>>,
     /// The data of a map.
     pub data: Option<ElementData>,
     /// For the reader of `nft list ruleset`.
@@ -217,12 +228,27 @@ pub enum ElementData {
 }
 
 impl Set {
+    /// A set of the same kind without elements.
+    pub fn empty(&self) -> Set {
+        let Set { key, data, dynamic, counter, interval, comment, elements: _ } = self;
+        Set {
+            key: key.clone(),
+            data: *data,
+            dynamic: *dynamic,
+            counter: *counter,
+            interval: *interval,
+            comment: comment.clone(),
+            elements: BTreeMap::new(),
+        }
+    }
+
     /// Whether both are made the same way, whatever their elements.
     pub fn same_kind(&self, other: &Set) -> bool {
         self.key == other.key
             && self.data == other.data
             && self.dynamic == other.dynamic
             && self.counter == other.counter
+            && self.interval == other.interval
     }
 }
 
@@ -264,6 +290,9 @@ impl fmt::Display for Set {
         if let Some(Dynamic { timeout, size }) = self.dynamic {
             writeln!(f, "\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {timeout}s")?;
         }
+        if self.interval {
+            writeln!(f, "\t\tflags interval")?;
+        }
         if self.counter {
             writeln!(f, "\t\tcounter")?;
         }
@@ -272,7 +301,9 @@ impl fmt::Display for Set {
         }
         let mut before = "\t\telements = { ";
         for (key, element) in &self.elements {
-            let key: Vec<String> = key.iter().map(Value::to_string).collect();
+            let last = element.last.as_ref().unwrap_or(key);
+            let key: Vec<String> =
+                key.iter().zip(last).map(|(first, last)| Value::range_text(first, last)).collect();
             write!(f, "{before}{}", key.join(" . "))?;
             if let Some(comment) = &element.comment {
                 write!(f, " comment \"{comment}\"")?;
@@ -324,9 +355,21 @@ impl fmt::Display for Statement {
             Statement::Is(field @ (Field::Mark(_) | Field::Ip4FragmentOffset(_)), value) => {
                 write!(f, "{field} == {value}")
             }
+            // nft's own spellings for flags.
+            Statement::Is(field @ Field::TcpFlags, Value::Flags(flags)) => write!(f, "{field} == {flags:#x}"),
+            Statement::Masked(field @ Field::TcpFlags, mask, Value::Flags(0)) => {
+                write!(f, "{field} ! {mask}")
+            }
+            Statement::Masked(field @ Field::TcpFlags, mask @ Value::Flags(flags), bits)
+                if mask != bits || flags.count_ones() > 1 =>
+            {
+                write!(f, "{field} {bits} / {mask}")
+            }
             Statement::Is(field, value) => write!(f, "{field} {value}"),
             Statement::IsNot(field, value) => write!(f, "{field} != {value}"),
-            Statement::Between(field, first, last) => write!(f, "{field} {first}-{last}"),
+            Statement::Between(field, first, last) => {
+                write!(f, "{field} {}-{}", first.bound_text(), last.bound_text())
+            }
             Statement::Masked(field, mask, bits) => write!(f, "{field} & {mask} == {bits}"),
             Statement::Present(Field::L4Protocol) => f.write_str("meta l4proto >= ip"),
             Statement::Present(field) => write!(f, "{field} >= 0"),

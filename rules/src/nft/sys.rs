@@ -33,9 +33,11 @@ mod message {
     pub const DELSETELEM: u16 = 14;
 }
 
+const SET_INTERVAL: u32 = 0x4;
 const SET_MAP: u32 = 0x8;
 const SET_TIMEOUT: u32 = 0x10;
 const SET_EVAL: u32 = 0x20;
+const SET_CONCAT: u32 = 0x80;
 /// nft's number for verdicts as data.
 const DATA_VERDICT: u32 = 0xffff_ff00;
 /// libnftnl copies data of any length into buffers of this size (NFT_DATA_VALUE_MAXLEN).
@@ -409,6 +411,11 @@ impl Batch {
                 sys::nftnl_set_set_u64(object.0.pointer, sys::NFTNL_SET_TIMEOUT as u16, milliseconds);
             }
         }
+        if set.interval {
+            flags |= SET_INTERVAL | SET_CONCAT;
+            let lengths: Vec<u8> = set.key.iter().map(|part| part.len() as u8).collect();
+            object.data(sys::NFTNL_SET_DESC_CONCAT, &lengths);
+        }
         object.u32(sys::NFTNL_SET_FLAGS, flags);
         if set.counter {
             // SAFETY: needed for a counter in every element; the set is alive and frees the expression.
@@ -454,10 +461,13 @@ impl Batch {
         &mut self,
         family: Family,
         name: &str,
-        keys: impl IntoIterator<Item = &'a Vec<Value>>,
+        elements: impl IntoIterator<Item = (&'a Vec<Value>, &'a Element)>,
     ) {
-        let bare = Element::default();
-        let elements: Vec<_> = keys.into_iter().map(|key| (key, &bare)).collect();
+        let bare = |(key, element): (&'a Vec<Value>, &'a Element)| {
+            (key, Element { last: element.last.clone(), ..Element::default() })
+        };
+        let owned: Vec<_> = elements.into_iter().map(bare).collect();
+        let elements: Vec<_> = owned.iter().map(|(key, element)| (*key, element)).collect();
         for chunk in elements.chunks(ELEMENTS_A_MESSAGE) {
             let label = format!("delete {} elements of {name}", chunk.len());
             self.elements(message::DELSETELEM, family, name, chunk, 0, label);
@@ -540,6 +550,9 @@ fn add_element(set: &SetObject, key: &[Value], element: &Element) {
         };
     };
     data(sys::NFTNL_SET_ELEM_KEY, &key_bytes(key));
+    if let Some(last) = &element.last {
+        data(sys::NFTNL_SET_ELEM_KEY_END, &key_bytes(last));
+    }
     match &element.data {
         None => {}
         Some(ElementData::Value(value)) => data(sys::NFTNL_SET_ELEM_DATA, &value.bytes()),
@@ -573,8 +586,8 @@ pub(super) enum Question {
     Sets(Family),
     /// The elements of one of our sets.
     Elements(Family, String),
-    /// The rules of our table.
-    Rules(Family),
+    /// The rules of our table, or of one chain.
+    Rules(Family, Option<String>),
 }
 
 /// What a rule in the kernel has counted.
@@ -616,11 +629,12 @@ impl FoundSet {
             Some(Data::Value(data)) => data.number(),
         };
         let wanted = (SET_MAP * u32::from(set.data.is_some()))
-            | ((SET_EVAL | SET_TIMEOUT) * u32::from(set.dynamic.is_some()));
+            | ((SET_EVAL | SET_TIMEOUT) * u32::from(set.dynamic.is_some()))
+            | (SET_INTERVAL * u32::from(set.interval));
         self.key == key_type(&set.key)
             && self.key_len == key_len(&set.key)
             && self.data == data
-            && self.flags & (SET_MAP | SET_EVAL | SET_TIMEOUT) == wanted
+            && self.flags & (SET_MAP | SET_EVAL | SET_TIMEOUT | SET_INTERVAL) == wanted
     }
 }
 
@@ -662,9 +676,12 @@ impl Question {
                 unsafe { sys::nftnl_set_nlmsg_build_payload(header, set.0.pointer) };
                 header
             }
-            Question::Rules(family) => {
+            Question::Rules(family, chain) => {
                 let rule = RuleObject::new();
                 rule.str(sys::NFTNL_RULE_TABLE, TABLE_NAME);
+                if let Some(chain) = chain {
+                    rule.str(sys::NFTNL_RULE_CHAIN, chain);
+                }
                 let header = header(message::GETRULE, *family, dump, buffer);
                 // SAFETY: needed to name the table in the message; both are alive.
                 unsafe { sys::nftnl_rule_nlmsg_build_payload(header, rule.0.pointer) };
@@ -736,7 +753,7 @@ impl Question {
                     }
                 }
             }
-            Question::Rules(_) => {
+            Question::Rules(..) => {
                 let rule = RuleObject::new();
                 let mut counted: Option<(u64, u64)> = None;
                 let mut len = 0;

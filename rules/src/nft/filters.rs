@@ -1,0 +1,536 @@
+//! The filters of a middlebox in nftables.
+//!
+//! Rules that compare the same fields have the same *shape*. Exact rules of all middleboxes are elements of one hash set
+//! a shape, whose key begins with the middlebox' MAC. Rules with prefixes or ranges are elements of an interval set a
+//! shape, which each middlebox has for itself: the kernel clones an interval set for every transaction on it and looks at
+//! all its elements at once (nft_set_pipapo.c), so that a common one would cost each what all others bring. What no set
+//! can hold is looked at one by one, in a chain of its middlebox.
+//!
+//! A packet meets only the shapes of its own middlebox: a map leads to a chain with their look-ups, which middleboxes of
+//! equal shapes share.
+
+use super::field::{Field, Type, Value};
+use super::model::{Chain, Element, Rule, Set, Statement, Verdict};
+use super::ruleset::{IPS, IPV4, IPV6, Ip, commented, goto, rule, verdict};
+use crate::filter::Conditions;
+use crate::packet::{IPV6_LEN, VLAN_TYPES};
+use crate::policy::Firewall;
+use nfqd_shmctl::{
+    Action, AddressRange, EtherType, MacAddr, MacMask, NumberRange, Piece, Protocol, RuleId, TcpFlags,
+};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// The parts of a key that nft of Debian 12 lists rightly; the middlebox' MAC is one.
+const MAX_KEY: usize = 5;
+/// The longest name of a chain that middleboxes share; NFT_CHAIN_MAXNAMELEN is 256.
+const MAX_NAME: usize = 200;
+
+/// What the filters of one middlebox need.
+#[derive(Default)]
+pub(super) struct Filters {
+    /// Where its packets are looked at.
+    pub chain: Option<String>,
+    pub chains: BTreeMap<String, Chain>,
+    pub sets: BTreeMap<String, Set>,
+    /// Whether what no rule matches is dropped.
+    pub closed: bool,
+}
+
+/// Why a rule is looked at one by one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OneByOne {
+    /// It compares a field that sets cannot hold.
+    Field(&'static str),
+    /// It compares too many fields.
+    Fields,
+    /// Its MAC mask has holes.
+    Mask,
+    /// Its ranges overlap those of this rule, which an interval set does not allow.
+    Overlap(RuleId),
+}
+
+impl fmt::Display for OneByOne {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OneByOne::Field(field) => write!(f, "nftables has no sets of {field}"),
+            OneByOne::Fields => {
+                write!(
+                    f,
+                    "it compares more than {} fields, and nft lists no longer keys rightly",
+                    MAX_KEY - 1
+                )
+            }
+            OneByOne::Mask => f.write_str("its MAC mask has holes"),
+            OneByOne::Overlap(other) => write!(f, "its ranges overlap those of rule {other}"),
+        }
+    }
+}
+
+/// The fields that rules of one shape compare, and what holds for all of them.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Shape {
+    action: Action,
+    /// The protocol whose header is compared; later pieces of a datagram have none.
+    transport: Option<Protocol>,
+    /// Only packets of this EtherType; one of the IP families.
+    family: Option<EtherType>,
+    /// Only packets whose IP header holds together.
+    needs_ip: bool,
+    /// The fields behind the middlebox' MAC.
+    fields: Vec<Field>,
+}
+
+impl Shape {
+    fn name(&self) -> String {
+        let mut name = match self.action {
+            Action::Allow => "allow",
+            Action::Deny => "deny",
+        }
+        .to_string();
+        match self.family {
+            Some(EtherType::IPV4) => name.push('4'),
+            Some(_) => name.push('6'),
+            None => {}
+        }
+        name.push_str(match self.transport {
+            Some(Protocol::TCP) => "_tcp",
+            Some(Protocol::UDP) => "_udp",
+            _ => "",
+        });
+        for field in &self.fields {
+            name.push_str(match field {
+                Field::EtherSource => "_ether",
+                Field::EtherType => "_type",
+                Field::L4Protocol => "_proto",
+                Field::SourcePort => "_sport",
+                Field::DestinationPort => "_dport",
+                Field::Ip4Source | Field::Ip6Source => "_saddr",
+                Field::IcmpType | Field::Icmp6Type => "_icmp",
+                _ => "_daddr",
+            });
+        }
+        name
+    }
+
+    /// What a packet must be before its fields are compared.
+    fn guards(&self) -> Vec<Statement> {
+        let mut out = Vec::new();
+        out.extend(self.family.map(|family| Statement::Is(Field::EtherType, Value::EtherType(family))));
+        if let Some(protocol) = self.transport {
+            out.push(Statement::Is(Field::L4Protocol, Value::Protocol(protocol)));
+        } else if self.needs_ip && !self.fields.contains(&Field::L4Protocol) {
+            out.push(Statement::Present(Field::L4Protocol));
+        }
+        out
+    }
+
+    fn key(&self) -> Vec<Field> {
+        [&[Field::EtherDestination], self.fields.as_slice()].concat()
+    }
+
+    /// The look-up in a set of this shape.
+    fn rule(&self, set: &str) -> Rule {
+        let mut statements = self.guards();
+        statements.push(Statement::In(self.key(), set.to_string()));
+        statements.push(verdict(verdict_of(self.action)));
+        rule(statements)
+    }
+
+    fn set(&self, interval: bool) -> Set {
+        let key: Vec<Type> = self.key().into_iter().filter_map(Field::set_type).collect();
+        let comment = match self.action {
+            Action::Allow => "what matches is not denied",
+            Action::Deny => "what matches is dropped",
+        };
+        Set { key, counter: true, interval, comment: Some(comment.to_string()), ..Set::default() }
+    }
+}
+
+/// Back to the chain that steers, or gone.
+fn verdict_of(action: Action) -> Verdict {
+    match action {
+        Action::Allow => Verdict::Return,
+        Action::Deny => Verdict::Drop,
+    }
+}
+
+/// What a field must be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Test {
+    Is(Value),
+    IsNot(Value),
+    Between(Value, Value),
+    Masked { mask: Value, bits: Value },
+}
+
+impl Test {
+    fn between(first: Value, last: Value) -> Test {
+        if first == last { Test::Is(first) } else { Test::Between(first, last) }
+    }
+
+    fn addresses(range: AddressRange) -> Test {
+        Test::between(Value::Ip(range.first()), Value::Ip(range.last()))
+    }
+
+    fn numbers(range: NumberRange) -> Test {
+        Test::between(Value::Port(range.first()), Value::Port(range.last()))
+    }
+
+    /// Types and codes of ICMP, which have 8 bits.
+    fn icmp(field: Field, range: NumberRange) -> Test {
+        let value = |number: u16| {
+            let number = u8::try_from(number).unwrap_or(u8::MAX);
+            match field {
+                Field::IcmpType => Value::IcmpType(number),
+                Field::IcmpCode => Value::IcmpCode(number),
+                Field::Icmp6Type => Value::Icmp6Type(number),
+                _ => Value::Icmp6Code(number),
+            }
+        };
+        Test::between(value(range.first()), value(range.last()))
+    }
+
+    fn macs(mask: MacMask) -> Test {
+        match mask.exact() {
+            Some(mac) => Test::Is(Value::Mac(mac)),
+            None => Test::Masked { mask: Value::Mac(mask.mask()), bits: Value::Mac(mask.bits()) },
+        }
+    }
+
+    fn flags(flags: TcpFlags) -> Test {
+        if flags.mask() == u8::MAX {
+            return Test::Is(Value::Flags(flags.on()));
+        }
+        Test::Masked { mask: Value::Flags(flags.mask()), bits: Value::Flags(flags.on()) }
+    }
+
+    /// The bounds, where an interval set can hold them.
+    fn bounds(self) -> Option<(Value, Value)> {
+        match self {
+            Test::Is(value) => Some((value, value)),
+            Test::Between(first, last) => Some((first, last)),
+            Test::Masked { mask: Value::Mac(mask), bits: Value::Mac(bits) } => {
+                let number =
+                    |mac: MacAddr| mac.0.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+                let rest = !number(mask) & 0xffff_ffff_ffff;
+                let mut last = bits;
+                last.0.iter_mut().zip(mask.0).for_each(|(byte, mask)| *byte |= !mask);
+                (rest & (rest + 1) == 0).then_some((Value::Mac(bits), Value::Mac(last)))
+            }
+            Test::IsNot(_) | Test::Masked { .. } => None,
+        }
+    }
+
+    fn statement(self, field: Field) -> Statement {
+        match self {
+            Test::Is(value) => Statement::Is(field, value),
+            Test::IsNot(value) => Statement::IsNot(field, value),
+            Test::Between(first, last) => Statement::Between(field, first, last),
+            Test::Masked { mask, bits } => Statement::Masked(field, mask, bits),
+        }
+    }
+}
+
+/// How a packet's piece is seen in each family.
+fn piece(piece: Piece, ip: Ip) -> (Field, Test) {
+    const MORE: u16 = 0x2000;
+    const OFFSET: u16 = 0x1fff;
+    const BOTH: u16 = MORE | OFFSET;
+    let v4 = ip.suffix == '4';
+    match (piece, v4) {
+        (Piece::Whole, true) => (Field::Ip4FragmentOffset(BOTH), Test::Is(Value::Port(0))),
+        (Piece::First, true) => (Field::Ip4FragmentOffset(BOTH), Test::Is(Value::Port(MORE))),
+        (Piece::Later, true) => (Field::Ip4FragmentOffset(OFFSET), Test::IsNot(Value::Port(0))),
+        (Piece::Any, true) => (Field::Ip4FragmentOffset(BOTH), Test::IsNot(Value::Port(0))),
+        (Piece::Whole, false) => (Field::Ip6FragmentHeader, Test::Is(Value::Exists(false))),
+        (Piece::First, false) => (Field::Ip6FragmentOffset, Test::Is(Value::Port(0))),
+        (Piece::Later, false) => (Field::Ip6FragmentOffset, Test::IsNot(Value::Port(0))),
+        (Piece::Any, false) => (Field::Ip6FragmentHeader, Test::Is(Value::Exists(true))),
+    }
+}
+
+/// The length in each family's field; `None` when no packet of IPv6 is so short.
+fn length(range: NumberRange, ip: Ip) -> Option<(Field, Test)> {
+    if ip.suffix == '4' {
+        return Some((Field::Ip4Length, Test::numbers(range)));
+    }
+    let header = IPV6_LEN as u16;
+    let payload = NumberRange::new(range.first().saturating_sub(header), range.last().checked_sub(header)?)?;
+    Some((Field::Ip6Length, Test::numbers(payload)))
+}
+
+/// The family that conditions are about, if it is one.
+fn family(conditions: &Conditions) -> Option<Ip> {
+    match (conditions.source.or(conditions.destination), conditions.ether_type) {
+        (Some(range), _) => Some(Ip::of(range.first())),
+        // Beside fields of the IP header an EtherType can only be one of the two.
+        (None, Some(EtherType::IPV6)) if conditions.need_ip() => Some(IPV6),
+        (None, Some(_)) if conditions.need_ip() => Some(IPV4),
+        _ => None,
+    }
+}
+
+/// The shape of conditions, and the tests behind the middlebox' MAC as they are in the family `ip`; `None` when no packet
+/// of that family passes.
+fn shape(action: Action, conditions: &Conditions, ip: Ip) -> Option<(Shape, Vec<(Field, Test)>)> {
+    let family = family(conditions).map(|ip| ip.ether_type);
+    let transport = conditions.protocol.filter(|_| conditions.need_transport());
+    let (icmp_type, icmp_code) = match ip.suffix {
+        '4' => (Field::IcmpType, Field::IcmpCode),
+        _ => (Field::Icmp6Type, Field::Icmp6Code),
+    };
+    let length = match conditions.length {
+        Some(range) => Some(length(range, ip)?),
+        None => None,
+    };
+    let tos = if ip.suffix == '4' { Field::Ip4Tos } else { Field::Ip6TrafficClass };
+    let named_type = conditions.ether_type.filter(|_| family.is_none());
+    let protocol = conditions.protocol.filter(|_| transport.is_none());
+    let fields = [
+        conditions.source_mac.map(|mask| (Field::EtherSource, Test::macs(mask))),
+        conditions.vlan.map(|ids| (Field::VlanId, Test::numbers(ids))),
+        named_type.map(|named| (Field::EtherType, Test::Is(Value::EtherType(named)))),
+        conditions.source.map(|range| (ip.source, Test::addresses(range))),
+        conditions.destination.map(|range| (ip.destination, Test::addresses(range))),
+        conditions.tos.map(|byte| (tos, Test::Is(Value::Tos(byte)))),
+        length,
+        conditions.piece.map(|wanted| piece(wanted, ip)),
+        protocol.map(|protocol| (Field::L4Protocol, Test::Is(Value::Protocol(protocol)))),
+        conditions.source_port.map(|range| (Field::SourcePort, Test::numbers(range))),
+        conditions.destination_port.map(|range| (Field::DestinationPort, Test::numbers(range))),
+        conditions.tcp_flags.map(|flags| (Field::TcpFlags, Test::flags(flags))),
+        conditions.icmp_type.map(|range| (icmp_type, Test::icmp(icmp_type, range))),
+        conditions.icmp_code.map(|range| (icmp_code, Test::icmp(icmp_code, range))),
+    ];
+    let fields: Vec<(Field, Test)> = fields.into_iter().flatten().collect();
+    let names = fields.iter().map(|(field, _)| *field).collect();
+    Some((Shape { action, transport, family, needs_ip: conditions.need_ip(), fields: names }, fields))
+}
+
+/// Where a rule goes.
+enum Place {
+    Set { shape: Shape, first: Vec<Value>, last: Vec<Value> },
+    OneByOne(OneByOne),
+}
+
+fn place(action: Action, conditions: &Conditions) -> Place {
+    let ip = family(conditions).unwrap_or(IPV4);
+    let no_set = [
+        (conditions.vlan.is_some(), "VLAN ids"),
+        (conditions.tos.is_some(), "TOS bytes"),
+        (conditions.length.is_some(), "lengths"),
+        (conditions.piece.is_some(), "kinds of fragments"),
+        (conditions.tcp_flags.is_some(), "masked TCP flags"),
+        (conditions.icmp_code.is_some(), "ICMP codes by type"),
+    ];
+    if let Some((_, field)) = no_set.into_iter().find(|(asked, _)| *asked) {
+        return Place::OneByOne(OneByOne::Field(field));
+    }
+    // Only a length can leave no packet of a family.
+    let Some((shape, fields)) = shape(action, conditions, ip) else {
+        return Place::OneByOne(OneByOne::Fields);
+    };
+    if fields.len() >= MAX_KEY {
+        return Place::OneByOne(OneByOne::Fields);
+    }
+    let bounds: Option<Vec<(Value, Value)>> = fields.iter().map(|(_, test)| test.bounds()).collect();
+    match bounds {
+        Some(bounds) => {
+            let (first, last) = bounds.into_iter().unzip();
+            Place::Set { shape, first, last }
+        }
+        None => Place::OneByOne(OneByOne::Mask),
+    }
+}
+
+/// The rules of a firewall, each where it goes.
+struct Placement {
+    /// Elements of sets that all middleboxes share.
+    exact: BTreeMap<Shape, BTreeMap<Vec<Value>, RuleId>>,
+    /// Elements of interval sets of the middlebox' own.
+    ranges: BTreeMap<Shape, Vec<Ranges>>,
+    one_by_one: Vec<(RuleId, Conditions, OneByOne)>,
+}
+
+/// An element of an interval set: from the first to the last value in every field.
+struct Ranges {
+    first: Vec<Value>,
+    last: Vec<Value>,
+    rule: RuleId,
+}
+
+impl Ranges {
+    fn overlaps(&self, first: &[Value], last: &[Value]) -> bool {
+        let own = self.first.iter().zip(&self.last);
+        own.zip(first.iter().zip(last)).all(|((a, b), (first, last))| a <= last && first <= b)
+    }
+}
+
+fn placement(mac: MacAddr, firewall: &Firewall) -> Placement {
+    let mut out = Placement { exact: BTreeMap::new(), ranges: BTreeMap::new(), one_by_one: Vec::new() };
+    for (id, conditions) in firewall.conditions(mac) {
+        match place(id.action, &conditions) {
+            Place::OneByOne(why) => out.one_by_one.push((id, conditions, why)),
+            Place::Set { shape, first, last } if first == last => {
+                // Two rules of one middlebox may ask for the same; the first stays.
+                out.exact.entry(shape).or_default().entry(first).or_insert(id);
+            }
+            Place::Set { shape, first, last } => {
+                let there = out.ranges.entry(shape).or_default();
+                match there.iter().find(|other| other.overlaps(&first, &last)) {
+                    Some(other) => out.one_by_one.push((id, conditions, OneByOne::Overlap(other.rule))),
+                    None => there.push(Ranges { first, last, rule: id }),
+                }
+            }
+        }
+    }
+    out
+}
+
+/// The rules that are looked at one by one, and why.
+pub fn one_by_one(mac: MacAddr, firewall: &Firewall) -> Vec<(RuleId, OneByOne)> {
+    placement(mac, firewall).one_by_one.into_iter().map(|(id, _, why)| (id, why)).collect()
+}
+
+/// How the kernel's elements and rules name what they count for.
+pub(super) fn comment(rule: RuleId) -> String {
+    format!("rule {rule}")
+}
+
+/// The name of a middlebox' own part of something.
+pub(super) fn own_name(what: &str, mac: MacAddr) -> String {
+    format!("{what}_{}", mac.to_string().replace(':', ""))
+}
+
+/// The chain of [`own_name`], read back: the middlebox whose filters it has.
+pub(super) fn mac_of_chain(chain: &str) -> Option<MacAddr> {
+    let digits = chain.strip_prefix("filters_")?;
+    let byte = |at: usize| u8::from_str_radix(digits.get(at..at + 2)?, 16).ok();
+    let bytes: Option<Vec<u8>> = (0..12).step_by(2).map(byte).collect();
+    bytes?.try_into().ok().map(MacAddr)
+}
+
+/// The look-ups of a chain, in the order they are made.
+#[derive(Default)]
+struct LookUps {
+    allow: Vec<Rule>,
+    allow_transport: Vec<Rule>,
+    deny: Vec<Rule>,
+    deny_transport: Vec<Rule>,
+}
+
+impl LookUps {
+    fn of(&mut self, shape: &Shape) -> &mut Vec<Rule> {
+        match (shape.action, shape.transport.is_some()) {
+            (Action::Allow, false) => &mut self.allow,
+            (Action::Allow, true) => &mut self.allow_transport,
+            (Action::Deny, false) => &mut self.deny,
+            (Action::Deny, true) => &mut self.deny_transport,
+        }
+    }
+
+    /// The chain, and the one for later pieces of datagrams, which have no transport header to look at.
+    fn chains(self, name: &str, closed: bool) -> BTreeMap<String, Chain> {
+        let LookUps { allow, allow_transport, deny, deny_transport } = self;
+        let close: Vec<Rule> = closed.then(|| rule(vec![goto("closed")])).into_iter().collect();
+        let (mut out, mut rules) = (BTreeMap::new(), allow);
+        let chain = |rules: Vec<Rule>| Chain { priority: None, rules };
+        if !allow_transport.is_empty() {
+            let later = format!("{name}.later");
+            rules.extend(later_fragments(&goto(&later)));
+            out.insert(later, chain([deny.clone(), close.clone()].concat()));
+            rules.extend(allow_transport);
+            rules.extend(deny);
+        } else {
+            rules.extend(deny);
+            if !deny_transport.is_empty() {
+                rules.extend(later_fragments(&if closed {
+                    goto("closed")
+                } else {
+                    verdict(Verdict::Return)
+                }));
+            }
+        }
+        rules.extend(deny_transport);
+        rules.extend(close);
+        out.insert(name.to_string(), chain(rules));
+        out
+    }
+}
+
+/// Goes before rules that load a transport header: later fragments have none. nft's slow path knows that, but the fast
+/// one (`nft_payload_fast_eval`, seen in 6.18) reads whatever stands there.
+fn later_fragments(then: &Statement) -> [Rule; 2] {
+    const OFFSET: u16 = 0x1fff;
+    [(IPV4, Field::Ip4FragmentOffset(OFFSET)), (IPV6, Field::Ip6FragmentOffset)]
+        .map(|(ip, offset)| rule(vec![ip.is(), Statement::IsNot(offset, Value::Port(0)), then.clone()]))
+}
+
+/// What the filters of a middlebox need.
+pub(super) fn filters(mac: MacAddr, firewall: &Firewall) -> Filters {
+    let Placement { exact, ranges, one_by_one } = placement(mac, firewall);
+    let closed = firewall.default_action() == Action::Deny;
+    if exact.is_empty() && ranges.is_empty() && one_by_one.is_empty() && !closed {
+        return Filters::default();
+    }
+    let own = !(ranges.is_empty() && one_by_one.is_empty());
+    let key = |values: &[Value]| [&[Value::Mac(mac)], values].concat();
+    let (mut sets, mut look_ups) = (BTreeMap::new(), LookUps::default());
+    let mut name = "filters".to_string();
+    for (shape, elements) in exact {
+        let (set, mut made) = (shape.name(), shape.set(false));
+        let element = |id: RuleId| Element { comment: Some(comment(id)), ..Element::default() };
+        made.elements = elements.into_iter().map(|(values, id)| (key(&values), element(id))).collect();
+        look_ups.of(&shape).push(shape.rule(&set));
+        name = format!("{name}.{set}");
+        sets.insert(set, made);
+    }
+    for (shape, elements) in ranges {
+        let (set, mut made) = (own_name(&shape.name(), mac), shape.set(true));
+        let element = |Ranges { first, last, rule }: Ranges| {
+            (key(&first), Element { last: Some(key(&last)), data: None, comment: Some(comment(rule)) })
+        };
+        made.elements = elements.into_iter().map(element).collect();
+        look_ups.of(&shape).push(shape.rule(&set));
+        sets.insert(set, made);
+    }
+    for (id, conditions, _) in one_by_one {
+        for (shape, rule) in plain_rules(id, &conditions) {
+            look_ups.of(&shape).push(rule);
+        }
+    }
+    if closed {
+        name.push_str(".closed");
+    }
+    let name = if own || name.len() > MAX_NAME { own_name("filters", mac) } else { name };
+    Filters { chains: look_ups.chains(&name, closed), chain: Some(name), sets, closed }
+}
+
+/// A rule that no set holds: one rule; one a family when it compares what the two have in different places, one a kind of
+/// VLAN tag.
+fn plain_rules(id: RuleId, conditions: &Conditions) -> Vec<(Shape, Rule)> {
+    let differs = conditions.tos.is_some() || conditions.length.is_some() || conditions.piece.is_some();
+    let families: Vec<Option<Ip>> = match family(conditions) {
+        Some(ip) => vec![Some(ip)],
+        None if differs => IPS.map(Some).to_vec(),
+        None => vec![None],
+    };
+    let tags: Vec<Option<EtherType>> =
+        if conditions.vlan.is_some() { VLAN_TYPES.map(EtherType::new).to_vec() } else { vec![None] };
+    let mut out = Vec::new();
+    for ip in families {
+        let Some((shape, fields)) = shape(id.action, conditions, ip.unwrap_or(IPV4)) else { continue };
+        for &tag in &tags {
+            let is_tag = tag.map(|tag| Statement::Is(Field::OuterType, Value::EtherType(tag)));
+            let mut statements: Vec<Statement> = is_tag.into_iter().chain(ip.map(Ip::is)).collect();
+            let is_family = |guard: &Statement| matches!(guard, Statement::Is(Field::EtherType, _));
+            statements.extend(shape.guards().into_iter().filter(|guard| !is_family(guard)));
+            statements.extend(fields.iter().map(|&(field, test)| test.statement(field)));
+            statements.push(Statement::Counter);
+            statements.push(verdict(verdict_of(id.action)));
+            out.push((shape.clone(), commented(statements, &comment(id))));
+        }
+    }
+    out
+}
