@@ -208,7 +208,7 @@ mod tests {
         let mut change = |state: &mut State, line: &str| {
             let command = policy.apply_line(line).unwrap();
             state.append(&[command], &policy).unwrap();
-            if line.len() % 7 == 0 {
+            if line.len().is_multiple_of(7) {
                 assert_eq!(state.load().unwrap(), (policy.clone(), Vec::new()));
             }
             fs::read_to_string(state.path()).unwrap().lines().count()

@@ -553,20 +553,52 @@ fn check_prints_every_error_with_its_place() {
     assert_eq!((output.status.code(), output.stdout, output.stderr), (Some(0), vec![], vec![]));
 }
 
+/// A small disk at a path, until this goes out of scope.
+struct SmallDisk<'a>(&'a std::path::Path);
+
+impl SmallDisk<'_> {
+    fn mount(at: &std::path::Path) -> SmallDisk<'_> {
+        run(&format!("mount -t tmpfs -o size=64k nfqd-tests {}", at.display()));
+        SmallDisk(at)
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        // Lazily: the daemon may still have it open.
+        run(&format!("umount -l {}", self.0.display()));
+    }
+}
+
 #[test]
 fn a_full_disk_is_said_and_the_policy_holds() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        let state = scene.daemon.status().state;
-        // A directory where the new file goes fails as a full disk does, and goes away as one is emptied.
-        let obstacle = format!("{state}.new");
-        std::fs::create_dir(&obstacle).unwrap();
+        let mut scene = Scene::new(&[]);
+        let state = std::path::PathBuf::from(scene.daemon.status().state);
+        scene.daemon.terminate();
+        let disk = SmallDisk::mount(state.parent().unwrap());
+        scene.daemon.restart();
+        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        let filler = disk.0.join("filler");
+        assert!(std::fs::write(&filler, vec![0; 1 << 20]).is_err(), "the disk is full");
+        // What is appended to a page that is there needs no room.
+        let fails = (1..400).find(|n| {
+            scene.daemon.must(&format!("A 12:13:14:15:16:17 #{n} T 2 d {}", 1000 + n));
+            scene.daemon.status().state_error.is_some()
+        });
+        let error = scene.daemon.status().state_error.unwrap();
+        assert!(fails.is_some() && error.contains("No space left"), "{error}");
         scene.redirect();
-        assert!(scene.daemon.status().state_error.is_some());
         assert_eq!(scene.at_vm().as_deref(), Some("backend"));
-        std::fs::remove_dir(&obstacle).unwrap();
+        std::fs::remove_file(&filler).unwrap();
         wait_for("the state is saved again", || scene.daemon.status().state_error.is_none());
-        assert!(std::fs::read_to_string(&state).unwrap().contains(STATIC));
-        std::thread::sleep(Duration::from_millis(1));
+        let saved = std::fs::read_to_string(&state).unwrap();
+        assert!(saved.contains(STATIC) && saved.contains(&format!("#{} T", fails.unwrap())), "{saved}");
+        // Killed, it takes back all of it.
+        let commands = scene.daemon.status().middleboxes[0].commands.clone();
+        scene.daemon.kill();
+        scene.daemon.restart();
+        assert_eq!(scene.daemon.status().middleboxes[0].commands, commands);
+        scene.daemon.terminate();
     });
 }
