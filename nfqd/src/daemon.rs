@@ -134,7 +134,8 @@ pub struct Daemon {
     config: Config,
     control: Control,
     signals: Signals,
-    watch: Watch,
+    /// None while the ruleset is loaded whole: the kernel would tell us of every element.
+    watch: Option<Watch>,
     options: Options,
     kernel: Kernel,
     desired: Desired,
@@ -191,7 +192,6 @@ impl Daemon {
         let heritage = kernel.heritage()?;
         let kept = kernel.counters()?;
         let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
-        let watch = Watch::open(kernel.port()).map_err(|errno| system("notifications")(errno.into()))?;
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             flows: Flows::new(FLOWS),
@@ -211,7 +211,7 @@ impl Daemon {
             config,
             control,
             signals,
-            watch,
+            watch: None,
             options,
             kernel,
             desired: Desired { policy, slots: heritage.slots },
@@ -323,7 +323,13 @@ impl Daemon {
     /// Makes the kernel's tables what they should be, whatever they are.
     fn load(&mut self) -> Result<(), KernelError> {
         let (standing, ruleset) = Standing::new(&self.desired, &self.options);
-        self.kernel.load(&ruleset)?;
+        self.watch = None;
+        let loaded = self.kernel.load(&ruleset);
+        match Watch::open(self.kernel.port()) {
+            Ok(watch) => self.watch = Some(watch),
+            Err(errno) => log::error!("notifications: {errno}; changes by other programs are not noticed"),
+        }
+        loaded?;
         self.standing = standing;
         self.loaded = self.desired.clone();
         self.stale = false;
@@ -593,7 +599,7 @@ impl Daemon {
             self.desired.slots.follow(&self.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
             self.stale = true;
         }
-        if self.watch.changed() {
+        if self.watch.as_ref().is_some_and(Watch::changed) {
             log::warn!("our tables were changed by another program; loading them again");
             if let Err(error) = self.repair() {
                 log::error!("{error}");

@@ -59,10 +59,10 @@ impl Snapshot {
         self.desired.slots.get(key).is_some()
     }
 
-    fn filters(&self, middlebox: &Middlebox) -> bool {
+    fn filters(&self, mac: MacAddr, middlebox: &Middlebox) -> bool {
         match self.filters {
             Filters::All => true,
-            Filters::WithoutTags => middlebox.firewall().is_some_and(|firewall| !firewall.looks_at_tags()),
+            Filters::WithoutTags => middlebox.firewall().is_some_and(|firewall| !firewall.looks_at_tags(mac)),
             Filters::None => false,
         }
     }
@@ -141,7 +141,7 @@ impl Judgement {
 /// Judges a packet, and remembers the flow of one that it sends to a backend.
 pub fn judge(snapshot: &Snapshot, flows: &Flows, packet: &Packet, now: Seconds) -> Judged {
     let middlebox = snapshot.policy().get(packet.link.destination);
-    let filters = middlebox.filter(|middlebox| snapshot.filters(middlebox));
+    let filters = middlebox.filter(|middlebox| snapshot.filters(packet.link.destination, middlebox));
     let Filtered { action, rule } = filters
         .map_or(Filtered { action: Action::Allow, rule: None }, |middlebox| filtered(middlebox, packet));
     let judgement = match action {

@@ -156,10 +156,9 @@ pub fn apply_file(
     // Some editors begin a file with a byte order mark.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (number, line) in nfqd_shmctl::split_lines(text) {
-        if Command::parse(line).is_ok_and(|command| skip(policy, &command)) {
-            continue;
-        }
-        if let Err(error) = policy.apply_line(line) {
+        let obeyed = Command::parse(line)
+            .and_then(|command| if skip(policy, &command) { Ok(()) } else { policy.obey(&command, line) });
+        if let Err(error) = obeyed {
             errors.push(format!("{}:{number}:{}: {}", path.display(), error.column, error.message));
         }
     }

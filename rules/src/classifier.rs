@@ -95,6 +95,11 @@ impl Classifier {
         }
     }
 
+    /// Whether a rule looks at VLAN tags.
+    pub fn looks_at_tags(&self) -> bool {
+        self.axes.iter().any(|(dimension, _)| *dimension == Dimension::Vlan)
+    }
+
     /// The first rule that a packet matches. `whole` looks at all conditions of a rule, for the few that need it.
     pub fn find(&self, packet: &Packet, whole: impl Fn(RuleId) -> bool) -> Option<RuleId> {
         let mut rows: [&[u64]; DIMENSIONS.len()] = [&[]; DIMENSIONS.len()];

@@ -11,7 +11,7 @@ use nfqd_shmctl::{
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Most rules that one middlebox may have; it is bounded because guests ask for them.
 pub const MAX_RULES: usize = 1024;
@@ -38,10 +38,22 @@ pub struct Firewall {
     ip: IpAddr,
     default: Action,
     rules: BTreeMap<RuleId, Rule>,
-    /// The same rules made ready for packets.
-    classifier: Classifier,
-    looks_at_tags: bool,
+    /// The same rules, once they are made ready for packets.
+    ready: Ready,
 }
+
+/// Made of the rules when the first packet asks: where the kernel filters, none does.
+#[derive(Clone, Debug, Default)]
+struct Ready(OnceLock<Classifier>);
+
+/// It follows from the rules.
+impl PartialEq for Ready {
+    fn eq(&self, _: &Ready) -> bool {
+        true
+    }
+}
+
+impl Eq for Ready {}
 
 /// What a firewall says of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,13 +66,7 @@ pub struct Filtered {
 
 impl Firewall {
     fn new(ip: IpAddr, default: Action) -> Firewall {
-        Firewall {
-            ip,
-            default,
-            rules: BTreeMap::new(),
-            classifier: Classifier::default(),
-            looks_at_tags: false,
-        }
+        Firewall { ip, default, rules: BTreeMap::new(), ready: Ready::default() }
     }
 
     /// The registered address.
@@ -83,9 +89,13 @@ impl Firewall {
         self.rules.iter().filter_map(move |(&id, rule)| Some((id, rule.conditions(mac, self.ip)?)))
     }
 
-    /// Whether a rule looks at VLAN tags.
-    pub fn looks_at_tags(&self) -> bool {
-        self.looks_at_tags
+    /// Whether a rule looks at VLAN tags. `mac` is the middlebox'.
+    pub fn looks_at_tags(&self, mac: MacAddr) -> bool {
+        self.classifier(mac).looks_at_tags()
+    }
+
+    fn classifier(&self, mac: MacAddr) -> &Classifier {
+        self.ready.0.get_or_init(|| Classifier::new(&self.conditions(mac).collect::<Vec<_>>()))
     }
 
     /// What happens to a packet for this firewall's middlebox.
@@ -95,7 +105,7 @@ impl Firewall {
             let wanted = rule.and_then(|rule| rule.conditions(packet.link.destination, self.ip));
             wanted.is_some_and(|wanted| wanted.match_packet(packet))
         };
-        let rule = self.classifier.find(packet, whole);
+        let rule = self.classifier(packet.link.destination).find(packet, whole);
         Filtered { action: rule.map_or(self.default, |rule| rule.action), rule }
     }
 
@@ -108,14 +118,12 @@ impl Firewall {
         refuse(2, ErrorCode::Quota, expected)
     }
 
-    fn set_rule(&mut self, mac: MacAddr, id: RuleId, rule: Option<Rule>) {
+    fn set_rule(&mut self, id: RuleId, rule: Option<Rule>) {
         match rule {
             Some(rule) => self.rules.insert(id, rule),
             None => self.rules.remove(&id),
         };
-        let conditions: Vec<_> = self.conditions(mac).collect();
-        self.classifier = Classifier::new(&conditions);
-        self.looks_at_tags = conditions.iter().any(|(_, wanted)| wanted.vlan.is_some());
+        self.ready = Ready::default();
     }
 }
 
@@ -196,7 +204,16 @@ impl Policy {
     /// When the text is no command or the policy refuses it; nothing has changed then.
     pub fn apply_line(&mut self, line: &str) -> Result<Command, CommandError> {
         let command = Command::parse(line)?;
-        self.apply(&command).map_err(|refusal| {
+        self.obey(&command, line)?;
+        Ok(command)
+    }
+
+    /// Applies one command, which was read from `line`.
+    ///
+    /// # Errors
+    /// When the policy refuses it; nothing has changed then.
+    pub fn obey(&mut self, command: &Command, line: &str) -> Result<(), CommandError> {
+        self.apply(command).map_err(|refusal| {
             let has_number =
                 line.split_ascii_whitespace().nth(2).is_some_and(|word| word.starts_with(['#', '+']));
             let word = match refusal.word {
@@ -205,8 +222,7 @@ impl Policy {
                 word => word,
             };
             CommandError::at_word(line, word, refusal.code, refusal.expected)
-        })?;
-        Ok(command)
+        })
     }
 
     fn apply(&mut self, command: &Command) -> Result<(), Refusal> {
@@ -280,7 +296,7 @@ impl Policy {
 
     fn set_rule(&mut self, mac: MacAddr, number: RuleId, rule: Option<Rule>) {
         if let Some(firewall) = &mut self.edit(mac).firewall {
-            firewall.set_rule(mac, number, rule);
+            firewall.set_rule(number, rule);
         }
     }
 

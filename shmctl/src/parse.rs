@@ -164,9 +164,9 @@ impl<'a> Iterator for Words<'a> {
     type Item = Word<'a>;
 
     fn next(&mut self) -> Option<Word<'a>> {
-        let rest = self.line.get(self.at..)?;
+        let rest = self.line.get(self.at..)?.trim_ascii_start();
         let text = rest.split_ascii_whitespace().next()?;
-        let start = self.at + rest.find(text)?;
+        let start = self.line.len() - rest.len();
         self.at = start + text.len();
         Some(Word { text, column: start + 1 })
     }

@@ -47,6 +47,16 @@ impl Daemon {
     /// # Panics
     /// When it does not start.
     pub fn start_bound(arguments: &[&str], mac: &str) -> Daemon {
+        let mut daemon = Daemon::spawn(arguments, mac);
+        daemon.wait_ready();
+        daemon
+    }
+
+    /// The same, without waiting.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn(arguments: &[&str], mac: &str) -> Daemon {
         let directory = tempfile::tempdir().expect("directory");
         let bound = if mac.is_empty() { String::new() } else { format!(",mac={mac}") };
         let shm = format!("{}{bound}", directory.path().join("shm").display());
@@ -67,9 +77,12 @@ impl Daemon {
             }
         }
         let child = spawn(directory.path(), &arguments);
-        let mut daemon = Daemon { child, directory, arguments };
-        daemon.wait_ready();
-        daemon
+        Daemon { child, directory, arguments }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     fn wait_ready(&mut self) {

@@ -3,7 +3,7 @@
 use super::field::Value;
 use super::model::{Family, Table};
 use super::part::Part;
-use super::ruleset::{Options, Ruleset, build, frame};
+use super::ruleset::{Options, Ruleset, build_of, frame};
 use crate::policy::Policy;
 use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;
@@ -46,16 +46,16 @@ pub struct Change {
 impl Standing {
     /// The ruleset to be loaded, and what then stands.
     pub fn new(state: &Desired, options: &Options) -> (Standing, Ruleset) {
-        let ruleset = build(&state.policy, &state.slots, options);
-        let frame = frame(options);
         let mut users: HashMap<String, usize> = HashMap::new();
-        for (mac, middlebox) in state.policy.middleboxes() {
-            let part = Part::new(*mac, middlebox, &state.slots, options);
-            part.sets
-                .into_keys()
-                .chain(part.chains.into_keys())
-                .for_each(|name| *users.entry(name).or_default() += 1);
-        }
+        let ruleset = build_of(&state.policy, &state.slots, options, |part| {
+            for name in part.sets.keys().chain(part.chains.keys()) {
+                match users.get_mut(name) {
+                    Some(count) => *count += 1,
+                    None => drop(users.insert(name.clone(), 1)),
+                }
+            }
+        });
+        let frame = frame(options);
         (Standing { options: *options, frame, users }, ruleset)
     }
 

@@ -29,7 +29,10 @@ impl Part {
         let comment = middlebox.ip().map(|ip| ip.to_string());
         part.element("middleboxes", vec![Value::Mac(mac)], Element { comment, ..Element::default() });
         part.filters(mac, middlebox, options);
+        // Where the kernel filters, the engine need not know a middlebox that balances nothing.
+        let asked = options.fast_path == FastPath::Off || !middlebox.services().is_empty();
         if options.steer == Steer::BrNetfilter
+            && asked
             && let Some(index) = slots.middlebox(mac)
         {
             part.own_chain(
@@ -69,7 +72,7 @@ impl Part {
         let filters = filters(mac, firewall);
         let Some(chain) = &filters.chain else { return };
         self.jump("filters", mac, None, chain);
-        if options.engine_is_blind() && firewall.looks_at_tags() {
+        if options.engine_is_blind() && firewall.looks_at_tags(mac) {
             self.jump("tag_filters", mac, None, chain);
         }
         if filters.closed {

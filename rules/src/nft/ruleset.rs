@@ -62,9 +62,21 @@ const ASK_PRIORITY: i32 = -300;
 
 /// The ruleset that a policy needs.
 pub fn build(policy: &Policy, slots: &Slots, options: &Options) -> Ruleset {
+    build_of(policy, slots, options, |_| {})
+}
+
+/// The same; each middlebox' part is shown to `each`.
+pub(super) fn build_of(
+    policy: &Policy,
+    slots: &Slots,
+    options: &Options,
+    mut each: impl FnMut(&Part),
+) -> Ruleset {
     let mut table = frame(options);
     for (mac, middlebox) in policy.middleboxes() {
-        table.add(Part::new(*mac, middlebox, slots, options));
+        let part = Part::new(*mac, middlebox, slots, options);
+        each(&part);
+        table.add(part);
     }
     let mut out = Ruleset::from([(Family::Bridge, table)]);
     if options.steer == Steer::BrNetfilter {

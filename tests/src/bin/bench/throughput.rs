@@ -1,7 +1,6 @@
-//! Throughput of a redirected TCP stream beside the plain bridge's, in the same run: pairs, medians, spread, ratio.
-//!
-//! Run as root: `cargo run --release -p nfqd-tests --bin bench`.
+//! Throughput of a redirected TCP stream beside the plain bridge's.
 
+use crate::print;
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::lab::{Lab, SINK, Server, VM, connect, wait_for};
 use nfqd_tests::netns::in_netns;
@@ -12,15 +11,8 @@ const OTHER: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 2);
 const PAIRS: usize = 9;
 const BYTES: u64 = 2 << 30;
 
-/// The middle value, and the distance between the quartiles.
-fn median(values: &[f64]) -> (f64, f64) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
-    (at(0.5), at(0.75) - at(0.25))
-}
-
-fn main() {
+/// Runs it and prints what came out.
+pub fn run() {
     in_netns(|| {
         let lab = Lab::new(true);
         let daemon = Daemon::start(&[]);
@@ -49,14 +41,9 @@ fn main() {
             redirected.iter().zip(&plain).map(|(redirected, plain)| redirected / plain).collect();
         let status = daemon.status();
         println!("steer {}, {PAIRS} pairs of {} MiB, one TCP stream", status.steer, BYTES >> 20);
-        for (name, values, unit) in [
-            ("plain bridge", &plain, " Gbit/s"),
-            ("redirected", &redirected, " Gbit/s"),
-            ("ratio of a pair", &ratios, ""),
-        ] {
-            let (middle, spread) = median(values);
-            println!("{name:<16} median {middle:6.2}{unit}, quartiles {spread:.2} apart");
-        }
+        print("plain bridge", &plain, "Gbit/s");
+        print("redirected", &redirected, "Gbit/s");
+        print("ratio of a pair", &ratios, "");
         println!("packets in user space: {} of {} transfers", daemon.judged() - judged, 2 * PAIRS);
     });
 }

@@ -1,0 +1,32 @@
+//! Benchmarks, each beside a peer in the same run: medians, quartiles, ratios.
+//!
+//! Run as root: `cargo build --release && target/release/bench [throughput] [scale] [classifier]`; all without a name.
+
+mod classifier;
+mod scale;
+mod throughput;
+
+/// Prints the middle of some measurements and how far the quartiles are apart; the middle comes back.
+fn print(name: &str, values: &[f64], unit: &str) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    println!("{name:<44} median {:10.2} {unit:<8} quartiles {:.2} apart", at(0.5), at(0.75) - at(0.25));
+    at(0.5)
+}
+
+fn main() {
+    let all: [(&str, fn()); 3] =
+        [("throughput", throughput::run), ("scale", scale::run), ("classifier", classifier::run)];
+    let named: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(wrong) = named.iter().find(|name| all.iter().all(|(known, _)| known != name)) {
+        eprintln!("bench: '{wrong}': no such benchmark; there are throughput, scale and classifier");
+        std::process::exit(2);
+    }
+    for (name, run) in
+        all.iter().filter(|(name, _)| named.is_empty() || named.iter().any(|wanted| wanted == name))
+    {
+        println!("== {name}");
+        run();
+    }
+}
