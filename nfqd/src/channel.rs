@@ -3,7 +3,7 @@
 use crate::config::ShmSpec;
 use nfqd_shmctl::mailbox::{Frame, HostMailbox, MAX_FRAMES};
 use nfqd_shmctl::{Command, CommandError, ErrorCode, MacAddr, Region, RegionError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// One guest's channel.
 pub struct Channel {
@@ -18,6 +18,8 @@ pub struct Channel {
 /// host a transaction and a write to disk, which other guests wait for.
 const RATE: f64 = 100.0;
 const BURST: f64 = 500.0;
+/// A command that takes more CPU time than this counts as several: with [`RATE`], a channel gets a tenth of a core.
+const COMMAND_TIME: Duration = Duration::from_millis(1);
 
 impl Channel {
     /// Opens the region, which is made when it is not there.
@@ -64,6 +66,12 @@ impl Channel {
         }
     }
 
+    /// Takes from the budget the CPU time that the host has spent on these many commands beyond their share.
+    pub fn charge(&mut self, commands: usize, spent: Duration) {
+        let share = COMMAND_TIME.as_secs_f64() * commands as f64;
+        self.budget -= (spent.as_secs_f64() - share).max(0.0) / COMMAND_TIME.as_secs_f64();
+    }
+
     /// Answers frames.
     pub fn reply(&mut self, answered: &[(Frame, String)]) {
         if let Ok(region) = &self.region {
@@ -102,6 +110,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_command_that_takes_long_counts_as_several() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = format!("{}", dir.path().join("vm").display()).parse().unwrap();
+        let mut channel = Channel::open(&spec).unwrap();
+        let before = channel.budget;
+        channel.charge(10, Duration::from_millis(7));
+        assert!((before - channel.budget).abs() < 1e-9, "ten commands in less than their share");
+        channel.charge(1, Duration::from_millis(26));
+        assert!((before - channel.budget - 25.0).abs() < 1e-6, "{}", channel.budget);
+    }
+
+    #[test]
     fn a_channel_that_sends_without_end_waits() {
         let dir = tempfile::tempdir().unwrap();
         let spec = format!("{}", dir.path().join("vm").display()).parse().unwrap();
@@ -116,7 +136,7 @@ mod tests {
             channel.reply(&frames);
         }
         assert!(taken > BURST as usize - 2 * MAX_FRAMES && taken <= BURST as usize, "{taken}");
-        assert_eq!(channel.take(now + std::time::Duration::from_millis(25)).len(), 2);
+        assert_eq!(channel.take(now + Duration::from_millis(25)).len(), 2);
     }
 
     #[test]

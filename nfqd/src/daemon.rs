@@ -26,6 +26,7 @@ use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::mailbox::Frame;
 use nfqd_shmctl::{Action, Command, CommandError, ErrorCode, MacAddr, RegionError, RuleId};
 use nix::errno::Errno;
+use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::collections::{BTreeMap, BTreeSet};
@@ -249,7 +250,6 @@ impl Daemon {
                 .map_err(system(&format!("thread of queue {number}")))?;
             daemon.workers.push(worker);
         }
-        daemon.save();
         Ok(daemon)
     }
 
@@ -266,6 +266,7 @@ impl Daemon {
             self.options.queues.first + (self.options.queues.count - 1),
             self.desired.policy.middleboxes().len()
         );
+        self.save();
         let mut slow = Instant::now();
         loop {
             let signals: Vec<i32> = self.signals.pending().collect();
@@ -424,6 +425,7 @@ impl Daemon {
             if frames.is_empty() {
                 continue;
             }
+            let start = cpu_time();
             let before = self.desired.clone();
             let (mut answered, mut obeyed): (Vec<(Frame, String)>, Vec<Command>) = (Vec::new(), Vec::new());
             for frame in frames {
@@ -456,6 +458,7 @@ impl Daemon {
                     let level = if reply.starts_with("OK") { log::Level::Info } else { log::Level::Debug };
                     log::log!(level, "{}: {text}: {reply}", channel.spec().path.display());
                 }
+                channel.charge(answered.len(), cpu_time().saturating_sub(start));
                 channel.reply(&answered);
             }
         }
@@ -730,6 +733,11 @@ impl Daemon {
             state_error: self.unsaved.as_ref().map(ToString::to_string),
         }
     }
+}
+
+/// The CPU time that this thread has used.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
 /// The rules of a middlebox in the order they are looked at; none for its default, when that denies.

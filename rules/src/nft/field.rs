@@ -257,6 +257,26 @@ pub enum Value {
 }
 
 impl Value {
+    /// The value as a number, in the order that the kernel's interval sets have.
+    pub(super) fn number(self) -> u128 {
+        match self {
+            Value::Mac(mac) => mac.0.iter().fold(0, |number, byte| number << 8 | u128::from(*byte)),
+            Value::Ip(IpAddr::V4(ip)) => u128::from(ip.to_bits()),
+            Value::Ip(IpAddr::V6(ip)) => ip.to_bits(),
+            Value::EtherType(ether_type) => u128::from(ether_type.number()),
+            Value::Protocol(protocol) => u128::from(protocol.0),
+            Value::Port(port) => u128::from(port),
+            Value::Mark(mark) => u128::from(mark),
+            Value::Exists(there) => u128::from(there),
+            Value::Tos(byte)
+            | Value::Flags(byte)
+            | Value::IcmpType(byte)
+            | Value::IcmpCode(byte)
+            | Value::Icmp6Type(byte)
+            | Value::Icmp6Code(byte) => u128::from(byte),
+        }
+    }
+
     /// The bytes as they are in a register: network order, marks in host order.
     pub(super) fn bytes(self) -> Vec<u8> {
         match self {

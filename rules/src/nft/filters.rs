@@ -349,7 +349,7 @@ struct Placement {
     /// Elements of sets that all middleboxes share.
     exact: BTreeMap<Shape, BTreeMap<Vec<Value>, RuleId>>,
     /// Elements of interval sets of the middlebox' own.
-    ranges: BTreeMap<Shape, Vec<Ranges>>,
+    ranges: BTreeMap<Shape, Interval>,
     one_by_one: Vec<(RuleId, Conditions, OneByOne)>,
 }
 
@@ -360,10 +360,34 @@ struct Ranges {
     rule: RuleId,
 }
 
-impl Ranges {
-    fn overlaps(&self, first: &[Value], last: &[Value]) -> bool {
-        let own = self.first.iter().zip(&self.last);
-        own.zip(first.iter().zip(last)).all(|((a, b), (first, last))| a <= last && first <= b)
+/// The elements of an interval set, found by where they lie in the first field.
+#[derive(Default)]
+struct Interval {
+    elements: Vec<Ranges>,
+    /// The bounds of each element in every field, by where it begins in the first one.
+    bounds: BTreeMap<(u128, usize), Vec<(u128, u128)>>,
+    /// The longest range in the first field.
+    longest: u128,
+}
+
+impl Interval {
+    /// Adds an element, unless it overlaps one that is there; the rule of that comes back.
+    fn add(&mut self, ranges: Ranges) -> Option<RuleId> {
+        let bounds =
+            ranges.first.iter().zip(&ranges.last).map(|(first, last)| (first.number(), last.number()));
+        let bounds: Vec<(u128, u128)> = bounds.collect();
+        let &(first, last) = bounds.first()?;
+        let near = (first.saturating_sub(self.longest), 0)..=(last, usize::MAX);
+        let overlaps = |other: &[(u128, u128)]| {
+            other.iter().zip(&bounds).all(|((a, b), (first, last))| a <= last && first <= b)
+        };
+        if let Some(((_, at), _)) = self.bounds.range(near).find(|(_, other)| overlaps(other)) {
+            return self.elements.get(*at).map(|other| other.rule);
+        }
+        self.longest = self.longest.max(last - first);
+        self.bounds.insert((first, self.elements.len()), bounds);
+        self.elements.push(ranges);
+        None
     }
 }
 
@@ -378,9 +402,8 @@ fn placement(mac: MacAddr, firewall: &Firewall) -> Placement {
             }
             Place::Set { shape, first, last } => {
                 let there = out.ranges.entry(shape).or_default();
-                match there.iter().find(|other| other.overlaps(&first, &last)) {
-                    Some(other) => out.one_by_one.push((id, conditions, OneByOne::Overlap(other.rule))),
-                    None => there.push(Ranges { first, last, rule: id }),
+                if let Some(other) = there.add(Ranges { first, last, rule: id }) {
+                    out.one_by_one.push((id, conditions, OneByOne::Overlap(other)));
                 }
             }
         }
@@ -486,7 +509,7 @@ pub(super) fn filters(mac: MacAddr, firewall: &Firewall) -> Filters {
         name = format!("{name}.{set}");
         sets.insert(set, made);
     }
-    for (shape, elements) in ranges {
+    for (shape, Interval { elements, .. }) in ranges {
         let (set, mut made) = (own_name(&shape.name(), mac), shape.set(true));
         let element = |Ranges { first, last, rule }: Ranges| {
             (key(&first), Element { last: Some(key(&last)), data: None, comment: Some(comment(rule)) })

@@ -6,14 +6,17 @@ use nfqd_tests::daemon::{Daemon, program};
 use nfqd_tests::lab::wait_for;
 use nfqd_tests::netns::{in_netns, run as shell};
 use nfqd_tests::tap::Tap;
+use nix::sched::{CloneFlags, setns, unshare};
 use std::fmt::Write;
+use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
 const MIDDLEBOXES: u32 = 10_000;
 const RULES: u32 = 10;
-const FRAMES: u32 = 400_000;
-const PAIRS: usize = 3;
+const FRAMES: u32 = 150_000;
+const PAIRS: usize = 21;
+const LOADS: usize = 7;
 
 fn mac(n: u32) -> String {
     let [_, a, b, c] = n.to_be_bytes();
@@ -104,36 +107,57 @@ fn frame(n: u32) -> Vec<u8> {
     out
 }
 
-/// A bridge with a port that frames come from and one that takes them all.
+/// A bridge with a port that frames come from and one that takes them all, in a network namespace of its own.
 struct Bridge {
     uplink: Tap,
+    namespace: File,
+    /// The rules come and go with it.
+    daemon: Option<Daemon>,
 }
 
 impl Bridge {
-    fn new() -> Bridge {
-        shell("ip link add br0 type bridge mcast_snooping 0");
-        shell("ip link set br0 up");
-        shell("ip link add out type veth peer name sink");
-        shell("ip link set sink up");
-        shell("ip link set out master br0 up");
-        Bridge { uplink: Tap::on_bridge("br0", "uplink", &[]) }
+    /// One with an nfqd that has these commands.
+    fn new(directory: &Path, commands: &str) -> Bridge {
+        std::thread::scope(|scope| {
+            let made = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).expect("a namespace");
+                shell("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
+                shell("ip link set lo up");
+                shell("ip link add br0 type bridge mcast_snooping 0");
+                shell("ip link set br0 up");
+                shell("ip link add out type veth peer name sink");
+                shell("ip link set sink up");
+                shell("ip link set out master br0 up");
+                let uplink = Tap::on_bridge("br0", "uplink", &[]);
+                let namespace = File::open("/proc/thread-self/ns/net").expect("a namespace");
+                Bridge { uplink, namespace, daemon: Some(start(directory, commands).0) }
+            });
+            made.join().expect("a bridge")
+        })
     }
 
-    /// Frames a second through the bridge to these middleboxes, in turn; each write goes the whole way.
-    fn rate(&self, middleboxes: &[u32]) -> f64 {
-        let taken = || -> u64 {
-            let text = std::fs::read_to_string("/proc/thread-self/net/dev").expect("statistics");
-            let line = text.lines().find_map(|line| line.trim().strip_prefix("sink:")).expect("the sink");
-            line.split_whitespace().nth(1).and_then(|packets| packets.parse().ok()).expect("a number")
-        };
-        let frames: Vec<Vec<u8>> = middleboxes.iter().map(|n| frame(*n)).collect();
-        let (before, start) = (taken(), Instant::now());
+    /// Frames that have come through.
+    fn taken(&self) -> u64 {
+        std::thread::scope(|scope| {
+            let read = scope.spawn(|| {
+                setns(&self.namespace, CloneFlags::CLONE_NEWNET).expect("setns");
+                let text = std::fs::read_to_string("/proc/thread-self/net/dev").expect("statistics");
+                let line = text.lines().find_map(|line| line.trim().strip_prefix("sink:")).expect("the sink");
+                line.split_whitespace().nth(1).and_then(|packets| packets.parse().ok()).expect("a number")
+            });
+            read.join().expect("statistics")
+        })
+    }
+
+    /// Thousands of frames a second through the bridge to these middleboxes, in turn; each write goes the whole way.
+    fn rate(&self, frames: &[Vec<u8>]) -> f64 {
+        let (before, start) = (self.taken(), Instant::now());
         for n in 0..FRAMES {
             self.uplink.send(&frames[n as usize % frames.len()]);
         }
         let seconds = start.elapsed().as_secs_f64();
-        assert_eq!(taken() - before, u64::from(FRAMES), "frames were lost");
-        f64::from(FRAMES) / seconds
+        assert_eq!(self.taken() - before, u64::from(FRAMES), "frames were lost");
+        f64::from(FRAMES) / seconds / 1e3
     }
 }
 
@@ -152,6 +176,8 @@ fn usage(pid: u32) -> (u64, f64) {
 /// The CPU time, in microseconds, that changes of one rule cost nfqd's control thread, one by one.
 fn changes(daemon: &Daemon, command: impl Fn(u32) -> String) -> Vec<f64> {
     let pid = daemon.pid();
+    // What follows the start, the file of registrations among that, is over by then.
+    std::thread::sleep(std::time::Duration::from_secs(1));
     let idle = {
         let before = usage(pid).1;
         std::thread::sleep(std::time::Duration::from_millis(500));
@@ -171,41 +197,49 @@ pub fn run() {
     assert!(program("nfqd").exists(), "build nfqd first: cargo build --release");
     in_netns(|| {
         let directory = tempfile::tempdir().expect("a directory");
-        let path = Bridge::new();
-        let spread: Vec<u32> = (0..MIDDLEBOXES).step_by(97).collect();
+        let ratios = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a / b).collect::<Vec<_>>();
         for shapes in [1, 2, 5] {
             println!("-- {MIDDLEBOXES} middleboxes, {RULES} rules each, of {shapes} shape(s)");
             let script = directory.path().join("by-hand.nft");
             std::fs::write(&script, by_hand(shapes)).expect("script");
-            let (mut one_rate, mut all_rate, mut spread_rate) = (Vec::new(), Vec::new(), Vec::new());
+            let all_commands = commands(MIDDLEBOXES, RULES, shapes);
             let (mut load, mut hand) = (Vec::new(), Vec::new());
-            for _ in 0..PAIRS {
-                let start_hand = Instant::now();
+            for _ in 0..LOADS {
+                let begin = Instant::now();
                 shell(&format!("nft -f {}", script.display()));
-                hand.push(start_hand.elapsed().as_secs_f64());
+                hand.push(begin.elapsed().as_secs_f64());
                 shell("nft delete table bridge hand");
-                let (daemon, _) = start(directory.path(), &commands(1, 1, 1));
-                path.rate(&[0]);
-                one_rate.push(path.rate(&[0]) / 1e3);
-                drop(daemon);
-                shell(&format!("{} flush", program("nfqd").display()));
-                let (daemon, seconds) = start(directory.path(), &commands(MIDDLEBOXES, RULES, shapes));
+                let (daemon, seconds) = start(directory.path(), &all_commands);
                 load.push(seconds);
-                path.rate(&[0]);
-                all_rate.push(path.rate(&[0]) / 1e3);
-                spread_rate.push(path.rate(&spread) / 1e3);
                 drop(daemon);
                 shell(&format!("{} flush", program("nfqd").display()));
             }
-            let ratios = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a / b).collect::<Vec<_>>();
-            print("fast path, one middlebox with one rule", &one_rate, "kpps");
-            print("fast path, all, traffic to one", &all_rate, "kpps");
-            print("    ratio of a pair", &ratios(&all_rate, &one_rate), "");
-            print("fast path, all, traffic to 104 in turn", &spread_rate, "kpps");
-            print("    ratio of a pair", &ratios(&spread_rate, &one_rate), "");
             print("nft -f of the ruleset written by hand", &hand, "s");
             print("nfqd from its start to ready", &load, "s");
             print("    ratio of a pair", &ratios(&load, &hand), "");
+            let one = Bridge::new(directory.path(), &commands(1, 1, 1));
+            let all = Bridge::new(directory.path(), &all_commands);
+            let to_one = vec![frame(0)];
+            let spread: Vec<Vec<u8>> = (0..MIDDLEBOXES).step_by(97).map(frame).collect();
+            let (mut one_rate, mut all_rate, mut spread_rate) = (Vec::new(), Vec::new(), Vec::new());
+            one.rate(&to_one);
+            all.rate(&to_one);
+            for pair in 0..PAIRS {
+                if pair % 2 == 0 {
+                    one_rate.push(one.rate(&to_one));
+                }
+                all_rate.push(all.rate(&to_one));
+                spread_rate.push(all.rate(&spread));
+                if pair % 2 == 1 {
+                    one_rate.push(one.rate(&to_one));
+                }
+            }
+            print("fast path, one middlebox with one rule", &one_rate, "kpps");
+            print("fast path, all, traffic to one", &all_rate, "kpps");
+            print("    ratio of a pair", &ratios(&all_rate, &one_rate), "");
+            print(&format!("fast path, all, traffic to {} in turn", spread.len()), &spread_rate, "kpps");
+            print("    ratio of a pair", &ratios(&spread_rate, &one_rate), "");
+            drop((one.daemon, all.daemon));
         }
         println!("-- one rule changed");
         let (empty, _) = start(directory.path(), "");
