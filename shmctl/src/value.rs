@@ -515,7 +515,9 @@ pub(crate) fn decimal<T: FromStr>(text: &str) -> Option<T> {
 /// Reads a byte written in decimal or, behind `0x`, in hexadecimal.
 pub(crate) fn number(text: &str) -> Option<u8> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(hex) if !hex.starts_with('+') => u8::from_str_radix(hex, 16).ok(),
+        Some(hex) if hex.len() <= 2 && hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            u8::from_str_radix(hex, 16).ok()
+        }
         Some(_) => None,
         None => decimal(text),
     }

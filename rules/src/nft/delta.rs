@@ -122,3 +122,95 @@ impl Standing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::Queues;
+    use super::super::ruleset::{FastPath, Steer, build};
+    use super::*;
+    use nfqd_shmctl::MacAddr;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+    use std::net::IpAddr;
+    use std::time::Instant;
+
+    /// What a transaction makes of a table, as `kernel::difference` sends it.
+    fn apply(table: &mut Table, change: &Change) {
+        let Change { old, new, .. } = change;
+        for name in old.sets.keys().filter(|name| !new.sets.contains_key(*name)) {
+            assert_eq!(table.sets.remove(name).as_ref(), old.sets.get(name), "{name} has elements that stay");
+        }
+        for (name, set) in &new.sets {
+            let before = old.sets.get(name);
+            assert_eq!(table.sets.contains_key(name), before.is_some(), "{name}");
+            let there = table.sets.entry(name.clone()).or_insert_with(|| set.empty());
+            for key in before.into_iter().flat_map(|set| set.elements.keys()) {
+                assert!(there.elements.remove(key).is_some(), "{name}: {key:?}");
+            }
+            there.elements.extend(set.elements.clone());
+        }
+        for name in old.chains.keys().filter(|name| !new.chains.contains_key(*name)) {
+            assert!(table.chains.remove(name).is_some(), "{name}");
+        }
+        for (name, chain) in &new.chains {
+            assert_eq!(table.chains.contains_key(name), old.chains.contains_key(name), "{name}");
+            table.chains.insert(name.clone(), chain.clone());
+        }
+    }
+
+    fn command() -> impl Strategy<Value = String> {
+        let mac = || select(vec!["2:0:0:0:0:1", "2:0:0:0:0:2", "2:0:0:0:0:3"]);
+        let fields = select(vec![
+            "T 2 d 80",
+            "T 2 d 81",
+            "T 2 d 80-90",
+            "I 1 s 10.0.0.1",
+            "I 1 s 10.0.0.0/8",
+            "I 1 s 10.0.0.0/16",
+            "V 1 s 7",
+            "I 0",
+        ]);
+        let rule = || (select(vec!["#", "+"]), 1..4_u8).prop_map(|(sign, number)| format!("{sign}{number}"));
+        prop_oneof![
+            2 => (mac(), select(vec!["", " deny"])).prop_map(|(mac, default)| format!("R F {mac} 10.0.0.9{default}")),
+            8 => (mac(), rule(), fields).prop_map(|(mac, rule, fields)| format!("A {mac} {rule} {fields}")),
+            2 => (mac(), rule()).prop_map(|(mac, rule)| format!("D {mac} {rule}")),
+            4 => (mac(), select(vec!["10.0.0.5", "10.0.0.6"]), select(vec!["10.0.0.7", "10.0.0.8"]))
+                .prop_map(|(mac, vip, to)| format!("R L {mac} {vip} 0 {to}")),
+            1 => (mac(), select(vec!["F", "L", "A"])).prop_map(|(mac, services)| format!("X {mac} {services}")),
+        ]
+    }
+
+    proptest! {
+        /// Step by step, or several commands at once, with MACs of backends that become known: what stands is what would be
+        /// loaded.
+        #[test]
+        fn changes_make_what_a_load_makes(
+            steps in proptest::collection::vec((proptest::collection::vec(command(), 1..4), any::<bool>()), 1..30),
+            off: bool,
+        ) {
+            let queues = Queues { first: 0, count: 1, bypass: true };
+            let fast_path = if off { FastPath::Off } else { FastPath::Full };
+            let options = Options { steer: Steer::BrNetfilter, fast_path, queues };
+            let mut now = Desired::default();
+            let (mut standing, mut ruleset) = Standing::new(&now, &options);
+            let table = ruleset.get_mut(&Family::Bridge).unwrap();
+            for (commands, known) in steps {
+                let mut next = now.clone();
+                for command in commands {
+                    let _ = next.policy.apply_line(&command);
+                }
+                let mac = |_: IpAddr| known.then_some(MacAddr([2; 6]));
+                next.slots.follow(&next.policy, mac, Instant::now());
+                let change = standing.change(&now, &next);
+                apply(table, &change);
+                standing.done(change);
+                now = next;
+                let wanted = build(&now.policy, &now.slots, &options);
+                prop_assert_eq!(&*table, &wanted[&Family::Bridge]);
+            }
+            let (fresh, _) = Standing::new(&now, &options);
+            prop_assert_eq!(standing.users, fresh.users);
+        }
+    }
+}
