@@ -3,6 +3,7 @@
 //! Every lab lives in network namespaces that the test itself makes, and goes with its processes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod captures;
 pub mod daemon;
 pub mod frames;
 pub mod lab;

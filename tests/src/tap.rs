@@ -36,6 +36,8 @@ impl Tap {
         // which is 40 bytes, and the buffer outlives the call.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
         assert_eq!(result, 0, "TUNSETIFF {name}: {}", std::io::Error::last_os_error());
+        // Room for the largest frames of the captures.
+        run(&format!("ip link set {name} mtu 9000"));
         run(&format!("ip link set {name} master {bridge} up"));
         run(&format!("bridge link set dev {name} learning off"));
         for mac in macs {

@@ -7,6 +7,7 @@
 use nfqd::replay::Replay;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};
+use nfqd_tests::captures;
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::frames::{HOSTS, MIDDLEBOXES, frame, policy};
 use nfqd_tests::netns::{in_netns, run};
@@ -301,6 +302,37 @@ fn what_was_found_before_does_not_come_back() {
             }
             let Tally { accepted, dropped, redirected, skipped } = oracles.tally;
             assert_eq!((accepted + dropped + redirected, skipped), (11, 0));
+        });
+    }
+}
+
+/// The captures under each of the policies beside them.
+#[test]
+fn the_oracles_agree_about_the_captures() {
+    for (name, frames) in captures::all() {
+        let file = captures::folder().join(format!("{name}.pcap"));
+        let kept = std::fs::read(&file).unwrap();
+        assert!(
+            kept == captures::pcap(&frames),
+            "{name}.pcap: write it anew, cargo run -p nfqd-tests --bin captures"
+        );
+    }
+    for fast_path in ["full", "off"] {
+        in_netns(move || {
+            let mut oracles = Oracles::new(fast_path);
+            for policy in captures::POLICIES {
+                let file = captures::folder().join(format!("{policy}.commands"));
+                let text = std::fs::read_to_string(file).unwrap();
+                let commands: Vec<String> =
+                    nfqd_shmctl::split_lines(&text).map(|(_, line)| line.to_string()).collect();
+                for (name, frames) in captures::all() {
+                    let case = (commands.clone(), frames);
+                    oracles.compare(&case).unwrap_or_else(|error| panic!("{name} under {policy}: {error}"));
+                }
+            }
+            println!("captures, fast path {fast_path}: {:?}", oracles.tally);
+            let Tally { accepted, dropped, redirected, .. } = oracles.tally;
+            assert!(accepted.min(dropped).min(redirected) > 200, "{:?}", oracles.tally);
         });
     }
 }
