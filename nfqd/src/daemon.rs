@@ -18,7 +18,7 @@ use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
 use nfqd_rules::nft::delta::{Desired, Standing};
 use nfqd_rules::nft::filters::one_by_one;
-use nfqd_rules::nft::kernel::{Counters, Kernel, KernelError};
+use nfqd_rules::nft::kernel::{Counters, Kernel, KernelError, Made};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Steer};
 use nfqd_rules::slots::{Slot, SlotKey};
@@ -44,6 +44,8 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
+/// How long packets that are being judged are waited for before old slots go.
+const SETTLE: Duration = Duration::from_millis(50);
 /// The longest reply to `Q`; the mailbox has room for little more.
 const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.
@@ -343,29 +345,53 @@ impl Daemon {
         let counted = self.kernel.counters()?;
         self.load()?;
         self.kept.add(&counted);
-        self.counted = None;
+        (self.counters, self.counted) = (Counters::default(), None);
         Ok(())
     }
 
-    /// Brings what is to hold to the engine, then to the kernel. The engine goes first: it must know what the kernel sends
-    /// it.
+    /// Brings what is to hold to the kernel, then to the engine. In between the engine still sends packets to slots of
+    /// before; so these stay in the kernel until no such packet is on its way.
     fn enforce(&mut self) -> Result<(), KernelError> {
-        self.publish();
         let change = self.standing.change(&self.loaded, &self.desired);
         let result = match self.kernel.change(&change) {
             Ok(lost) => {
-                self.standing.done(change);
+                // What is kept now must not count twice, as long as the kernel is not asked again.
+                self.counters.rules.retain(|rule, _| !lost.rules.contains_key(rule));
                 self.kept.add(&lost);
+                self.publish();
+                let finished = if change.has_leftovers() {
+                    let deadline = Instant::now() + SETTLE;
+                    self.workers.iter().for_each(|worker| worker.settle(deadline));
+                    self.kernel.finish(&change)
+                } else {
+                    Ok(())
+                };
+                self.standing.done(change);
                 self.forget_counts();
                 self.loaded = self.desired.clone();
-                Ok(())
+                // What holds now is right but for slots too many.
+                finished.or_else(|error| {
+                    log::warn!("old backends are not removed ({error}); loading the ruleset again");
+                    self.repair()
+                })
             }
             // Somebody else has changed our tables: what is there is replaced whole.
-            Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)) => {
+            Err((error, _))
+                if matches!(error.errno(), Some(Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)) =>
+            {
                 log::warn!("our tables were changed by another program ({error}); repairing them");
-                self.repair()
+                let repaired = self.repair();
+                self.publish();
+                repaired
             }
-            Err(error) => Err(error),
+            Err((error, Made::Nothing)) => Err(error),
+            // Back to before in one transaction.
+            Err((error, Made::Part)) => {
+                let wanted = std::mem::replace(&mut self.desired, self.loaded.clone());
+                let back = self.load();
+                self.desired = wanted;
+                Err(back.err().unwrap_or(error))
+            }
         };
         self.stale = result.is_err();
         result
@@ -378,15 +404,16 @@ impl Daemon {
             let (Some(old), new) = (before.get(mac), now.get(mac)) else { continue };
             if new.is_none() {
                 self.kept.middleboxes.remove(&mac);
+                self.counters.middleboxes.remove(&mac);
             }
             for rule in rules(old).filter(|rule| new.is_none_or(|new| !has(new, *rule))) {
                 self.kept.rules.remove(&(mac, rule));
+                self.counters.rules.remove(&(mac, rule));
                 for worker in &self.workers {
                     worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner).remove(&(mac, rule));
                 }
             }
         }
-        self.counted = None;
     }
 
     /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
@@ -413,6 +440,8 @@ impl Daemon {
                 self.desired.policy = before.policy;
                 self.desired.slots.put_back(before.slots, Instant::now());
                 self.publish();
+                // What was tried may hold in part: the next look around makes sure.
+                self.stale = true;
             }
         }
         result
@@ -674,8 +703,8 @@ impl Daemon {
         let firewall = middlebox.firewall();
         let looked_at: BTreeMap<RuleId, String> = firewall
             .filter(|_| self.options.fast_path == FastPath::Full)
-            .map(|firewall| {
-                one_by_one(mac, firewall).into_iter().map(|(rule, why)| (rule, why.to_string())).collect()
+            .map(|_| {
+                one_by_one(mac, middlebox).into_iter().map(|(rule, why)| (rule, why.to_string())).collect()
             })
             .unwrap_or_default();
         let rule = |rule: Option<RuleId>| {

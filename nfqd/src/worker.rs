@@ -7,10 +7,11 @@ use arc_swap::ArcSwap;
 use nfqd_rules::nft::kernel::Count;
 use nfqd_shmctl::{MacAddr, RuleId};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What all workers share.
 pub struct Shared {
@@ -44,6 +45,8 @@ pub struct Counts {
     pub replies: AtomicU64,
     /// Times that the kernel lost messages because the receive buffer was full.
     pub overruns: AtomicU64,
+    /// Odd while a batch is judged and its verdicts are on their way.
+    batches: AtomicU64,
     /// What each rule has matched here; none is for what the default of a middlebox has dropped.
     pub rules: Mutex<HashMap<(MacAddr, Option<RuleId>), Count>>,
 }
@@ -82,6 +85,16 @@ impl Worker {
         !self.thread.is_finished()
     }
 
+    /// Waits until no packet is on its way that was judged by an older snapshot than the one that was stored last; at most
+    /// this long.
+    pub fn settle(&self, deadline: Instant) {
+        fence(SeqCst);
+        let batch = self.counts.batches.load(SeqCst);
+        while batch % 2 == 1 && self.counts.batches.load(SeqCst) == batch && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
     /// Waits for the thread to end.
     pub fn join(self) {
         if self.thread.join().is_err() {
@@ -100,7 +113,11 @@ fn serve(
     // Loaded at the first packet, not before: the receive may have waited.
     let mut loaded = None;
     let packets = queue.serve(buffers, |queued| {
-        let (snapshot, now) = loaded.get_or_insert_with(|| (shared.snapshot.load(), shared.now()));
+        let (snapshot, now) = loaded.get_or_insert_with(|| {
+            counts.batches.fetch_add(1, SeqCst);
+            fence(SeqCst);
+            (shared.snapshot.load(), shared.now())
+        });
         let (middlebox, Judged { judgement, rule }) = judge_queued(snapshot, &shared.flows, queued, *now);
         if rule.is_some() || judgement == Judgement::Drop {
             let mut rules = counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,7 +134,11 @@ fn serve(
             Some(mark) => Verdict::Accept { mark },
             None => Verdict::Drop,
         }
-    })?;
+    });
+    if loaded.is_some() {
+        counts.batches.fetch_add(1, SeqCst);
+    }
+    let packets = packets?;
     for (count, more) in [
         (&counts.packets, packets as u64),
         (&counts.dropped, dropped),

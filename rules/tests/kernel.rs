@@ -207,7 +207,8 @@ fn a_difference_makes_what_a_load_makes() {
                 let mut new = Desired { policy, slots: state.slots.clone() };
                 new.slots.follow(&new.policy, |_| None, Instant::now());
                 let change = standing.change(&state, &new);
-                kernel.change(&change).unwrap_or_else(|error| panic!("{end}: {error}"));
+                kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{end}: {error}"));
+                kernel.finish(&change).unwrap();
                 standing.done(change);
                 let by_change = sorted(list());
                 kernel.load(&build(&new.policy, &new.slots, &options)).unwrap();
@@ -243,9 +244,8 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if steer == Steer::BrNetfilter {
-            let numbers = |slots: &Slots| {
-                policy.middleboxes().keys().map(|mac| slots.middlebox(*mac)).collect::<Vec<_>>()
-            };
+            // Where the kernel filters, the engine must know those that balance.
+            let numbers = |slots: &Slots| slots.middlebox("2:0:0:0:0:2".parse().unwrap());
             assert_eq!(numbers(&found), numbers(&slots));
         }
 

@@ -1,7 +1,8 @@
 //! What a change of the policy changes in the ruleset, found from the changed middleboxes alone.
 
 use super::field::Value;
-use super::model::{Family, Table};
+use super::filters::RuleList;
+use super::model::{Element, Family, Table};
 use super::part::Part;
 use super::ruleset::{Options, Ruleset, build_of, frame};
 use crate::policy::Policy;
@@ -35,12 +36,49 @@ pub struct Standing {
     users: HashMap<String, usize>,
 }
 
-/// A part of the ruleset before and after a change; nothing else changes.
+/// A change of the ruleset, in steps; see [`RuleList::steps`]. Most changes have one.
 #[derive(Debug)]
 pub struct Change {
-    pub(super) old: Table,
-    pub(super) new: Table,
+    pub(super) steps: Vec<Step>,
     users: BTreeMap<String, usize>,
+}
+
+/// A part of the ruleset before and after a step; nothing else changes.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub old: Table,
+    pub new: Table,
+}
+
+/// Maps from slots to addresses.
+pub(super) const SLOT_MAPS: &str = "backend_";
+
+impl Change {
+    /// The slots that go, by map: packets on their way may still carry them when the rest of the change is made.
+    pub(super) fn leftovers(&self) -> BTreeMap<&String, BTreeMap<&Vec<Value>, &Element>> {
+        let mut out: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+        for Step { old, new } in &self.steps {
+            for (name, set) in old.sets.iter().filter(|(name, _)| name.starts_with(SLOT_MAPS)) {
+                let stays =
+                    |key: &Vec<Value>| new.sets.get(name).is_some_and(|set| set.elements.contains_key(key));
+                let gone = set.elements.iter().filter(|(key, _)| !stays(key));
+                out.entry(name).or_default().extend(gone);
+            }
+        }
+        out.retain(|_, gone| !gone.is_empty());
+        out
+    }
+
+    /// Whether [`super::kernel::Kernel::finish`] has anything to do.
+    pub fn has_leftovers(&self) -> bool {
+        !self.leftovers().is_empty()
+    }
+}
+
+/// The parts of the changed middleboxes at one moment of a change, and whose numbers they have.
+struct Stage<'a> {
+    parts: Vec<Part>,
+    slots: &'a Slots,
 }
 
 impl Standing {
@@ -61,54 +99,94 @@ impl Standing {
 
     /// What changes between what stands and what is to stand.
     pub fn change(&self, old: &Desired, new: &Desired) -> Change {
-        let changed = new.changed(old);
-        let parts = |state: &Desired| -> Vec<Part> {
-            let registered = changed.iter().filter_map(|mac| Some((*mac, state.policy.get(*mac)?)));
-            registered
-                .map(|(mac, middlebox)| Part::new(mac, middlebox, &state.slots, &self.options))
-                .collect()
-        };
-        let (old_parts, new_parts) = (parts(old), parts(new));
+        let mut stages = self.stages(old, new).into_iter();
+        let mut before = stages.next().unwrap_or(Stage { parts: Vec::new(), slots: &old.slots });
         let names = |part: &Part| part.sets.keys().chain(part.chains.keys()).cloned().collect::<Vec<_>>();
-        let mut users: BTreeMap<String, usize> = BTreeMap::new();
-        for name in old_parts.iter().chain(&new_parts).flat_map(names) {
-            let count = self.users.get(&name).copied().unwrap_or(0);
-            users.insert(name, count);
+        let (mut steps, mut users) = (Vec::new(), BTreeMap::new());
+        for after in stages {
+            if after.parts == before.parts {
+                continue;
+            }
+            let touched = before.parts.iter().chain(&after.parts).flat_map(names);
+            for name in touched {
+                let count = || self.users.get(&name).copied().unwrap_or(0);
+                users.entry(name.clone()).or_insert_with(count);
+            }
+            let used_before = users.clone();
+            let mut count = |parts: &[Part], by: fn(usize, usize) -> usize| {
+                for name in parts.iter().flat_map(names) {
+                    users.entry(name).and_modify(|count| *count = by(*count, 1));
+                }
+            };
+            count(&after.parts, usize::saturating_add);
+            count(&before.parts, usize::saturating_sub);
+            let old = self.table(&before, &after.parts, &used_before);
+            let new = self.table(&after, &before.parts, &users);
+            steps.push(Step { old, new });
+            before = after;
         }
-        let before = users.clone();
-        let mut count = |parts: &[Part], by: fn(usize, usize) -> usize| {
-            for name in parts.iter().flat_map(names) {
-                users.entry(name).and_modify(|count| *count = by(*count, 1));
+        Change { steps, users }
+    }
+
+    /// The parts of the changed middleboxes, step by step from what stands to what is to stand.
+    fn stages<'a>(&self, old: &'a Desired, new: &'a Desired) -> Vec<Stage<'a>> {
+        const STEPS: usize = 4;
+        let mut stages = vec![Stage { parts: Vec::new(), slots: &old.slots }];
+        stages.extend((0..STEPS).map(|_| Stage { parts: Vec::new(), slots: &new.slots }));
+        for mac in new.changed(old) {
+            let rules = |desired: &Desired| {
+                desired
+                    .policy
+                    .get(mac)
+                    .map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
+            };
+            let (old_rules, new_rules) = (rules(old), rules(new));
+            let lists = old_rules.steps(&new_rules);
+            let mut made: Option<(&RuleList, Part)> = None;
+            for (at, stage) in stages.iter_mut().enumerate() {
+                // What is not registered any more stays until the last step.
+                let (desired, list) = match (at.checked_sub(1), new.policy.get(mac).is_some() || at == STEPS)
+                {
+                    (None, _) => (old, &old_rules),
+                    (Some(at), is_new) => {
+                        (if is_new { new } else { old }, lists.get(at).unwrap_or(&new_rules))
+                    }
+                };
+                let Some(middlebox) = desired.policy.get(mac) else { continue };
+                let with = |list| Part::with(mac, middlebox, list, &desired.slots, &self.options);
+                // Behind the first stage only the rules make a difference.
+                let part = match made.take().filter(|(before, _)| at > 1 && *before == list) {
+                    Some((_, part)) => part,
+                    None => with(list),
+                };
+                stage.parts.push(part.clone());
+                made = Some((list, part));
             }
-        };
-        count(&new_parts, usize::saturating_add);
-        count(&old_parts, usize::saturating_sub);
-        let table = |parts: Vec<Part>, others: &[Part], users: &BTreeMap<String, usize>, state: &Desired| {
-            let mut table = Table::new(Family::Bridge);
-            let used = |name: &String| users.get(name).is_some_and(|count| *count != 0);
-            // What stays for the sake of middleboxes that do not change is the same before and after.
-            for part in others {
-                let kept = part.sets.iter().filter(|(name, _)| used(name));
-                table.sets.extend(kept.map(|(name, set)| (name.clone(), set.empty())));
-                let kept = part.chains.iter().filter(|(name, _)| used(name));
-                table.chains.extend(kept.map(|(name, chain)| (name.clone(), chain.clone())));
-            }
-            let standing = self.frame.sets.iter().map(|(name, set)| (name.clone(), set.clone()));
-            table.sets.extend(standing);
-            parts.into_iter().for_each(|part| table.add(part));
-            // Addresses of backends may be shared with middleboxes that do not change.
-            for (name, set) in table.sets.iter_mut().filter(|(name, _)| name.starts_with("backends")) {
-                let touched = others.iter().filter_map(|part| part.elements.get(name)).flatten();
-                let is_backend =
-                    |key: &[Value]| matches!(key, [Value::Ip(ip)] if state.slots.is_backend(*ip));
-                let kept = touched.filter(|(key, _)| is_backend(key));
-                set.elements.extend(kept.map(|(key, element)| (key.clone(), element.clone())));
-            }
-            table
-        };
-        let old_table = table(old_parts.clone(), &new_parts, &before, old);
-        let new_table = table(new_parts, &old_parts, &users, new);
-        Change { old: old_table, new: new_table, users }
+        }
+        stages
+    }
+
+    /// The part of the ruleset that a step touches, at one end of it; `others` are the parts at the other end.
+    fn table(&self, stage: &Stage<'_>, others: &[Part], users: &BTreeMap<String, usize>) -> Table {
+        let mut table = Table::new(Family::Bridge);
+        let used = |name: &String| users.get(name).is_some_and(|count| *count != 0);
+        // What stays for the sake of middleboxes that do not change is the same before and after.
+        for part in others {
+            let kept = part.sets.iter().filter(|(name, _)| used(name));
+            table.sets.extend(kept.map(|(name, set)| (name.clone(), set.empty())));
+            let kept = part.chains.iter().filter(|(name, _)| used(name));
+            table.chains.extend(kept.map(|(name, chain)| (name.clone(), chain.clone())));
+        }
+        table.sets.extend(self.frame.sets.iter().map(|(name, set)| (name.clone(), set.clone())));
+        stage.parts.iter().for_each(|part| table.add(part.clone()));
+        // Addresses of backends may be shared with middleboxes that do not change.
+        for (name, set) in table.sets.iter_mut().filter(|(name, _)| name.starts_with("backends")) {
+            let touched = others.iter().filter_map(|part| part.elements.get(name)).flatten();
+            let is_backend = |key: &[Value]| matches!(key, [Value::Ip(ip)] if stage.slots.is_backend(*ip));
+            let kept = touched.filter(|(key, _)| is_backend(key));
+            set.elements.extend(kept.map(|(key, element)| (key.clone(), element.clone())));
+        }
+        table
     }
 
     /// The change has been made.
@@ -136,7 +214,12 @@ mod tests {
 
     /// What a transaction makes of a table, as `kernel::difference` sends it.
     fn apply(table: &mut Table, change: &Change) {
-        let Change { old, new, .. } = change;
+        for Step { old, new } in &change.steps {
+            apply_step(table, old, new);
+        }
+    }
+
+    fn apply_step(table: &mut Table, old: &Table, new: &Table) {
         for name in old.sets.keys().filter(|name| !new.sets.contains_key(*name)) {
             assert_eq!(table.sets.remove(name).as_ref(), old.sets.get(name), "{name} has elements that stay");
         }

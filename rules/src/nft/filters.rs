@@ -14,7 +14,7 @@ use super::model::{Chain, Element, Rule, Set, Statement, Verdict};
 use super::ruleset::{IPS, IPV4, IPV6, Ip, commented, goto, rule, verdict};
 use crate::filter::Conditions;
 use crate::packet::{IPV6_LEN, VLAN_TYPES};
-use crate::policy::Firewall;
+use crate::policy::Middlebox;
 use nfqd_shmctl::{
     Action, AddressRange, EtherType, MacAddr, MacMask, NumberRange, Piece, Protocol, RuleId, TcpFlags,
 };
@@ -35,6 +35,54 @@ pub(super) struct Filters {
     pub sets: BTreeMap<String, Set>,
     /// Whether what no rule matches is dropped.
     pub closed: bool,
+}
+
+/// The rules of one middlebox that can match, in the order they are looked at, and its default.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct RuleList {
+    pub rules: Vec<(RuleId, Conditions)>,
+    /// Whether what no rule matches is dropped.
+    pub closed: bool,
+}
+
+impl RuleList {
+    /// Those of a middlebox whose MAC is `mac`.
+    pub(super) fn new(mac: MacAddr, middlebox: &Middlebox) -> RuleList {
+        middlebox.firewall().map_or_else(RuleList::default, |firewall| RuleList {
+            rules: firewall.conditions(mac).collect(),
+            closed: firewall.default_action() == Action::Deny,
+        })
+    }
+
+    fn of(&self, action: Action) -> impl Iterator<Item = &(RuleId, Conditions)> {
+        self.rules.iter().filter(move |(id, _)| id.action == action)
+    }
+
+    /// What a change from `self` to `new` goes through: first what is allowed more, then what is denied more, then what is
+    /// denied less, then what is allowed less. The kernel looks into its sets one after the other, each as it is at that
+    /// moment; but a packet that both lists treat alike is so treated by any mixture of two neighbours here.
+    pub(super) fn steps(&self, new: &RuleList) -> [RuleList; 4] {
+        let union = |action: Action| -> Vec<(RuleId, Conditions)> {
+            let more = new.of(action).filter(|rule| !self.rules.contains(rule));
+            self.of(action).chain(more).copied().collect()
+        };
+        let list = |allow: Vec<(RuleId, Conditions)>, deny: Vec<(RuleId, Conditions)>, closed: bool| {
+            RuleList { rules: [allow, deny].concat(), closed }
+        };
+        let of = |list: &RuleList, action: Action| list.of(action).copied().collect::<Vec<_>>();
+        let (allow, deny) = (union(Action::Allow), union(Action::Deny));
+        [
+            list(allow.clone(), of(self, Action::Deny), self.closed),
+            list(allow.clone(), deny, self.closed || new.closed),
+            list(allow, of(new, Action::Deny), new.closed),
+            new.clone(),
+        ]
+    }
+
+    /// Whether a rule looks at VLAN tags.
+    pub(super) fn looks_at_tags(&self) -> bool {
+        self.rules.iter().any(|(_, wanted)| wanted.vlan.is_some())
+    }
 }
 
 /// Why a rule is looked at one by one.
@@ -391,9 +439,9 @@ impl Interval {
     }
 }
 
-fn placement(mac: MacAddr, firewall: &Firewall) -> Placement {
+fn placement(rules: &[(RuleId, Conditions)]) -> Placement {
     let mut out = Placement { exact: BTreeMap::new(), ranges: BTreeMap::new(), one_by_one: Vec::new() };
-    for (id, conditions) in firewall.conditions(mac) {
+    for &(id, conditions) in rules {
         match place(id.action, &conditions) {
             Place::OneByOne(why) => out.one_by_one.push((id, conditions, why)),
             Place::Set { shape, first, last } if first == last => {
@@ -412,8 +460,12 @@ fn placement(mac: MacAddr, firewall: &Firewall) -> Placement {
 }
 
 /// The rules that are looked at one by one, and why.
-pub fn one_by_one(mac: MacAddr, firewall: &Firewall) -> Vec<(RuleId, OneByOne)> {
-    placement(mac, firewall).one_by_one.into_iter().map(|(id, _, why)| (id, why)).collect()
+pub fn one_by_one(mac: MacAddr, middlebox: &Middlebox) -> Vec<(RuleId, OneByOne)> {
+    placement(&RuleList::new(mac, middlebox).rules)
+        .one_by_one
+        .into_iter()
+        .map(|(id, _, why)| (id, why))
+        .collect()
 }
 
 /// How the kernel's elements and rules name what they count for.
@@ -491,9 +543,9 @@ fn later_fragments(then: &Statement) -> [Rule; 2] {
 }
 
 /// What the filters of a middlebox need.
-pub(super) fn filters(mac: MacAddr, firewall: &Firewall) -> Filters {
-    let Placement { exact, ranges, one_by_one } = placement(mac, firewall);
-    let closed = firewall.default_action() == Action::Deny;
+pub(super) fn filters(mac: MacAddr, list: &RuleList) -> Filters {
+    let Placement { exact, ranges, one_by_one } = placement(&list.rules);
+    let closed = list.closed;
     if exact.is_empty() && ranges.is_empty() && one_by_one.is_empty() && !closed {
         return Filters::default();
     }

@@ -2,7 +2,7 @@
 //!
 //! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet that waits in a queue.
 
-use super::delta::Change;
+use super::delta::{Change, SLOT_MAPS, Step};
 use super::field::Value;
 use super::filters::mac_of_chain;
 use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
@@ -149,6 +149,15 @@ impl Counters {
 
 fn add(sum: &mut Count, more: Count) {
     *sum = (sum.0 + more.0, sum.1 + more.1);
+}
+
+/// What of a change has been made when the kernel refuses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Made {
+    /// Nothing: all is as before.
+    Nothing,
+    /// Some steps: the ruleset must be loaded whole.
+    Part,
 }
 
 /// Enough for transactions of some hundred thousand elements.
@@ -441,24 +450,59 @@ impl Kernel {
         Ok(())
     }
 
-    /// Changes the kernel's ruleset: only the difference is sent. What the rules that are made anew had counted comes
-    /// back.
+    /// Changes the kernel's ruleset: only the difference is sent. Slots that go stay until [`Kernel::finish`], so that
+    /// packets which the engine has just sent to them find them. What the rules that are made anew had counted comes back.
     ///
     /// # Errors
-    /// When the kernel refuses; nothing is changed then. `ENOENT` and `EEXIST` mean that somebody else has changed our
-    /// tables: [`Kernel::load`] repairs them.
-    pub fn change(&mut self, change: &Change) -> Result<Counters, KernelError> {
-        let mut lost = Counters::default();
+    /// When the kernel refuses, with what has been done by then. `ENOENT` and `EEXIST` mean that somebody else has changed
+    /// our tables: [`Kernel::load`] repairs them.
+    pub fn change(&mut self, change: &Change) -> Result<Counters, (KernelError, Made)> {
+        let (mut lost, mut made) = (Counters::default(), Made::Nothing);
+        for Step { old, new } in &change.steps {
+            self.step(old, new, &mut lost, &mut made).map_err(|error| (error, made))?;
+        }
+        Ok(lost)
+    }
+
+    fn step(
+        &mut self,
+        old: &Table,
+        new: &Table,
+        lost: &mut Counters,
+        made: &mut Made,
+    ) -> Result<(), KernelError> {
         let counting =
             |chain: &Chain| chain.rules.iter().any(|rule| rule.statements.contains(&Statement::Counter));
-        for (name, chain) in change.old.chains.iter().filter(|(_, chain)| counting(chain)) {
-            if mac_of_chain(name).is_some() && change.new.chains.get(name) != Some(chain) {
-                self.add_chain_counters(Some(name), &mut lost)?;
+        for (name, chain) in old.chains.iter().filter(|(_, chain)| counting(chain)) {
+            if mac_of_chain(name).is_some() && new.chains.get(name) != Some(chain) {
+                self.add_chain_counters(Some(name), lost)?;
             }
         }
+        // A packet that is in the ruleset when a transaction comes true goes on with the rules of before, but looks up
+        // elements of now: it must find the chains filled that these lead to.
         let mut batch = self.batch();
-        difference(&mut batch, &change.old, &change.new);
-        self.commit(batch).map(|()| lost)
+        creations(&mut batch, old, new);
+        if batch.len() != 0 {
+            self.commit(batch)?;
+            *made = Made::Part;
+        }
+        let mut batch = self.batch();
+        difference(&mut batch, old, new);
+        self.commit(batch)?;
+        *made = Made::Part;
+        Ok(())
+    }
+
+    /// Removes the slots that a change has left.
+    ///
+    /// # Errors
+    /// When the kernel refuses; nothing is changed then.
+    pub fn finish(&mut self, change: &Change) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        for (name, gone) in change.leftovers() {
+            batch.delete_elements(Family::Bridge, name, gone);
+        }
+        self.commit(batch)
     }
 
     fn add_chain_counters(&mut self, chain: Option<&str>, out: &mut Counters) -> Result<(), KernelError> {
@@ -502,28 +546,45 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
     })
 }
 
-/// What a chain's rules name must be there before them; what nothing names any more goes last.
-fn difference(batch: &mut Batch, old: &Table, new: &Table) {
+/// Adds chains with their rules, and the sets that come with them.
+fn creations(batch: &mut Batch, old: &Table, new: &Table) {
     let family = new.family;
-    for (name, chain) in new.chains.iter().filter(|(name, _)| !old.chains.contains_key(*name)) {
+    let chains: Vec<_> = new.chains.iter().filter(|(name, _)| !old.chains.contains_key(*name)).collect();
+    if chains.is_empty() {
+        return;
+    }
+    for (name, chain) in &chains {
         batch.add_chain(family, name, chain);
     }
+    for (name, set) in new.sets.iter().filter(|(name, _)| !old.sets.contains_key(*name)) {
+        batch.add_set(family, name, set);
+        batch.add_elements(family, name, &set.elements);
+    }
+    for (name, chain) in chains {
+        chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
+    }
+}
+
+/// What is left to do behind [`creations`]. What a chain's rules name must be there before them; what nothing names any
+/// more goes last.
+fn difference(batch: &mut Batch, old: &Table, new: &Table) {
+    let family = new.family;
+    let created = new.chains.keys().any(|name| !old.chains.contains_key(name));
     for (name, set) in &new.sets {
-        let before = old.sets.get(name).filter(|before| before.same_kind(set));
-        if before.is_none() {
+        if let Some(before) = old.sets.get(name) {
+            elements_difference(batch, family, name, before, set);
+        } else if !created {
             batch.add_set(family, name, set);
+            batch.add_elements(family, name, &set.elements);
         }
-        elements_difference(batch, family, name, before, set);
     }
     for (name, chain) in &new.chains {
-        let before = old.chains.get(name);
-        if before.is_some_and(|before| before.rules == chain.rules) {
-            continue;
-        }
-        if before.is_some() {
+        if let Some(before) = old.chains.get(name)
+            && before.rules != chain.rules
+        {
             batch.flush_rules(family, Some(name));
+            chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
         }
-        chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
     }
     let gone = old.chains.iter().filter(|(name, _)| !new.chains.contains_key(*name));
     let gone: Vec<&String> = gone.map(|(name, _)| name).collect();
@@ -534,10 +595,10 @@ fn difference(batch: &mut Batch, old: &Table, new: &Table) {
     gone.iter().for_each(|name| batch.delete_chain(family, name));
 }
 
-fn elements_difference(batch: &mut Batch, family: Family, name: &str, old: Option<&Set>, new: &Set) {
-    let none = Default::default();
-    let old = old.map_or(&none, |set| &set.elements);
+fn elements_difference(batch: &mut Batch, family: Family, name: &str, old: &Set, new: &Set) {
+    let old = &old.elements;
     let same = |key: &Vec<Value>| old.get(key) == new.elements.get(key);
-    batch.delete_elements(family, name, old.iter().filter(|(key, _)| !same(key)));
+    let waits = |key: &Vec<Value>| name.starts_with(SLOT_MAPS) && !new.elements.contains_key(key);
+    batch.delete_elements(family, name, old.iter().filter(|(key, _)| !same(key) && !waits(key)));
     batch.add_elements(family, name, new.elements.iter().filter(|(key, _)| !same(key)));
 }

@@ -2,7 +2,7 @@
 //! middlebox uses them.
 
 use super::field::Value;
-use super::filters::{filters, own_name};
+use super::filters::{RuleList, filters, own_name};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule};
 use crate::mark::{self, OURS, Operation};
@@ -25,10 +25,21 @@ pub(super) struct Part {
 impl Part {
     /// What `middlebox`, whose MAC is `mac`, adds.
     pub(super) fn new(mac: MacAddr, middlebox: &Middlebox, slots: &Slots, options: &Options) -> Part {
+        Part::with(mac, middlebox, &RuleList::new(mac, middlebox), slots, options)
+    }
+
+    /// The same with other rules than its own, on the way to these.
+    pub(super) fn with(
+        mac: MacAddr,
+        middlebox: &Middlebox,
+        rules: &RuleList,
+        slots: &Slots,
+        options: &Options,
+    ) -> Part {
         let mut part = Part::default();
         let comment = middlebox.ip().map(|ip| ip.to_string());
         part.element("middleboxes", vec![Value::Mac(mac)], Element { comment, ..Element::default() });
-        part.filters(mac, middlebox, options);
+        part.filters(mac, rules, options);
         // Where the kernel filters, the engine need not know a middlebox that balances nothing.
         let asked = options.fast_path == FastPath::Off || !middlebox.services().is_empty();
         if options.steer == Steer::BrNetfilter
@@ -67,12 +78,14 @@ impl Part {
         self.chains.insert(chain, Chain { priority: None, rules });
     }
 
-    fn filters(&mut self, mac: MacAddr, middlebox: &Middlebox, options: &Options) {
-        let Some(firewall) = middlebox.firewall().filter(|_| options.kernel_filters()) else { return };
-        let filters = filters(mac, firewall);
+    fn filters(&mut self, mac: MacAddr, rules: &RuleList, options: &Options) {
+        if !options.kernel_filters() {
+            return;
+        }
+        let filters = filters(mac, rules);
         let Some(chain) = &filters.chain else { return };
         self.jump("filters", mac, None, chain);
-        if options.engine_is_blind() && firewall.looks_at_tags(mac) {
+        if options.engine_is_blind() && rules.looks_at_tags() {
             self.jump("tag_filters", mac, None, chain);
         }
         if filters.closed {
