@@ -609,3 +609,84 @@ fn plain_rules(id: RuleId, conditions: &Conditions) -> Vec<(Shape, Rule)> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Policy;
+    use crate::packet::Packet;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    const MAC: &str = "2:0:0:0:0:1";
+
+    fn list(default: &str, lines: &[String]) -> RuleList {
+        let mut policy = Policy::default();
+        policy.apply_line(&format!("R F {MAC} 10.0.0.1 {default}")).unwrap();
+        for line in lines {
+            policy.apply_line(line).unwrap();
+        }
+        let mac = MAC.parse().unwrap();
+        RuleList::new(mac, policy.get(mac).unwrap())
+    }
+
+    fn rules() -> impl Strategy<Value = RuleList> {
+        let rule =
+            (select(vec!["#", "+"]), 1..9_u8, 0..4_u8, 0..4_u8).prop_map(|(sign, number, first, more)| {
+                format!("A {MAC} {sign}{number} U 2 d {first}-{}", first + more)
+            });
+        (select(vec!["allow", "deny"]), proptest::collection::vec(rule, 0..6))
+            .prop_map(|(default, lines)| list(default, &lines))
+    }
+
+    fn packet(port: u8) -> Packet {
+        let mut out = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+        out.extend([0x45, 0, 0, 28, 0, 0, 0, 0, 9, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
+        out.extend([0, 99, 0, port, 0, 8, 0, 0]);
+        Packet::from_frame(&out).unwrap()
+    }
+
+    /// Whether rules let a packet pass, each there or not as `is_there` says.
+    fn passes(
+        rules: &[(RuleId, Conditions)],
+        closed: bool,
+        packet: &Packet,
+        mut is_there: impl FnMut(&(RuleId, Conditions)) -> bool,
+    ) -> bool {
+        let there: Vec<_> = rules
+            .iter()
+            .filter(|rule| is_there(rule))
+            .filter(|(_, wanted)| wanted.match_packet(packet))
+            .collect();
+        let any = |action: Action| there.iter().any(|(id, _)| id.action == action);
+        any(Action::Allow) || !(any(Action::Deny) || closed)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// The kernel may show a packet any mixture of a step's two ends.
+        #[test]
+        fn what_both_ends_treat_alike_no_mixture_treats_otherwise(
+            old in rules(), new in rules(), port in 0..8_u8, mixture in any::<[bool; 32]>()
+        ) {
+            let packet = packet(port);
+            let verdict = |list: &RuleList| passes(&list.rules, list.closed, &packet, |_| true);
+            let alike = verdict(&old) == verdict(&new);
+            let mut before = old.clone();
+            for after in old.steps(&new) {
+                let more = after.rules.iter().filter(|rule| !before.rules.contains(rule));
+                let all: Vec<_> = before.rules.iter().chain(more).copied().collect();
+                let mut choice = mixture.iter().cycle();
+                let closed = if *choice.next().unwrap() { before.closed } else { after.closed };
+                let mixed = passes(&all, closed, &packet, |rule| {
+                    let both = before.rules.contains(rule) && after.rules.contains(rule);
+                    both || *choice.next().unwrap()
+                });
+                prop_assert!(!alike || mixed == verdict(&old), "{:?}\n{:?}", before, after);
+                before = after;
+            }
+            prop_assert_eq!(before, new);
+        }
+    }
+}
