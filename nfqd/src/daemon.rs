@@ -44,6 +44,8 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
+/// Why tables are broken that another program has changed.
+const CHANGED: &str = "our tables were changed by another program";
 /// How long packets that are being judged are waited for before old slots go.
 const SETTLE: Duration = Duration::from_millis(50);
 /// The longest reply to `Q`; the mailbox has room for little more.
@@ -142,6 +144,8 @@ pub struct Daemon {
     options: Options,
     kernel: Kernel,
     desired: Desired,
+    /// What the engine has.
+    published: Policy,
     /// What the kernel has, unless it is stale.
     loaded: Desired,
     standing: Standing,
@@ -156,6 +160,8 @@ pub struct Daemon {
     soon: u32,
     /// The kernel has not what it should have; tried again every second.
     stale: bool,
+    /// The kernel's tables are not as we left them, whoever did it: they must be loaded whole. Why, for people.
+    broken: Option<String>,
     repairs: u64,
     /// What was counted before the ruleset that stands was loaded, and in rules that were made anew since.
     kept: Counters,
@@ -218,6 +224,7 @@ impl Daemon {
             options,
             kernel,
             desired: Desired { policy, slots: heritage.slots },
+            published: Policy::default(),
             loaded: Desired::default(),
             standing: Standing::new(&Desired::default(), &options).0,
             macs: heritage.macs,
@@ -229,6 +236,7 @@ impl Daemon {
             unsaved: None,
             soon: 0,
             stale: false,
+            broken: None,
             repairs: 0,
             kept,
             counters: Counters::default(),
@@ -282,6 +290,7 @@ impl Daemon {
                 self.reload();
             }
             self.take_commands();
+            self.listen();
             while let Some(asker) = self.control.accept() {
                 asker.answer(&self.status());
             }
@@ -320,6 +329,14 @@ impl Daemon {
             (FastPath::Off, Steer::BrNetfilter) => Filters::WithoutTags,
             (FastPath::Off, Steer::Native) => Filters::All,
         };
+        if snapshot.filters != Filters::None {
+            // Here, where it is charged to the guest that asked for the rules, not to the queue that meets them first.
+            for mac in self.desired.policy.changed(&self.published) {
+                let firewall = self.desired.policy.get(mac).and_then(Middlebox::firewall);
+                firewall.into_iter().for_each(|firewall| firewall.prepare(mac));
+            }
+        }
+        self.published = self.desired.policy.clone();
         self.shared.snapshot.store(Arc::new(snapshot));
     }
 
@@ -336,22 +353,49 @@ impl Daemon {
         self.standing = standing;
         self.loaded = self.desired.clone();
         self.stale = false;
+        // What another program did before we listened again.
+        self.broken = if self.kernel.stands(&ruleset)? { None } else { Some(CHANGED.to_string()) };
         Ok(())
     }
 
-    /// The same for tables that another program has changed. What they have counted is kept.
+    /// The same for tables that are not as we left them. What they have counted is kept. Tried again every second until it
+    /// succeeds.
     fn repair(&mut self) -> Result<(), KernelError> {
-        self.repairs += 1;
-        let counted = self.kernel.counters()?;
-        self.load()?;
-        self.kept.add(&counted);
-        (self.counters, self.counted) = (Counters::default(), None);
-        Ok(())
+        let counted = self.kernel.counters();
+        let loaded = counted.and_then(|counted| self.load().map(|()| counted));
+        match loaded {
+            Ok(counted) => {
+                self.repairs += 1;
+                self.kept.add(&counted);
+                (self.counters, self.counted) = (Counters::default(), None);
+                Ok(())
+            }
+            Err(error) => {
+                let why = error.to_string();
+                if self.broken.as_ref() != Some(&why) {
+                    log::error!("our tables cannot be loaded: {why}; tried again every second");
+                }
+                self.broken = Some(why);
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks whether another program has changed our tables.
+    fn listen(&mut self) {
+        if self.watch.as_ref().is_some_and(Watch::changed) && self.broken.is_none() {
+            self.broken = Some(CHANGED.to_string());
+        }
     }
 
     /// Brings what is to hold to the kernel, then to the engine. In between the engine still sends packets to slots of
     /// before; so these stay in the kernel until no such packet is on its way.
     fn enforce(&mut self) -> Result<(), KernelError> {
+        if self.broken.is_some() {
+            let repaired = self.repair_and_publish();
+            self.stale = repaired.is_err();
+            return repaired;
+        }
         let change = self.standing.change(&self.loaded, &self.desired);
         let result = match self.kernel.change(&change) {
             Ok(lost) => {
@@ -380,21 +424,28 @@ impl Daemon {
                 if matches!(error.errno(), Some(Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)) =>
             {
                 log::warn!("our tables were changed by another program ({error}); repairing them");
-                let repaired = self.repair();
-                self.publish();
-                repaired
+                self.repair_and_publish()
             }
             Err((error, Made::Nothing)) => Err(error),
             // Back to before in one transaction.
             Err((error, Made::Part)) => {
                 let wanted = std::mem::replace(&mut self.desired, self.loaded.clone());
-                let back = self.load();
+                let back = self.repair();
                 self.desired = wanted;
                 Err(back.err().unwrap_or(error))
             }
         };
+        // Our own notifications, of which a large change makes many.
+        self.listen();
         self.stale = result.is_err();
         result
+    }
+
+    fn repair_and_publish(&mut self) -> Result<(), KernelError> {
+        self.forget_counts();
+        let repaired = self.repair();
+        self.publish();
+        repaired
     }
 
     /// Forgets what rules have counted that are gone.
@@ -631,14 +682,14 @@ impl Daemon {
             self.desired.slots.follow(&self.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
             self.stale = true;
         }
-        if self.watch.as_ref().is_some_and(Watch::changed) {
-            log::warn!("our tables were changed by another program; loading them again");
-            if let Err(error) = self.repair() {
-                log::error!("{error}");
-                self.stale = true;
-            }
+        self.listen();
+        if self.broken.as_deref() == Some(CHANGED) {
+            log::warn!("{CHANGED}; loading them again");
         }
-        if self.stale
+        if self.broken.is_some() {
+            // Said by itself.
+            let _ = self.repair_and_publish();
+        } else if self.stale
             && let Err(error) = self.enforce()
         {
             log::error!("{error}; trying again");
@@ -758,6 +809,7 @@ impl Daemon {
             channels: self.channels.iter().map(channel).collect(),
             flows: self.shared.flows.len(),
             repairs: self.repairs,
+            repair_error: self.broken.clone(),
             state: self.state.path().display().to_string(),
             state_error: self.unsaved.as_ref().map(ToString::to_string),
         }

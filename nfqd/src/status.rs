@@ -31,6 +31,8 @@ pub struct Status {
     pub flows: usize,
     /// Times that our tables were found changed by somebody else, and repaired.
     pub repairs: u64,
+    /// Why our tables are not as they should be at the moment.
+    pub repair_error: Option<String>,
     /// The file of registrations.
     pub state: String,
     /// Why registrations are not kept at the moment.
@@ -175,6 +177,9 @@ impl Status {
                 "our tables were changed by another program and repaired {} times",
                 self.repairs
             );
+        }
+        if let Some(error) = &self.repair_error {
+            let _ = writeln!(out, "NOT ENFORCED: {error}");
         }
         let error =
             self.state_error.as_ref().map(|error| format!(" - NOT SAVED: {error}")).unwrap_or_default();

@@ -4,7 +4,8 @@ use crate::netlink::{HEADER, attributes, bytes_at, messages};
 use nfqd_rules::nft::model::TABLE_NAME;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
+    sockopt,
 };
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -17,6 +18,9 @@ const NEWGEN: u16 = 15;
 const FAMILY_HEADER: usize = 4;
 /// The attribute that names the table: the first of tables, chains, rules, sets and elements alike.
 const TABLE: u16 = 1;
+
+/// Bytes of notifications that may wait: our own of the largest change that a guest can ask for are among them.
+const BUFFER: usize = 64 << 20;
 
 /// A socket that hears of every change.
 pub struct Watch {
@@ -33,6 +37,8 @@ impl Watch {
     pub fn open(own: u32) -> Result<Watch, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)?;
+        // Without the privilege it is smaller, and overruns sooner.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP))?;
         Ok(Watch { socket, own })
     }

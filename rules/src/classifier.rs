@@ -95,9 +95,19 @@ impl Classifier {
         }
     }
 
+    fn looks_at(&self, wanted: &[Dimension]) -> bool {
+        self.axes.iter().any(|(dimension, _)| wanted.contains(dimension))
+    }
+
     /// Whether a rule looks at VLAN tags.
     pub fn looks_at_tags(&self) -> bool {
-        self.axes.iter().any(|(dimension, _)| *dimension == Dimension::Vlan)
+        self.looks_at(&[Dimension::Vlan])
+    }
+
+    /// Whether a rule looks at the transport header.
+    pub fn looks_at_transport(&self) -> bool {
+        use Dimension::{DestinationPort, IcmpCode, IcmpType, SourcePort, TcpFlags};
+        self.looks_at(&[SourcePort, DestinationPort, TcpFlags, IcmpType, IcmpCode])
     }
 
     /// The first rule that a packet matches. `whole` looks at all conditions of a rule, for the few that need it.
@@ -287,9 +297,9 @@ impl Dimension {
             Dimension::Destination6 => ip.and_then(|ip| of_family(false, ip.destination)),
             Dimension::Tos => ip.map(|ip| u128::from(ip.tos)),
             Dimension::Length => ip.map(|ip| u128::from(ip.length)),
-            Dimension::Fragment => ip.map(|ip| fragment(ip.fragment)),
+            Dimension::Fragment => ip.map(|ip| fragment(ip.piece)),
             Dimension::Protocol => ip.map(|ip| u128::from(ip.protocol.0)),
-            Dimension::SourcePort => ip.and_then(|ip| ip.ports).map(|ports| u128::from(ports.source)),
+            Dimension::SourcePort => ip.and_then(|ip| ip.source_port).map(u128::from),
             Dimension::DestinationPort => {
                 ip.and_then(|ip| ip.ports).map(|ports| u128::from(ports.destination))
             }

@@ -269,10 +269,10 @@ impl Conditions {
         }
         let Some(ip) = packet.ip else { return false };
         let piece = |piece: Piece| match piece {
-            Piece::Whole => ip.fragment == Fragment::Whole,
-            Piece::First => ip.fragment == Fragment::First,
-            Piece::Later => ip.fragment == Fragment::Later,
-            Piece::Any => ip.fragment != Fragment::Whole,
+            Piece::Whole => ip.piece == Fragment::Whole,
+            Piece::First => ip.piece == Fragment::First,
+            Piece::Later => ip.piece == Fragment::Later,
+            Piece::Any => ip.piece != Fragment::Whole,
         };
         within(self.source, |range| range.contains(ip.source))
             && within(self.destination, |range| range.contains(ip.destination))
@@ -282,7 +282,7 @@ impl Conditions {
             })
             && within(self.piece, piece)
             && same(self.protocol, Some(ip.protocol))
-            && number(self.source_port, ip.ports.map(|ports| ports.source))
+            && number(self.source_port, ip.source_port)
             && number(self.destination_port, ip.ports.map(|ports| ports.destination))
             && within(self.tcp_flags, |flags| ip.tcp_flags.is_some_and(|found| flags.contains(found)))
             && number(self.icmp_type, ip.icmp_type.map(u16::from))

@@ -55,10 +55,17 @@ pub struct Ip {
     pub protocol: Protocol,
     /// Whether this is a piece of a datagram.
     pub fragment: Fragment,
+    /// The same by the first fragment header alone, if there are several: what nftables can compare.
+    pub piece: Fragment,
+    /// Whether the fragment header of IPv6 is followed by another extension header. nftables cannot tell then whether a
+    /// transport header follows, or another fragment header: such packets are dropped where rules look at it.
+    pub hides_transport: bool,
     /// The datagram's identification, for pieces.
     pub id: u32,
     /// The ports of TCP, UDP, UDP-Lite, DCCP or SCTP, in the first piece only.
     pub ports: Option<Ports>,
+    /// The source port alone, which a packet may have that ends behind it.
+    pub source_port: Option<u16>,
     /// The flags of TCP, in the first piece only.
     pub tcp_flags: Option<u8>,
     /// The type of ICMP (over IPv4) or ICMPv6 (over IPv6), in the first piece only.
@@ -69,6 +76,14 @@ pub struct Ip {
     pub l4: usize,
     /// Whether the checksum field that an address change must mend is in the packet, or there is none to mend.
     pub mendable: bool,
+}
+
+impl Ip {
+    /// Forgets what is behind the IP header.
+    pub(crate) fn hide_transport(&mut self) {
+        (self.ports, self.source_port, self.tcp_flags) = (None, None, None);
+        (self.icmp_type, self.icmp_code) = (None, None);
+    }
 }
 
 /// A pair of ports.
@@ -147,9 +162,13 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(pair.try_into().ok()?))
 }
 
+/// The protocols whose first four bytes are ports.
+fn has_ports(protocol: Protocol) -> bool {
+    matches!(protocol.0, 6 | 17 | 33 | 132 | 136)
+}
+
 fn ports(payload: &[u8], protocol: Protocol, l4: usize) -> Option<Ports> {
-    // The protocols whose first four bytes are ports.
-    if !matches!(protocol.0, 6 | 17 | 33 | 132 | 136) {
+    if !has_ports(protocol) {
         return None;
     }
     Some(Ports { source: u16_at(payload, l4)?, destination: u16_at(payload, l4 + 2)? })
@@ -158,6 +177,7 @@ fn ports(payload: &[u8], protocol: Protocol, l4: usize) -> Option<Ports> {
 /// What is known of the layer behind the IP header, unless it is a later piece.
 struct Transport {
     ports: Option<Ports>,
+    source_port: Option<u16>,
     tcp_flags: Option<u8>,
     icmp_type: Option<u8>,
     icmp_code: Option<u8>,
@@ -169,6 +189,7 @@ fn transport(payload: &[u8], protocol: Protocol, icmp: Protocol, fragment: Fragm
     let byte = |wanted: bool, at: usize| payload.get(l4 + at).copied().filter(|_| first && wanted);
     Transport {
         ports: if first { ports(payload, protocol, l4) } else { None },
+        source_port: if first && has_ports(protocol) { u16_at(payload, l4) } else { None },
         tcp_flags: byte(protocol == Protocol::TCP, TCP_FLAGS),
         icmp_type: byte(protocol == icmp, 0),
         icmp_code: byte(protocol == icmp, 1),
@@ -209,7 +230,7 @@ fn ipv4(payload: &[u8], length: usize, gso: bool) -> Option<Ip> {
         (0, true) => Fragment::First,
         _ => Fragment::Later,
     };
-    let Transport { ports, tcp_flags, icmp_type, icmp_code } =
+    let Transport { ports, source_port, tcp_flags, icmp_type, icmp_code } =
         transport(payload, protocol, Protocol::ICMP, fragment, header_len);
     Some(Ip {
         source: header.source_addr().into(),
@@ -218,8 +239,11 @@ fn ipv4(payload: &[u8], length: usize, gso: bool) -> Option<Ip> {
         length: u32::from(header.total_len()),
         protocol,
         fragment,
+        piece: fragment,
+        hides_transport: false,
         id: u32::from(header.identification()),
         ports,
+        source_port,
         tcp_flags,
         icmp_type,
         icmp_code,
@@ -235,6 +259,9 @@ const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
 /// What may not follow a fragment header of a later piece, besides the four above: it would be walked, too.
 const AUTHENTICATION: u8 = 51;
+
+/// The extension headers that nftables walks over.
+pub(crate) const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION];
 
 /// Bytes of an IPv6 header.
 pub const IPV6_LEN: usize = 40;
@@ -271,9 +298,11 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
     let mut next = header.next_header().0;
     let mut at = IPV6_LEN;
     let mut fragment = Fragment::Whole;
+    let mut piece = None;
+    let mut hides_transport = false;
     let mut id = 0;
     // Each turn moves on by at least 8 bytes.
-    while matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+    while EXTENSIONS.contains(&next) {
         let &[following, len] = payload.get(at..at + 2)? else { return None };
         if next == ROUTING {
             payload.get(at..at + 4)?;
@@ -288,10 +317,13 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
             | u32::from(u16_at(payload, at + 6).unwrap_or(0));
         next = following;
         at += 8;
+        let this = if offset == 0 { Fragment::First } else { Fragment::Later };
+        hides_transport |= piece.is_none() && EXTENSIONS.contains(&next);
+        piece.get_or_insert(this);
         if offset != 0 {
             fragment = Fragment::Later;
             // The kernel gives up on a later piece whose next header is an extension header.
-            if matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION | AUTHENTICATION) {
+            if EXTENSIONS.contains(&next) || next == AUTHENTICATION {
                 return None;
             }
             break;
@@ -310,7 +342,7 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
         return None;
     }
     let protocol = Protocol(next);
-    let Transport { ports, tcp_flags, icmp_type, icmp_code } =
+    let Transport { ports, source_port, tcp_flags, icmp_type, icmp_code } =
         transport(payload, protocol, Protocol::ICMPV6, fragment, at);
     Some(Ip {
         source: header.source_addr().into(),
@@ -319,8 +351,11 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
         length: u32::from(header.payload_length()) + IPV6_LEN as u32,
         protocol,
         fragment,
+        piece: piece.unwrap_or(fragment),
+        hides_transport,
         id,
         ports,
+        source_port,
         tcp_flags,
         icmp_type,
         icmp_code,

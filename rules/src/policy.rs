@@ -98,15 +98,31 @@ impl Firewall {
         self.ready.0.get_or_init(|| Classifier::new(&self.conditions(mac).collect::<Vec<_>>()))
     }
 
-    /// What happens to a packet for this firewall's middlebox.
+    /// What happens to a packet for this firewall's middlebox. A packet whose transport header nftables cannot tell is
+    /// dropped where a rule looks at such headers, unless a rule that does not allows it.
     pub fn filter(&self, packet: &Packet) -> Filtered {
+        let classifier = self.classifier(packet.link.destination);
+        let mut packet = *packet;
+        let hidden = packet.ip.as_mut().filter(|ip| ip.hides_transport && classifier.looks_at_transport());
+        let default = match hidden {
+            Some(ip) => {
+                ip.hide_transport();
+                Action::Deny
+            }
+            None => self.default,
+        };
         let whole = |id: RuleId| {
             let rule = self.rules.get(&id);
             let wanted = rule.and_then(|rule| rule.conditions(packet.link.destination, self.ip));
-            wanted.is_some_and(|wanted| wanted.match_packet(packet))
+            wanted.is_some_and(|wanted| wanted.match_packet(&packet))
         };
-        let rule = self.classifier(packet.link.destination).find(packet, whole);
-        Filtered { action: rule.map_or(self.default, |rule| rule.action), rule }
+        let rule = classifier.find(&packet, whole);
+        Filtered { action: rule.map_or(default, |rule| rule.action), rule }
+    }
+
+    /// Makes the rules ready for packets, which costs more than the packets should.
+    pub fn prepare(&self, mac: MacAddr) {
+        self.classifier(mac);
     }
 
     /// Refuses a rule that is one too many.

@@ -6,6 +6,7 @@
 pub mod captures;
 pub mod daemon;
 pub mod frames;
+pub mod fuzz;
 pub mod lab;
 pub mod netns;
 pub mod tap;

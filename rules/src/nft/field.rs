@@ -39,6 +39,8 @@ pub enum Field {
     Ip6TrafficClass,
     /// `frag frag-off`: the offset in the first fragment header, where there is one.
     Ip6FragmentOffset,
+    /// `frag nexthdr`: what follows the first fragment header.
+    Ip6FragmentNext,
     /// `exthdr frag`: whether there is a fragment header.
     Ip6FragmentHeader,
     /// `ip length`.
@@ -138,7 +140,7 @@ impl Field {
         match self {
             Field::EtherDestination | Field::EtherSource => Some(Type::Mac),
             Field::EtherType => Some(Type::EtherType),
-            Field::L4Protocol | Field::Ip6NextHeader => Some(Type::Protocol),
+            Field::L4Protocol | Field::Ip6NextHeader | Field::Ip6FragmentNext => Some(Type::Protocol),
             Field::Mark(_) => Some(Type::Mark),
             Field::Ip4Source | Field::Ip4Destination => Some(Type::Ip4),
             Field::Ip6Source | Field::Ip6Destination => Some(Type::Ip6),
@@ -212,6 +214,7 @@ impl fmt::Display for Field {
             Field::TcpChecksum => "tcp checksum",
             Field::UdpChecksum => "udp checksum",
             Field::Ip6FragmentOffset => "frag frag-off",
+            Field::Ip6FragmentNext => "frag nexthdr",
             Field::Ip6FragmentHeader => "exthdr frag",
             Field::Ip4Length => "ip length",
             Field::Ip6Length => "ip6 length",

@@ -23,6 +23,9 @@ use std::fmt;
 
 /// The parts of a key that nft of Debian 12 lists rightly; the middlebox' MAC is one.
 const MAX_KEY: usize = 5;
+/// The most prefixes that the ranges of an interval set may be made of in one field: the kernel keeps a bit for each,
+/// looks at all of them for a packet, and takes time by their square to change one.
+const MAX_PREFIXES: usize = 2048;
 /// The longest name of a chain that middleboxes share; NFT_CHAIN_MAXNAMELEN is 256.
 const MAX_NAME: usize = 200;
 
@@ -96,6 +99,8 @@ pub enum OneByOne {
     Mask,
     /// Its ranges overlap those of this rule, which an interval set does not allow.
     Overlap(RuleId),
+    /// Its ranges and those before it are made of too many prefixes.
+    Prefixes,
 }
 
 impl fmt::Display for OneByOne {
@@ -111,6 +116,9 @@ impl fmt::Display for OneByOne {
             }
             OneByOne::Mask => f.write_str("its MAC mask has holes"),
             OneByOne::Overlap(other) => write!(f, "its ranges overlap those of rule {other}"),
+            OneByOne::Prefixes => {
+                write!(f, "its ranges and those before it are more than {MAX_PREFIXES} prefixes")
+            }
         }
     }
 }
@@ -369,8 +377,8 @@ fn place(action: Action, conditions: &Conditions) -> Place {
         (conditions.tos.is_some(), "TOS bytes"),
         (conditions.length.is_some(), "lengths"),
         (conditions.piece.is_some(), "kinds of fragments"),
-        (conditions.tcp_flags.is_some(), "masked TCP flags"),
-        (conditions.icmp_code.is_some(), "ICMP codes by type"),
+        (conditions.tcp_flags.is_some(), "TCP flags"),
+        (conditions.icmp_code.is_some(), "ICMP codes"),
     ];
     if let Some((_, field)) = no_set.into_iter().find(|(asked, _)| *asked) {
         return Place::OneByOne(OneByOne::Field(field));
@@ -416,11 +424,31 @@ struct Interval {
     bounds: BTreeMap<(u128, usize), Vec<(u128, u128)>>,
     /// The longest range in the first field.
     longest: u128,
+    /// The prefixes that the ranges are made of, field by field.
+    prefixes: Vec<usize>,
+}
+
+/// How many prefixes a range is made of.
+fn prefixes(first: u128, last: u128) -> usize {
+    let (mut at, mut count) = (first, 0);
+    loop {
+        count += 1;
+        // The largest prefix that begins here and does not go beyond the end.
+        let room = (last - at).checked_add(1).map_or(127, u128::ilog2);
+        let bits = at.trailing_zeros().min(room);
+        match at
+            .checked_add((1 << bits) - 1)
+            .and_then(|end| if end < last { end.checked_add(1) } else { None })
+        {
+            Some(next) => at = next,
+            None => return count,
+        }
+    }
 }
 
 impl Interval {
-    /// Adds an element, unless it overlaps one that is there; the rule of that comes back.
-    fn add(&mut self, ranges: Ranges) -> Option<RuleId> {
+    /// Adds an element, unless the set cannot hold it; why comes back.
+    fn add(&mut self, ranges: Ranges) -> Option<OneByOne> {
         let bounds =
             ranges.first.iter().zip(&ranges.last).map(|(first, last)| (first.number(), last.number()));
         let bounds: Vec<(u128, u128)> = bounds.collect();
@@ -430,8 +458,16 @@ impl Interval {
             other.iter().zip(&bounds).all(|((a, b), (first, last))| a <= last && first <= b)
         };
         if let Some(((_, at), _)) = self.bounds.range(near).find(|(_, other)| overlaps(other)) {
-            return self.elements.get(*at).map(|other| other.rule);
+            return self.elements.get(*at).map(|other| OneByOne::Overlap(other.rule));
         }
+        self.prefixes.resize(bounds.len(), 0);
+        let sums =
+            self.prefixes.iter().zip(&bounds).map(|(sum, (first, last))| sum + prefixes(*first, *last));
+        let sums: Vec<usize> = sums.collect();
+        if sums.iter().any(|&sum| sum > MAX_PREFIXES) {
+            return Some(OneByOne::Prefixes);
+        }
+        self.prefixes = sums;
         self.longest = self.longest.max(last - first);
         self.bounds.insert((first, self.elements.len()), bounds);
         self.elements.push(ranges);
@@ -450,8 +486,8 @@ fn placement(rules: &[(RuleId, Conditions)]) -> Placement {
             }
             Place::Set { shape, first, last } => {
                 let there = out.ranges.entry(shape).or_default();
-                if let Some(other) = there.add(Ranges { first, last, rule: id }) {
-                    out.one_by_one.push((id, conditions, OneByOne::Overlap(other)));
+                if let Some(why) = there.add(Ranges { first, last, rule: id }) {
+                    out.one_by_one.push((id, conditions, why));
                 }
             }
         }
@@ -535,11 +571,24 @@ impl LookUps {
 }
 
 /// Goes before rules that load a transport header: later fragments have none. nft's slow path knows that, but the fast
-/// one (`nft_payload_fast_eval`, seen in 6.18) reads whatever stands there.
-fn later_fragments(then: &Statement) -> [Rule; 2] {
+/// one (`nft_payload_fast_eval`, seen in 6.18) reads whatever stands there. Behind two fragment headers it even takes the
+/// IP header for the transport header (`ipv6_find_hdr` leaves the offset at 0), and no rule can look at the second one: what
+/// has an extension header behind the first is dropped.
+fn later_fragments(then: &Statement) -> [Rule; 3] {
     const OFFSET: u16 = 0x1fff;
-    [(IPV4, Field::Ip4FragmentOffset(OFFSET)), (IPV6, Field::Ip6FragmentOffset)]
-        .map(|(ip, offset)| rule(vec![ip.is(), Statement::IsNot(offset, Value::Port(0)), then.clone()]))
+    let later =
+        |ip: Ip, offset: Field| rule(vec![ip.is(), Statement::IsNot(offset, Value::Port(0)), then.clone()]);
+    let hides = vec![
+        IPV6.is(),
+        Statement::In(vec![Field::Ip6FragmentNext], "extension_headers".to_string()),
+        Statement::Counter,
+        verdict(Verdict::Drop),
+    ];
+    [
+        later(IPV4, Field::Ip4FragmentOffset(OFFSET)),
+        later(IPV6, Field::Ip6FragmentOffset),
+        commented(hides, "no telling whether it has a transport header"),
+    ]
 }
 
 /// What the filters of a middlebox need.
@@ -619,6 +668,39 @@ mod tests {
     use proptest::sample::select;
 
     const MAC: &str = "2:0:0:0:0:1";
+
+    #[test]
+    fn ranges_are_made_of_prefixes() {
+        let most = u128::MAX;
+        for (first, last, count) in [
+            (0, 0, 1),
+            (0, 255, 1),
+            (80, 90, 3),
+            (1, 65534, 30),
+            (0, most, 2),
+            (0, most - 1, 128),
+            (1, most, 128),
+            (1, most - 1, 254),
+            (most, most, 1),
+        ] {
+            assert_eq!(prefixes(first, last), count, "{first}-{last}");
+        }
+    }
+
+    #[test]
+    fn a_set_takes_no_more_prefixes_than_the_kernel_bears() {
+        let wide = |n: u32| {
+            [
+                format!("A {MAC} #{n} I 3 s ::1-ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe d ::1-ffff::"),
+                format!("A {MAC} #{n} T 2 d {n}"),
+            ]
+        };
+        let list = list("allow", &(1..=20).flat_map(wide).collect::<Vec<_>>());
+        let placed = placement(&list.rules);
+        assert_eq!(placed.ranges.values().map(|set| set.elements.len()).sum::<usize>(), MAX_PREFIXES / 254);
+        let (last, _, why) = placed.one_by_one.last().unwrap();
+        assert_eq!((last.to_string().as_str(), *why), ("#20", OneByOne::Prefixes));
+    }
 
     fn list(default: &str, lines: &[String]) -> RuleList {
         let mut policy = Policy::default();

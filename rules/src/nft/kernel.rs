@@ -349,12 +349,29 @@ impl Kernel {
         self.socket.portid()
     }
 
-    /// Whether our table stands in the bridge family.
+    /// Whether `ruleset`, which has been loaded, still stands as far as can be seen at a glance: its chains and sets, and the
+    /// rules of its base chains.
     ///
     /// # Errors
-    /// When the kernel cannot be asked, or the table is somebody else's.
-    pub fn stands(&mut self) -> Result<bool, KernelError> {
-        self.ours(Family::Bridge)
+    /// When the kernel cannot be asked, or a table of our name is somebody else's.
+    pub fn stands(&mut self, ruleset: &Ruleset) -> Result<bool, KernelError> {
+        for (&family, table) in ruleset {
+            if !self.ours(family)? {
+                return Ok(false);
+            }
+            let chains = self.ask(&Question::Chains(family))?.chains;
+            let sets = self.ask(&Question::Sets(family))?.sets;
+            if !chains.keys().eq(table.chains.keys()) || !sets.keys().eq(table.sets.keys()) {
+                return Ok(false);
+            }
+            for (name, chain) in table.chains.iter().filter(|(_, chain)| chain.priority.is_some()) {
+                let rules = self.ask(&Question::Rules(family, Some(name.clone())))?.rules;
+                if rules.iter().filter(|rule| rule.chain == *name).count() != chain.rules.len() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// The elements of one of our sets; none when there is no such set.

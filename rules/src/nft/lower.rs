@@ -174,6 +174,7 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::Ip6FragmentOffset => {
             vec![fragment_header(register, 2, len, 0), bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2])]
         }
+        Field::Ip6FragmentNext => vec![fragment_header(register, 0, len, 0)],
         Field::Ip6FragmentHeader => {
             const PRESENT: u32 = 1;
             vec![fragment_header(register, 0, len, PRESENT)]

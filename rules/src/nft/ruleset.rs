@@ -4,9 +4,12 @@
 //! elements as far as possible. The way of a frame is in `docs/ARCHITECTURE.md`.
 
 use super::field::{Field, Type, Value};
-use super::model::{Chain, Data, Dynamic, Family, Queues, Rule, Set, Statement, Table, Verdict, Write};
+use super::model::{
+    Chain, Data, Dynamic, Element, Family, Queues, Rule, Set, Statement, Table, Verdict, Write,
+};
 use super::part::Part;
 use crate::mark::{self, INDEX, OPERATION, OURS, Operation};
+use crate::packet::EXTENSIONS;
 use crate::policy::Policy;
 use crate::slots::Slots;
 use nfqd_shmctl::{EtherType, Protocol};
@@ -57,8 +60,9 @@ pub type Ruleset = BTreeMap<Family, Table>;
 const STEER_PRIORITY: i32 = -300;
 /// Priority of the chain that carries out the engine's verdicts: behind br_netfilter's hook.
 const LEARN_PRIORITY: i32 = 100;
-/// Priority of the ip and ip6 chains that queue: before connection tracking ("raw").
-const ASK_PRIORITY: i32 = -300;
+/// Priority of the ip and ip6 chains that queue: before the host's connection tracking puts pieces of datagrams together
+/// (NF_IP_PRI_RAW_BEFORE_DEFRAG), so that the engine sees what the bridge sees.
+const ASK_PRIORITY: i32 = -450;
 
 /// The ruleset that a policy needs.
 pub fn build(policy: &Policy, slots: &Slots, options: &Options) -> Ruleset {
@@ -129,7 +133,7 @@ fn queueing(family: Family, queues: Queues) -> Table {
         "to the engine: xt target NFQUEUE, which nft does not show",
     );
     let mut table = Table::new(family);
-    table.chains.insert("ask".to_string(), Chain { priority: Some(ASK_PRIORITY), rules: vec![rule] });
+    table.chains.insert("to_engine".to_string(), Chain { priority: Some(ASK_PRIORITY), rules: vec![rule] });
     table
 }
 
@@ -294,6 +298,11 @@ impl Frame<'_> {
         self.set("middleboxes", counting("registered middleboxes"));
         self.set("balanced", set_of(&mac, None, "middleboxes with balanced addresses"));
         self.set("filters", set_of(&mac, verdicts, "middleboxes with filters"));
+        let mut extensions =
+            set_of(&[Type::Protocol], None, "what may hide a transport header behind a fragment header");
+        let element = |header: u8| (vec![Value::Protocol(Protocol(header))], Element::default());
+        extensions.elements = EXTENSIONS.into_iter().map(element).collect();
+        self.set("extension_headers", extensions);
         self.set("closed", counting("middleboxes for which nothing passes that no rule allows"));
         if self.options.engine_is_blind() {
             self.set(
@@ -378,7 +387,8 @@ impl Frame<'_> {
         let by_mac = |map: &str| rule(vec![Statement::Vmap(vec![Field::EtherDestination], map.to_string())]);
         let mut rules = Vec::new();
         if self.options.engine_is_blind() {
-            rules.push(by_mac("tag_filters"));
+            let tags = || Statement::Vmap(vec![Field::EtherDestination], "tag_filters".to_string());
+            rules.extend(IPS.map(|ip| rule(vec![ip.is(), tags()])));
             rules.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
         }
         if full || self.options.engine_is_blind() {

@@ -1,0 +1,88 @@
+//! What the fuzz targets of `fuzz/` do with their input, so that plain tests can do the same with the corpus.
+
+use nfqd_rules::Policy;
+use nfqd_rules::decide::decide;
+use nfqd_rules::packet::Packet;
+use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
+use nfqd_shmctl::{Command, MacAddr, split_lines};
+use std::net::IpAddr;
+use std::sync::OnceLock;
+
+/// Reads text as commands, a line each, and obeys them.
+///
+/// # Panics
+/// When what is read does not print and read back as itself, an error does not name a place in the line, or the policy is
+/// not made again by its own commands.
+pub fn command(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let mut policy = Policy::default();
+    for (_, line) in split_lines(&text) {
+        match Command::parse(line) {
+            Ok(command) => {
+                let printed = command.to_string();
+                assert_eq!(Command::parse(&printed).as_ref(), Ok(&command), "{printed}");
+                if let Err(error) = policy.obey(&command, line) {
+                    assert!(error.column >= 1 && error.column <= line.len() + 1, "{line}: {error}");
+                }
+            }
+            Err(error) => {
+                assert!(error.column >= 1 && error.column <= line.len() + 1, "{line}: {error}");
+                assert!(!error.message.contains(char::is_control), "{line}: {error}");
+            }
+        }
+    }
+    let mut again = Policy::default();
+    for command in policy.commands() {
+        let line = command.to_string();
+        assert!(again.apply_line(&line).is_ok(), "{line}");
+    }
+    assert_eq!(again, policy);
+}
+
+/// A policy with every class of rules for the MACs of the world in [`crate::frames`].
+fn rules() -> &'static Policy {
+    static POLICY: OnceLock<Policy> = OnceLock::new();
+    POLICY.get_or_init(|| {
+        let mut policy = Policy::default();
+        let texts = [
+            include_str!("../captures/filters.commands"),
+            include_str!("../captures/balanced.commands"),
+            "R F 02:00:00:00:00:02 10.0.0.2 deny\nA 02:00:00:00:00:02 +1 M 1 s 2:0:0:0:0:0/ff:0:0:0:0:1",
+        ];
+        for (_, line) in texts.iter().flat_map(|text| split_lines(text)) {
+            policy.apply_line(line).expect("a command");
+        }
+        policy
+    })
+}
+
+/// Reads a frame, cut to a length that the first bytes say, filters it and rewrites it.
+///
+/// # Panics
+/// When the classifier finds another rule than looking at them one by one, or a rewrite leaves the frame unreadable or of
+/// another length.
+pub fn packet(data: &[u8]) {
+    let Some((&[cut, last], frame)) = data.split_first_chunk() else { return };
+    let length = frame.len() + usize::from(cut);
+    let Some(mut packet) = Packet::from_cut_frame(frame, length) else { return };
+    let policy = rules();
+    packet.link.destination = MacAddr([2, 0, 0, 0, 0, 1 + last % 3]);
+    let _ = decide(policy, &packet);
+    let hidden = packet.ip.is_some_and(|ip| ip.hides_transport);
+    if !hidden
+        && let Some(firewall) = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall())
+    {
+        let mut all = firewall.conditions(packet.link.destination);
+        let expected = all.find(|(_, wanted)| wanted.match_packet(&packet)).map(|(rule, _)| rule);
+        assert_eq!(firewall.filter(&packet).rule, expected, "{packet:?}");
+    }
+    let Some(ip) = packet.ip else { return };
+    let mut out = frame.to_vec();
+    let new = if ip.source.is_ipv4() { IpAddr::from([10, 0, 0, last]) } else { IpAddr::from([0x20; 16]) };
+    set_destination_mac(&mut out, MacAddr([2; 6]));
+    if set_address(&mut out, &packet, Side::Destination, new) {
+        assert_eq!(out.len(), frame.len());
+        let again = Packet::from_cut_frame(&out, length).and_then(|packet| packet.ip);
+        assert_eq!(again.map(|again| again.destination), Some(new));
+    }
+}
