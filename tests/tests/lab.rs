@@ -101,6 +101,110 @@ fn filters_on_addresses_ports_and_protocols() {
 }
 
 #[test]
+fn a_closed_middlebox_lets_in_what_is_allowed() {
+    in_both_modes(|scene| {
+        let (daemon, client, other) = (&scene.daemon, &scene.lab.client, &scene.lab.other);
+        daemon.must("R F 12:13:14:15:16:17 10.129.126.15 deny");
+        client.run("ip neigh flush dev eth0");
+        assert!(!pings(client, VM), "not even ARP");
+        daemon.must("A 12:13:14:15:16:17 +1 M 4 p arp");
+        assert_eq!((scene.at_vm(), pings(client, VM)), (None, false));
+        daemon.must("A 12:13:14:15:16:17 +2 T 2 d 80");
+        assert_eq!((scene.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
+        daemon.must("A 12:13:14:15:16:17 +3 C 1 t echo-request");
+        assert!(pings(client, VM));
+        // What is allowed goes before what is denied.
+        daemon.must("A 12:13:14:15:16:17 #1 I 1 s 10.129.126.0/24");
+        assert_eq!((scene.at_vm().as_deref(), pings(client, VM)), (Some("vm"), true));
+        daemon.must("D 12:13:14:15:16:17 +3");
+        daemon.must("A 12:13:14:15:16:17 +2 I 1 s 10.129.126.2");
+        assert_eq!((scene.at_vm(), pings(client, VM)), (None, false));
+        assert_eq!(who(other, VM, 80).as_deref(), Some("vm"));
+        // What is allowed is balanced all the same.
+        scene.redirect();
+        assert_eq!((scene.at_vm(), who(other, VM, 80).as_deref()), (None, Some("backend")));
+        let rules = daemon.status().middleboxes[0].rules.clone();
+        let names: Vec<&str> = rules.iter().map(|rule| rule.rule.as_str()).collect();
+        assert_eq!(names, ["+1", "+2", "#1", "default"]);
+    });
+}
+
+#[test]
+fn status_tells_which_rules_are_looked_at_one_by_one() {
+    in_netns(|| {
+        let scene = Scene::new(&[]);
+        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        for rule in [
+            "#1 T 2 d 80",
+            "#2 T 2 d 80-90",
+            "#3 T 2 d 85-95",
+            "#4 V 1 s 7",
+            "#5 M 1 s 2:0:0:0:0:0/ff:0:ff:0:0:0",
+        ] {
+            scene.daemon.must(&format!("A 12:13:14:15:16:17 {rule}"));
+        }
+        let status = scene.daemon.status();
+        let why: Vec<Option<&str>> =
+            status.middleboxes[0].rules.iter().map(|rule| rule.one_by_one.as_deref()).collect();
+        assert_eq!(
+            why,
+            [
+                None,
+                None,
+                Some("its ranges overlap those of rule #2"),
+                Some("nftables has no sets of VLAN ids"),
+                Some("its MAC mask has holes")
+            ]
+        );
+        assert!(
+            status
+                .text()
+                .contains("rule #4 has dropped 0 packets, 0 bytes - looked at by itself: nftables has")
+        );
+    });
+}
+
+#[test]
+fn what_a_guest_changes_is_no_interference() {
+    in_netns(|| {
+        let scene = Scene::new(&[]);
+        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        // Each makes the chain of all of them anew, of which the kernel tells rule by rule.
+        for n in 1..=250 {
+            scene.daemon.must(&format!("A 12:13:14:15:16:17 #{n} V 1 s {n}"));
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        let status = scene.daemon.status();
+        assert_eq!((status.repairs, status.repair_error), (0, None), "{}", scene.daemon.log());
+        assert_eq!(run("nft list table bridge nfqd").matches("comment \"rule #").count(), 500);
+    });
+}
+
+#[test]
+fn a_repair_that_fails_is_tried_again() {
+    in_netns(|| {
+        let scene = Scene::new(&[]);
+        scene.redirect();
+        let script = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(script.path(), "delete table bridge nfqd\nadd table bridge nfqd\n").unwrap();
+        run(&format!("nft -f {}", script.path().display()));
+        wait_for("the complaint", || {
+            let error = scene.daemon.status().repair_error;
+            error.is_some_and(|error| error.contains("that nfqd did not make"))
+        });
+        assert!(scene.daemon.status().text().contains("NOT ENFORCED: there is a table 'bridge nfqd'"));
+        assert_eq!(scene.daemon.status().repairs, 0);
+        let reply = scene.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
+        assert!(reply.starts_with("ERR internal the host cannot enforce it"), "{reply}");
+        run("nft delete table bridge nfqd");
+        wait_for("the repair", || scene.daemon.status().repair_error.is_none());
+        assert_eq!(scene.daemon.status().repairs, 1);
+        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+    });
+}
+
+#[test]
 fn rules_and_middleboxes_count_what_they_see() {
     in_both_modes(|scene| {
         let (daemon, client) = (&scene.daemon, &scene.lab.client);

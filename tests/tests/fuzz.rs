@@ -1,0 +1,28 @@
+//! What the fuzz targets do, over the corpus that they have found. `fuzz/run TARGET SECONDS` goes on from there.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+fn over_the_corpus(target: &str, each: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
+    let mut inputs = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let data = std::fs::read(&path).unwrap();
+        // So that a failure names its input.
+        println!("{}", path.display());
+        each(&data);
+        inputs += 1;
+    }
+    assert!(inputs > 20, "{}: {inputs} inputs", folder.display());
+}
+
+#[test]
+fn commands() {
+    over_the_corpus("command", nfqd_tests::fuzz::command);
+}
+
+#[test]
+fn packets() {
+    over_the_corpus("packet", nfqd_tests::fuzz::packet);
+}
