@@ -221,6 +221,53 @@ fn a_difference_makes_what_a_load_makes() {
     });
 }
 
+/// Whole configurations, each of any of the commands, so that a change goes through all its steps.
+#[test]
+fn any_change_makes_what_a_load_makes() {
+    in_netns(|| {
+        let mut kernel = Kernel::open().unwrap();
+        let mut random = 7_u64;
+        let mut next = || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random >> 33
+        };
+        for steer in steers(&mut kernel) {
+            let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
+            let list = || {
+                let mut lines = normal(&nft(&["list", "table", "bridge", "nfqd"]));
+                lines.sort();
+                lines
+            };
+            let mut state = Desired::default();
+            let (mut standing, empty) = Standing::new(&state, &options);
+            kernel.load(&empty).unwrap();
+            for step in 0..60 {
+                let mut new = Desired { policy: Policy::default(), slots: state.slots.clone() };
+                for line in RICH {
+                    let line =
+                        if next().is_multiple_of(5) { line.replace('#', "+") } else { line.to_string() };
+                    if !next().is_multiple_of(3) {
+                        // What stands on a command that is left out is refused.
+                        let _ = new.policy.apply_line(&line);
+                    }
+                }
+                new.slots.follow(&new.policy, |_| None, Instant::now());
+                let change = standing.change(&state, &new);
+                kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
+                kernel.finish(&change).unwrap();
+                standing.done(change);
+                if step % 4 == 0 {
+                    let by_change = list();
+                    kernel.load(&build(&new.policy, &new.slots, &options)).unwrap();
+                    assert_eq!(by_change, list(), "{step}");
+                }
+                state = new;
+            }
+            kernel.remove().unwrap();
+        }
+    });
+}
+
 #[test]
 fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
     in_netns(|| {
