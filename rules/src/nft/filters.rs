@@ -580,6 +580,7 @@ fn later_fragments(then: &Statement) -> [Rule; 3] {
         |ip: Ip, offset: Field| rule(vec![ip.is(), Statement::IsNot(offset, Value::Port(0)), then.clone()]);
     let hides = vec![
         IPV6.is(),
+        Statement::Present(Field::L4Protocol),
         Statement::In(vec![Field::Ip6FragmentNext], "extension_headers".to_string()),
         Statement::Counter,
         verdict(Verdict::Drop),
