@@ -47,7 +47,7 @@ const SOON: u32 = 10;
 /// Why tables are broken that another program has changed.
 const CHANGED: &str = "our tables were changed by another program";
 /// How long packets that are being judged are waited for before old slots go.
-const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE: Duration = Duration::from_secs(1);
 /// The longest reply to `Q`; the mailbox has room for little more.
 const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.

@@ -187,7 +187,7 @@ fn changes_under_traffic(fast_path: &str) {
     assert!(at_other.is_empty() && of(&at_vm, Kind::Drop) == 0);
     let differ = of(&at_vm, Kind::Differs);
     assert!(differ > 0 && differ < of(&sent, Kind::Differs), "both configurations held: {differ}");
-    assert!(of(&sent, Kind::Pass) > 3000);
+    assert!(of(&sent, Kind::Pass) > 1000);
 }
 
 #[test]
