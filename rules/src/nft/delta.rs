@@ -36,7 +36,7 @@ pub struct Standing {
     users: HashMap<String, usize>,
 }
 
-/// A change of the ruleset, in steps; see [`RuleList::steps`]. Most changes have one.
+/// A change of the ruleset, in steps, so that what both ends treat alike is treated so all the way. Most changes have one.
 #[derive(Debug)]
 pub struct Change {
     pub(super) steps: Vec<Step>,
