@@ -1,11 +1,12 @@
 //! The daemon's control loop: commands in, policy to the engine and the kernel, registrations to disk.
 //!
-//! A command's way: mailbox, [`Channel::authorise`], [`Policy::apply_line`], [`Shared::snapshot`], [`Kernel::change`],
-//! [`State::save`], reply. When the kernel refuses, the policy is put back and the reply says so.
+//! A command's way: mailbox, [`Channel::authorise`], [`Policy::apply_line`], [`Enforcer::enforce`], [`State::append`],
+//! reply. When the kernel refuses, the policy is put back and the reply says so.
 
 use crate::channel::Channel;
-use crate::config::{Config, FailChoice, Options as Flags, ShmSpec, SteerChoice};
-use crate::engine::{Filters, Snapshot};
+use crate::config::{Config, FailChoice, Options as Flags, ShmSpec};
+use crate::enforce::{Enforcer, rules};
+use crate::engine::Snapshot;
 use crate::flows::{FlowKey, Flows};
 use crate::neighbours::Neighbours;
 use crate::queue::{Queue, QueueError};
@@ -13,28 +14,27 @@ use crate::state::{State, StateError, apply_file};
 use crate::status::{
     BackendStatus, ChannelStatus, Control, MiddleboxStatus, QueueStatus, RuleStatus, Status,
 };
-use crate::watch::Watch;
+use crate::steer::steer;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
-use nfqd_rules::nft::delta::{Desired, Standing};
+use nfqd_rules::Policy;
+use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::nft::filters::one_by_one;
-use nfqd_rules::nft::kernel::{Counters, Kernel, KernelError, Made};
-use nfqd_rules::nft::model::{Family, Queues, Statement};
-use nfqd_rules::nft::ruleset::{FastPath, Options, Steer};
+use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::model::Queues;
+use nfqd_rules::nft::ruleset::{FastPath, Options};
 use nfqd_rules::slots::{Slot, SlotKey};
-use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::mailbox::Frame;
-use nfqd_shmctl::{Action, Command, CommandError, ErrorCode, MacAddr, RegionError, RuleId};
-use nix::errno::Errno;
+use nfqd_shmctl::{Command, CommandError, ErrorCode, MacAddr, RegionError, RuleId};
 use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often mailboxes are looked at. A guest has no way to ring in this layout.
@@ -44,10 +44,6 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
-/// Why tables are broken that another program has changed.
-const CHANGED: &str = "our tables were changed by another program";
-/// How long packets that are being judged are waited for before old slots go.
-const SETTLE: Duration = Duration::from_secs(1);
 /// The longest reply to `Q`; the mailbox has room for little more.
 const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.
@@ -91,83 +87,21 @@ impl StartError {
     }
 }
 
-const NO_NATIVE: &str = "this kernel has no nft queue expression for bridges (CONFIG_NFT_QUEUE; module nft_queue); use \
-                         --steer br-netfilter, or --steer auto";
-const NO_BR_NETFILTER: &str = "this kernel cannot queue by br_netfilter (CONFIG_BRIDGE_NETFILTER, CONFIG_NFT_COMPAT and \
-                               CONFIG_NETFILTER_XT_TARGET_NFQUEUE; modules br_netfilter, nft_compat, xt_NFQUEUE); use \
-                               --steer native, or --steer auto";
-const NO_WAY: &str = "this kernel has no way into NFQUEUE from a bridge: neither the nft queue expression (module \
-                      nft_queue) nor br_netfilter with the xt target NFQUEUE (modules br_netfilter, nft_compat, \
-                      xt_NFQUEUE); load one of them, 'br-netfilter.sh up' tries both";
-const NOT_CALLED: &str = "br_netfilter is not told to hand bridged packets to nftables: net.bridge.bridge-nf-call-iptables \
-                          is not 1 (or the module br_netfilter is not loaded); run 'br-netfilter.sh up'";
-
-/// Finds out how frames can get into the queue.
-fn steer(kernel: &mut Kernel, choice: SteerChoice, queues: Queues) -> Result<Steer, StartError> {
-    let native =
-        choice != SteerChoice::BrNetfilter && kernel.knows(Family::Bridge, &Statement::Queue(queues))?;
-    if native {
-        return Ok(Steer::Native);
-    }
-    if choice == SteerChoice::Native {
-        return Err(StartError::Steer(NO_NATIVE));
-    }
-    if !kernel.knows(Family::Ip, &Statement::XtQueue(queues))? {
-        let reason = if choice == SteerChoice::Auto { NO_WAY } else { NO_BR_NETFILTER };
-        return Err(StartError::Steer(reason));
-    }
-    for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
-        let value = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}")).unwrap_or_default();
-        if value.trim() != "1" {
-            return Err(StartError::Steer(NOT_CALLED));
-        }
-    }
-    let tagged =
-        std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-filter-vlan-tagged").unwrap_or_default();
-    if tagged.trim() != "1" {
-        log::warn!(
-            "net.bridge.bridge-nf-filter-vlan-tagged is not 1: VLAN-tagged frames do not reach the engine; \
-             'br-netfilter.sh up' sets it"
-        );
-    }
-    Ok(Steer::BrNetfilter)
-}
-
 /// A running daemon.
 pub struct Daemon {
     flags: Flags,
     config: Config,
     control: Control,
     signals: Signals,
-    /// None while the ruleset is loaded whole: the kernel would tell us of every element.
-    watch: Option<Watch>,
-    options: Options,
-    kernel: Kernel,
+    enforcer: Enforcer,
     desired: Desired,
-    /// What the engine has.
-    published: Policy,
-    /// What the kernel has, unless it is stale.
-    loaded: Desired,
-    standing: Standing,
     macs: BTreeMap<IpAddr, MacAddr>,
     neighbours: Neighbours,
     channels: Vec<Channel>,
-    shared: Arc<Shared>,
-    workers: Vec<Worker>,
     state: State,
     unsaved: Option<StateError>,
     /// Looks for neighbours that come soon, after a command has named a new backend.
     soon: u32,
-    /// The kernel has not what it should have; tried again every second.
-    stale: bool,
-    /// The kernel's tables are not as we left them, whoever did it: they must be loaded whole. Why, for people.
-    broken: Option<String>,
-    repairs: u64,
-    /// What was counted before the ruleset that stands was loaded, and in rules that were made anew since.
-    kept: Counters,
-    counters: Counters,
-    /// When the kernel was asked for its counters, and for how long it is not asked again.
-    counted: Option<(Instant, Duration)>,
 }
 
 impl Daemon {
@@ -199,7 +133,6 @@ impl Daemon {
         let steer = steer(&mut kernel, config.steer, queues)?;
         let options = Options { steer, fast_path: config.fast_path, queues };
         let heritage = kernel.heritage()?;
-        let kept = kernel.counters()?;
         let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
@@ -220,45 +153,22 @@ impl Daemon {
             config,
             control,
             signals,
-            watch: None,
-            options,
-            kernel,
+            enforcer: Enforcer::new(kernel, options, shared)?,
             desired: Desired { policy, slots: heritage.slots },
-            published: Policy::default(),
-            loaded: Desired::default(),
-            standing: Standing::new(&Desired::default(), &options).0,
             macs: heritage.macs,
             neighbours,
             channels,
-            shared,
-            workers: Vec::new(),
             state,
             unsaved: None,
             soon: 0,
-            stale: false,
-            broken: None,
-            repairs: 0,
-            kept,
-            counters: Counters::default(),
-            counted: None,
         };
         daemon.find_neighbours();
         let macs = &daemon.macs;
         daemon.desired.slots.follow(&daemon.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
-        daemon.publish();
-        let registered = |mac: &MacAddr, policy: &Policy| policy.get(*mac).is_some();
-        let policy = &daemon.desired.policy;
-        daemon.kept.middleboxes.retain(|mac, _| registered(mac, policy));
-        daemon
-            .kept
-            .rules
-            .retain(|(mac, rule), _| policy.get(*mac).is_some_and(|middlebox| has(middlebox, *rule)));
-        daemon.load()?;
+        daemon.enforcer.begin(&daemon.desired)?;
         for queue in open {
             let number = queue.number();
-            let worker = Worker::start(queue, Arc::clone(&daemon.shared))
-                .map_err(system(&format!("thread of queue {number}")))?;
-            daemon.workers.push(worker);
+            daemon.enforcer.serve(queue).map_err(system(&format!("thread of queue {number}")))?;
         }
         Ok(daemon)
     }
@@ -268,12 +178,13 @@ impl Daemon {
     /// # Errors
     /// When a queue is not served any more: started again, nfqd takes over what is there.
     pub fn run(mut self) -> Result<(), StartError> {
+        let Options { steer, fast_path, queues } = *self.enforcer.options();
         log::info!(
             "ready: steer {}, fast path {}, queues {}-{}, {} middleboxes",
-            self.steer_name(),
-            self.fast_path_name(),
-            self.options.queues.first,
-            self.options.queues.first + (self.options.queues.count - 1),
+            steer.name(),
+            fast_path.name(),
+            queues.first,
+            queues.first + (queues.count - 1),
             self.desired.policy.middleboxes().len()
         );
         self.save();
@@ -283,18 +194,17 @@ impl Daemon {
             for signal in signals {
                 if signal != SIGHUP {
                     log::info!("leaving; the ruleset stays, 'nfqd flush' removes it");
-                    self.shared.stop.store(true, Relaxed);
-                    self.workers.drain(..).for_each(Worker::join);
+                    self.enforcer.stop();
                     return Ok(());
                 }
                 self.reload();
             }
             self.take_commands();
-            self.listen();
+            self.enforcer.listen();
             while let Some(asker) = self.control.accept() {
                 asker.answer(&self.status());
             }
-            if let Some(worker) = self.workers.iter().find(|worker| !worker.is_alive()) {
+            if let Some(worker) = self.enforcer.workers().iter().find(|worker| !worker.is_alive()) {
                 let source = std::io::Error::other("its thread ended, see above");
                 return Err(StartError::System { what: format!("queue {}", worker.queue), source });
             }
@@ -320,153 +230,6 @@ impl Daemon {
         enough
     }
 
-    /// Gives the engine what is to hold now.
-    fn publish(&mut self) {
-        let mut snapshot = Snapshot::new(self.desired.clone());
-        snapshot.learn = self.options.fast_path == FastPath::Full;
-        snapshot.filters = match (self.options.fast_path, self.options.steer) {
-            (FastPath::Full, _) => Filters::None,
-            (FastPath::Off, Steer::BrNetfilter) => Filters::WithoutTags,
-            (FastPath::Off, Steer::Native) => Filters::All,
-        };
-        if snapshot.filters != Filters::None {
-            // Here, where it is charged to the guest that asked for the rules, not to the queue that meets them first.
-            for mac in self.desired.policy.changed(&self.published) {
-                let firewall = self.desired.policy.get(mac).and_then(Middlebox::firewall);
-                firewall.into_iter().for_each(|firewall| firewall.prepare(mac));
-            }
-        }
-        self.published = self.desired.policy.clone();
-        self.shared.snapshot.store(Arc::new(snapshot));
-    }
-
-    /// Makes the kernel's tables what they should be, whatever they are.
-    fn load(&mut self) -> Result<(), KernelError> {
-        let (standing, ruleset) = Standing::new(&self.desired, &self.options);
-        self.watch = None;
-        let loaded = self.kernel.load(&ruleset);
-        match Watch::open(self.kernel.port()) {
-            Ok(watch) => self.watch = Some(watch),
-            Err(errno) => log::error!("notifications: {errno}; changes by other programs are not noticed"),
-        }
-        loaded?;
-        self.standing = standing;
-        self.loaded = self.desired.clone();
-        self.stale = false;
-        // What another program did before we listened again.
-        self.broken = if self.kernel.stands(&ruleset)? { None } else { Some(CHANGED.to_string()) };
-        Ok(())
-    }
-
-    /// The same for tables that are not as we left them. What they have counted is kept. Tried again every second until it
-    /// succeeds.
-    fn repair(&mut self) -> Result<(), KernelError> {
-        let counted = self.kernel.counters();
-        let loaded = counted.and_then(|counted| self.load().map(|()| counted));
-        match loaded {
-            Ok(counted) => {
-                self.repairs += 1;
-                self.kept.add(&counted);
-                (self.counters, self.counted) = (Counters::default(), None);
-                Ok(())
-            }
-            Err(error) => {
-                let why = error.to_string();
-                if self.broken.as_ref() != Some(&why) {
-                    log::error!("our tables cannot be loaded: {why}; tried again every second");
-                }
-                self.broken = Some(why);
-                Err(error)
-            }
-        }
-    }
-
-    /// Looks whether another program has changed our tables.
-    fn listen(&mut self) {
-        if self.watch.as_ref().is_some_and(Watch::changed) && self.broken.is_none() {
-            self.broken = Some(CHANGED.to_string());
-        }
-    }
-
-    /// Brings what is to hold to the kernel, then to the engine. In between the engine still sends packets to slots of
-    /// before; so these stay in the kernel until no such packet is on its way.
-    fn enforce(&mut self) -> Result<(), KernelError> {
-        if self.broken.is_some() {
-            let repaired = self.repair_and_publish();
-            self.stale = repaired.is_err();
-            return repaired;
-        }
-        let change = self.standing.change(&self.loaded, &self.desired);
-        let result = match self.kernel.change(&change) {
-            Ok(lost) => {
-                // What is kept now must not count twice, as long as the kernel is not asked again.
-                self.counters.rules.retain(|rule, _| !lost.rules.contains_key(rule));
-                self.kept.add(&lost);
-                self.publish();
-                let finished = if change.has_leftovers() {
-                    let deadline = Instant::now() + SETTLE;
-                    self.workers.iter().for_each(|worker| worker.settle(deadline));
-                    self.kernel.finish(&change)
-                } else {
-                    Ok(())
-                };
-                self.standing.done(change);
-                self.forget_counts();
-                self.loaded = self.desired.clone();
-                // What holds now is right but for slots too many.
-                finished.or_else(|error| {
-                    log::warn!("old backends are not removed ({error}); loading the ruleset again");
-                    self.repair()
-                })
-            }
-            // Somebody else has changed our tables: what is there is replaced whole.
-            Err((error, _))
-                if matches!(error.errno(), Some(Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)) =>
-            {
-                log::warn!("our tables were changed by another program ({error}); repairing them");
-                self.repair_and_publish()
-            }
-            Err((error, Made::Nothing)) => Err(error),
-            // Back to before in one transaction.
-            Err((error, Made::Part)) => {
-                let wanted = std::mem::replace(&mut self.desired, self.loaded.clone());
-                let back = self.repair();
-                self.desired = wanted;
-                Err(back.err().unwrap_or(error))
-            }
-        };
-        // Our own notifications, of which a large change makes many.
-        self.listen();
-        self.stale = result.is_err();
-        result
-    }
-
-    fn repair_and_publish(&mut self) -> Result<(), KernelError> {
-        self.forget_counts();
-        let repaired = self.repair();
-        self.publish();
-        repaired
-    }
-
-    /// Forgets what rules have counted that are gone.
-    fn forget_counts(&mut self) {
-        let (before, now) = (&self.loaded.policy, &self.desired.policy);
-        for mac in now.changed(before) {
-            let (Some(old), new) = (before.get(mac), now.get(mac)) else { continue };
-            if new.is_none() {
-                self.kept.middleboxes.remove(&mac);
-                self.counters.middleboxes.remove(&mac);
-            }
-            for rule in rules(old).filter(|rule| new.is_none_or(|new| !has(new, *rule))) {
-                self.kept.rules.remove(&(mac, rule));
-                self.counters.rules.remove(&(mac, rule));
-                for worker in &self.workers {
-                    worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner).remove(&(mac, rule));
-                }
-            }
-        }
-    }
-
     /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
     fn adopt(&mut self, before: Desired) -> Result<(), String> {
         let enough = self.follow(&before.policy);
@@ -475,7 +238,9 @@ impl Daemon {
             return Ok(());
         }
         let result = if enough {
-            self.enforce().map_err(|error| format!("ERR internal the host cannot enforce it: {error}"))
+            self.enforcer
+                .enforce(&self.desired)
+                .map_err(|error| format!("ERR internal the host cannot enforce it: {error}"))
         } else {
             Err("ERR quota the host has no numbers left for backends; try again in two minutes".to_string())
         };
@@ -490,9 +255,7 @@ impl Daemon {
                 log::error!("{error}");
                 self.desired.policy = before.policy;
                 self.desired.slots.put_back(before.slots, Instant::now());
-                self.publish();
-                // What was tried may hold in part: the next look around makes sure.
-                self.stale = true;
+                self.enforcer.take_back(&self.desired);
             }
         }
         result
@@ -555,7 +318,7 @@ impl Daemon {
     /// The reply to `Q`: each registration as a command, with what it has counted, in one line. Without a MAC it is about
     /// all middleboxes that the channel may speak for.
     fn answer(&mut self, channel: usize, mac: Option<MacAddr>) -> String {
-        let counters = self.counters();
+        self.enforcer.count();
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone()).unwrap_or_default();
         let registered = self.desired.policy.middleboxes().keys().copied();
         let wanted: Vec<MacAddr> = match mac {
@@ -564,7 +327,7 @@ impl Daemon {
             None => bound,
         };
         let mut text = "OK".to_string();
-        for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac, &counters)) {
+        for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac)) {
             let rule =
                 |rule: &RuleStatus| format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
             let heading =
@@ -584,26 +347,6 @@ impl Daemon {
             }
         }
         if text.len() == 2 { "OK nothing registered".to_string() } else { text }
-    }
-
-    /// What the fast path and the engine have counted. The kernel is asked at most once a second, and seldom enough that
-    /// it takes no more than a twentieth of the time: guests may ask, and its answer is as long as the ruleset.
-    fn counters(&mut self) -> Counters {
-        if self.counted.is_none_or(|(counted, pause)| counted.elapsed() >= pause) {
-            let start = Instant::now();
-            match self.kernel.counters() {
-                Ok(counters) => self.counters = counters,
-                Err(error) => log::warn!("counters: {error}"),
-            }
-            self.counted = Some((Instant::now(), SLOW_TICK.max(start.elapsed() * 20)));
-        }
-        let mut out = self.counters.clone();
-        out.add(&self.kept);
-        for worker in &self.workers {
-            let rules = worker.counts.rules.lock().unwrap_or_else(PoisonError::into_inner);
-            rules.iter().for_each(|(&(mac, rule), &counted)| out.add_rule(mac, rule, counted));
-        }
-        out
     }
 
     /// What the channel's own binding says, and that it does not redirect to a middlebox of another channel: the replies
@@ -680,20 +423,9 @@ impl Daemon {
         if self.find_neighbours() {
             let macs = &self.macs;
             self.desired.slots.follow(&self.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
-            self.stale = true;
+            self.enforcer.refresh();
         }
-        self.listen();
-        if self.broken.as_deref() == Some(CHANGED) {
-            log::warn!("{CHANGED}; loading them again");
-        }
-        if self.broken.is_some() {
-            // Said by itself.
-            let _ = self.repair_and_publish();
-        } else if self.stale
-            && let Err(error) = self.enforce()
-        {
-            log::error!("{error}; trying again");
-        }
+        self.enforcer.look_around(&self.desired);
         if self.unsaved.is_some() {
             self.save();
         }
@@ -733,33 +465,19 @@ impl Daemon {
         self.config = Config { shm: config.shm, commands: config.commands, ..self.config.clone() };
     }
 
-    fn steer_name(&self) -> &'static str {
-        match self.options.steer {
-            Steer::Native => "native",
-            Steer::BrNetfilter => "br-netfilter",
-        }
-    }
-
-    fn fast_path_name(&self) -> &'static str {
-        match self.options.fast_path {
-            FastPath::Full => "full",
-            FastPath::Off => "off",
-        }
-    }
-
     /// The state of one middlebox, if it is registered.
-    fn middlebox_status(&self, mac: MacAddr, counters: &Counters) -> Option<MiddleboxStatus> {
+    fn middlebox_status(&self, mac: MacAddr) -> Option<MiddleboxStatus> {
         let middlebox = self.desired.policy.get(mac)?;
-        let (packets, bytes) = counters.middleboxes.get(&mac).copied().unwrap_or_default();
+        let (packets, bytes) = self.enforcer.to_middlebox(mac);
         let firewall = middlebox.firewall();
         let looked_at: BTreeMap<RuleId, String> = firewall
-            .filter(|_| self.options.fast_path == FastPath::Full)
+            .filter(|_| self.enforcer.options().fast_path == FastPath::Full)
             .map(|_| {
                 one_by_one(mac, middlebox).into_iter().map(|(rule, why)| (rule, why.to_string())).collect()
             })
             .unwrap_or_default();
         let rule = |rule: Option<RuleId>| {
-            let (packets, bytes) = counters.rules.get(&(mac, rule)).copied().unwrap_or_default();
+            let (packets, bytes) = self.enforcer.by_rule(mac, rule);
             let name = rule.map_or("default".to_string(), |rule| rule.to_string());
             let one_by_one = rule.and_then(|rule| looked_at.get(&rule).cloned());
             RuleStatus { rule: name, packets, bytes, one_by_one }
@@ -781,7 +499,7 @@ impl Daemon {
     }
 
     fn status(&mut self) -> Status {
-        let counters = self.counters();
+        self.enforcer.count();
         let queue = |worker: &Worker| QueueStatus {
             queue: worker.queue,
             alive: worker.is_alive(),
@@ -796,20 +514,21 @@ impl Daemon {
             macs: channel.spec().macs.iter().map(MacAddr::to_string).collect(),
             error: channel.error().map(ToString::to_string),
         };
+        let options = *self.enforcer.options();
         Status {
             version: env!("CARGO_PKG_VERSION").to_string(),
             pid: std::process::id(),
-            steer: self.steer_name().to_string(),
-            fast_path: self.fast_path_name().to_string(),
-            fail: if self.options.queues.bypass { "open" } else { "closed" }.to_string(),
-            queues: self.workers.iter().map(queue).collect(),
+            steer: options.steer.name().to_string(),
+            fast_path: options.fast_path.name().to_string(),
+            fail: if options.queues.bypass { "open" } else { "closed" }.to_string(),
+            queues: self.enforcer.workers().iter().map(queue).collect(),
             middleboxes: (self.desired.policy.middleboxes().keys())
-                .filter_map(|mac| self.middlebox_status(*mac, &counters))
+                .filter_map(|mac| self.middlebox_status(*mac))
                 .collect(),
             channels: self.channels.iter().map(channel).collect(),
-            flows: self.shared.flows.len(),
-            repairs: self.repairs,
-            repair_error: self.broken.clone(),
+            flows: self.enforcer.flows(),
+            repairs: self.enforcer.repairs(),
+            repair_error: self.enforcer.broken().map(str::to_string),
             state: self.state.path().display().to_string(),
             state_error: self.unsaved.as_ref().map(ToString::to_string),
         }
@@ -819,20 +538,6 @@ impl Daemon {
 /// The CPU time that this thread has used.
 fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
-}
-
-/// The rules of a middlebox in the order they are looked at; none for its default, when that denies.
-fn rules(middlebox: &Middlebox) -> impl Iterator<Item = Option<RuleId>> {
-    let rules =
-        middlebox.firewall().into_iter().flat_map(|firewall| firewall.rules().keys().copied().map(Some));
-    rules.chain(has(middlebox, None).then_some(None))
-}
-
-fn has(middlebox: &Middlebox, rule: Option<RuleId>) -> bool {
-    middlebox.firewall().is_some_and(|firewall| match rule {
-        Some(rule) => firewall.rules().contains_key(&rule),
-        None => firewall.default_action() == Action::Deny,
-    })
 }
 
 fn open_channel(spec: &ShmSpec) -> Result<Channel, RegionError> {

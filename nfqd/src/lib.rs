@@ -1,11 +1,12 @@
 //! nfqd: enforces on a KVM host's bridge what its middlebox VMs ask for.
 //!
-//! A packet's way: [`queue`], [`worker`], [`engine`], and back. A command's way: [`channel`], [`daemon`], and from there
-//! to the engine's snapshot, the kernel and the disk. `docs/ARCHITECTURE.md` shows both.
+//! A packet's way: [`queue`], [`worker`], [`engine`], and back. A command's way: [`channel`], [`daemon`], [`enforce`] (the kernel
+//! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
 
 pub mod channel;
 pub mod config;
 pub mod daemon;
+pub mod enforce;
 pub mod engine;
 pub mod flows;
 pub mod neighbours;
@@ -14,5 +15,6 @@ pub mod queue;
 pub mod replay;
 pub mod state;
 pub mod status;
+mod steer;
 pub mod watch;
 pub mod worker;

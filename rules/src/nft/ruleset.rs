@@ -42,6 +42,26 @@ pub enum FastPath {
     Off,
 }
 
+impl Steer {
+    /// As it is called on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Steer::Native => "native",
+            Steer::BrNetfilter => "br-netfilter",
+        }
+    }
+}
+
+impl FastPath {
+    /// As it is called on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            FastPath::Full => "full",
+            FastPath::Off => "off",
+        }
+    }
+}
+
 /// What a ruleset depends on besides the policy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
