@@ -234,7 +234,8 @@ impl Daemon {
     fn adopt(&mut self, before: Desired) -> Result<(), String> {
         let enough = self.follow(&before.policy);
         let changed = self.desired.changed(&before);
-        if changed.is_empty() {
+        // What changes nothing holds already, unless nothing holds.
+        if changed.is_empty() && self.enforcer.broken().is_none() {
             return Ok(());
         }
         let result = if enough {
@@ -283,7 +284,8 @@ impl Daemon {
                 };
                 answered.push((frame, reply));
             }
-            match self.adopt(before) {
+            let adopted = if obeyed.is_empty() { Ok(()) } else { self.adopt(before) };
+            match adopted {
                 Ok(()) if obeyed.is_empty() => {}
                 Ok(()) => {
                     let result = self.state.append(&obeyed, &self.desired.policy);

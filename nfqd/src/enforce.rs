@@ -142,6 +142,9 @@ impl Enforcer {
 
     /// What is done once a second: repairs, and what did not succeed before.
     pub fn look_around(&mut self, desired: &Desired) {
+        if self.watch.is_none() {
+            self.open_watch();
+        }
         self.listen();
         if self.broken.as_deref() == Some(CHANGED) {
             log::warn!("{CHANGED}; loading them again");
@@ -181,10 +184,7 @@ impl Enforcer {
         let (standing, ruleset) = Standing::new(desired, &self.options);
         self.watch = None;
         let loaded = self.kernel.load(&ruleset);
-        match Watch::open(self.kernel.port()) {
-            Ok(watch) => self.watch = Some(watch),
-            Err(errno) => log::error!("notifications: {errno}; changes by other programs are not noticed"),
-        }
+        self.open_watch();
         loaded?;
         self.standing = standing;
         self.loaded = desired.clone();
@@ -192,6 +192,13 @@ impl Enforcer {
         // What another program did before we listened again.
         self.broken = if self.kernel.stands(&ruleset)? { None } else { Some(CHANGED.to_string()) };
         Ok(())
+    }
+
+    fn open_watch(&mut self) {
+        match Watch::open(self.kernel.port()) {
+            Ok(watch) => self.watch = Some(watch),
+            Err(errno) => log::error!("notifications: {errno}; changes by other programs are not noticed"),
+        }
     }
 
     /// The same for tables that are not as we left them. What they have counted is kept. Tried again every second until it
@@ -250,8 +257,8 @@ impl Enforcer {
                     Ok(())
                 };
                 self.standing.done(change);
-                self.forget_counts(desired);
-                self.loaded = desired.clone();
+                let before = std::mem::replace(&mut self.loaded, desired.clone());
+                self.forget_counts(&before.policy, &desired.policy);
                 // What holds now is right but for slots too many.
                 finished.or_else(|error| {
                     log::warn!("old backends are not removed ({error}); loading the ruleset again");
@@ -279,15 +286,15 @@ impl Enforcer {
     }
 
     fn repair_and_publish(&mut self, desired: &Desired) -> Result<(), KernelError> {
-        self.forget_counts(desired);
+        let before = self.loaded.policy.clone();
         let repaired = self.repair(desired);
+        self.forget_counts(&before, &desired.policy);
         self.publish(desired);
         repaired
     }
 
     /// Forgets what rules have counted that are gone.
-    fn forget_counts(&mut self, desired: &Desired) {
-        let (before, now) = (&self.loaded.policy, &desired.policy);
+    fn forget_counts(&mut self, before: &Policy, now: &Policy) {
         for mac in now.changed(before) {
             let (Some(old), new) = (before.get(mac), now.get(mac)) else { continue };
             if new.is_none() {

@@ -1,6 +1,6 @@
 //! Rules: what a middlebox stores for each, and what a packet must have to be matched.
 
-use crate::packet::{Fragment, Packet};
+use crate::packet::{Fragment, IPV6_LEN, Packet};
 use nfqd_shmctl::{
     AddressRange, Class, Clear, Command, EtherType, Field, MacAddr, MacMask, NumberRange, Piece, Protocol,
     RuleId, Set, TcpFlags, Value,
@@ -207,6 +207,10 @@ impl Rule {
         out.protocol = the_same(&protocols)?;
         let family = the_same(&families)?;
         let icmp = out.icmp_type.is_some() || out.icmp_code.is_some();
+        let is_ipv6 = [family, named_type].contains(&Some(EtherType::IPV6));
+        if is_ipv6 && out.length.is_some_and(|range| usize::from(range.last()) < IPV6_LEN) {
+            return None;
+        }
         // Beside addresses the EtherType says nothing new; for ICMP it tells the two families' types apart.
         out.ether_type = match (named_type, family) {
             (Some(named), Some(family)) if named != family => return None,

@@ -266,16 +266,23 @@ pub(crate) const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATI
 /// Bytes of an IPv6 header.
 pub const IPV6_LEN: usize = 40;
 
-/// Offset and identification of the first fragment header of a chain, authentication headers included, as
-/// `ipv6_find_hdr` looks for one.
-fn fragment_behind(payload: &[u8], mut next: u8, mut at: usize) -> Option<(u16, u32)> {
+/// A fragment header.
+struct FragmentHeader {
+    next: u8,
+    offset: u16,
+    id: u32,
+}
+
+/// The first fragment header of a chain, authentication headers included, as `ipv6_find_hdr` looks for one.
+fn fragment_behind(payload: &[u8], mut next: u8, mut at: usize) -> Option<FragmentHeader> {
     loop {
         let &[following, len] = payload.get(at..at + 2)? else { return None };
         let len = usize::from(len);
         at += match next {
             FRAGMENT => {
-                let id = |at: usize| u32::from(u16_at(payload, at).unwrap_or(0));
-                return Some((u16_at(payload, at + 2)? & !7, id(at + 4) << 16 | id(at + 6)));
+                let half = |at: usize| u32::from(u16_at(payload, at).unwrap_or(0));
+                let id = half(at + 4) << 16 | half(at + 6);
+                return Some(FragmentHeader { next: following, offset: u16_at(payload, at + 2)? & !7, id });
             }
             // Its length counts in fours, less two (RFC 4302).
             AUTHENTICATION => (len + 2) * 4,
@@ -332,9 +339,10 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
     }
     if next == AUTHENTICATION && fragment == Fragment::Whole {
         // nftables stops here for the protocol, but looks on for a fragment header (`nft_exthdr_ipv6_eval`).
-        if let Some((offset, found)) = fragment_behind(payload, next, at) {
-            fragment = if offset == 0 { Fragment::First } else { Fragment::Later };
-            id = found;
+        if let Some(found) = fragment_behind(payload, next, at) {
+            fragment = if found.offset == 0 { Fragment::First } else { Fragment::Later };
+            hides_transport = EXTENSIONS.contains(&found.next);
+            id = found.id;
         }
     }
     // `thoff > U16_MAX` in the kernel.

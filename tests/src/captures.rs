@@ -160,7 +160,12 @@ fn fragments() -> Vec<Vec<u8>> {
             }
         }
         out.push(frame(&[], 0x86dd, &ipv6(&[fragment_header(0, true)], protocol, &body(protocol, 0)[..8])));
-        let behind = [(51, vec![0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]), fragment_header(2, true)];
+        let authentication = (51, vec![0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]);
+        let hidden = [authentication.clone(), fragment_header(0, true), (60, options(0))];
+        out.push(frame(&[], 0x86dd, &ipv6(&hidden, protocol, &body(protocol, 24))));
+        let twice = [fragment_header(0, true), fragment_header(2, true)];
+        out.push(frame(&[], 0x86dd, &ipv6(&twice, protocol, &body(protocol, 24))));
+        let behind = [authentication, fragment_header(2, true)];
         out.push(frame(&[], 0x86dd, &ipv6(&behind, protocol, &body(protocol, 24))));
     }
     out

@@ -99,6 +99,7 @@ fn extensions() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
     let one = prop_oneof![
         2 => (0..3_u8).prop_map(move |len| (60_u8, padding(len))),
         1 => Just((43, vec![0, 0, 0, 0, 0, 0, 0, 0])),
+        1 => Just((51, vec![0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1])),
         2 => (select(vec![0_u16, 1, 8, 17]), 1..4_u8).prop_map(|(offset, id)| {
             (44, [vec![0, 0], offset.to_be_bytes().to_vec(), vec![0, 0, 0, id]].concat())
         }),

@@ -4,7 +4,7 @@ use nfqd_rules::Policy;
 use nfqd_rules::decide::decide;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
-use nfqd_shmctl::{Command, MacAddr, split_lines};
+use nfqd_shmctl::{Action, Command, MacAddr, split_lines};
 use std::net::IpAddr;
 use std::sync::OnceLock;
 
@@ -68,13 +68,18 @@ pub fn packet(data: &[u8]) {
     let policy = rules();
     packet.link.destination = MacAddr([2, 0, 0, 0, 0, 1 + last % 3]);
     let _ = decide(policy, &packet);
-    let hidden = packet.ip.is_some_and(|ip| ip.hides_transport);
-    if !hidden
-        && let Some(firewall) = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall())
-    {
-        let mut all = firewall.conditions(packet.link.destination);
-        let expected = all.find(|(_, wanted)| wanted.match_packet(&packet)).map(|(rule, _)| rule);
-        assert_eq!(firewall.filter(&packet).rule, expected, "{packet:?}");
+    let firewall = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall());
+    if let Some(firewall) = firewall {
+        let all: Vec<_> = firewall.conditions(packet.link.destination).collect();
+        // Where a rule looks at transport headers, a hidden one matches none of these, and is denied by default.
+        let hidden = packet.ip.is_some_and(|ip| ip.hides_transport)
+            && all.iter().any(|(_, wanted)| wanted.need_transport());
+        let may = all.iter().filter(|(_, wanted)| !(hidden && wanted.need_transport()));
+        let expected = may.clone().find(|(_, wanted)| wanted.match_packet(&packet)).map(|(rule, _)| *rule);
+        let default = if hidden { Action::Deny } else { firewall.default_action() };
+        let filtered = firewall.filter(&packet);
+        assert_eq!(filtered.rule, expected, "{packet:?}");
+        assert_eq!(filtered.action, expected.map_or(default, |rule| rule.action), "{packet:?}");
     }
     let Some(ip) = packet.ip else { return };
     let mut out = frame.to_vec();

@@ -130,34 +130,34 @@ impl Standing {
 
     /// The parts of the changed middleboxes, step by step from what stands to what is to stand.
     fn stages<'a>(&self, old: &'a Desired, new: &'a Desired) -> Vec<Stage<'a>> {
-        const STEPS: usize = 4;
+        let changed = new.changed(old);
+        let rules = |desired: &Desired, mac: MacAddr| {
+            desired.policy.get(mac).map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
+        };
+        let lists: Vec<(MacAddr, RuleList, Vec<RuleList>)> = changed
+            .into_iter()
+            .map(|mac| (mac, rules(old, mac), rules(new, mac)))
+            .map(|(mac, before, after)| (mac, before.clone(), before.steps(&after)))
+            .collect();
+        let steps = lists.iter().map(|(.., steps)| steps.len()).max().unwrap_or(0);
         let mut stages = vec![Stage { parts: Vec::new(), slots: &old.slots }];
-        stages.extend((0..STEPS).map(|_| Stage { parts: Vec::new(), slots: &new.slots }));
-        for mac in new.changed(old) {
-            let rules = |desired: &Desired| {
-                desired
-                    .policy
-                    .get(mac)
-                    .map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
-            };
-            let (old_rules, new_rules) = (rules(old), rules(new));
-            let lists = old_rules.steps(&new_rules);
+        stages.extend((0..steps).map(|_| Stage { parts: Vec::new(), slots: &new.slots }));
+        for (mac, before, lists) in &lists {
             let mut made: Option<(&RuleList, Part)> = None;
             for (at, stage) in stages.iter_mut().enumerate() {
                 // What is not registered any more stays until the last step.
-                let (desired, list) = match (at.checked_sub(1), new.policy.get(mac).is_some() || at == STEPS)
-                {
-                    (None, _) => (old, &old_rules),
-                    (Some(at), is_new) => {
-                        (if is_new { new } else { old }, lists.get(at).unwrap_or(&new_rules))
+                let (desired, list) = match at.checked_sub(1) {
+                    None => (old, before),
+                    Some(at) => {
+                        let is_new = new.policy.get(*mac).is_some() || at + 1 == steps;
+                        (if is_new { new } else { old }, lists.get(at).or(lists.last()).unwrap_or(before))
                     }
                 };
-                let Some(middlebox) = desired.policy.get(mac) else { continue };
-                let with = |list| Part::with(mac, middlebox, list, &desired.slots, &self.options);
+                let Some(middlebox) = desired.policy.get(*mac) else { continue };
                 // Behind the first stage only the rules make a difference.
                 let part = match made.take().filter(|(before, _)| at > 1 && *before == list) {
                     Some((_, part)) => part,
-                    None => with(list),
+                    None => Part::with(*mac, middlebox, list, &desired.slots, &self.options),
                 };
                 stage.parts.push(part.clone());
                 made = Some((list, part));

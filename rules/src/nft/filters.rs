@@ -40,12 +40,26 @@ pub(super) struct Filters {
     pub closed: bool,
 }
 
+/// A rule that can match.
+type Matching = (RuleId, Conditions);
+
 /// The rules of one middlebox that can match, in the order they are looked at, and its default.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct RuleList {
-    pub rules: Vec<(RuleId, Conditions)>,
+    pub rules: Vec<Matching>,
     /// Whether what no rule matches is dropped.
     pub closed: bool,
+    /// Rules on their way from a set to the chain or back: they are looked at one by one, in the set or not.
+    moving: Vec<(Matching, Moving)>,
+}
+
+/// Where a rule is while it moves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Moving {
+    /// In the set and in the chain.
+    Both,
+    /// In the chain alone, although a set could hold it.
+    Chain,
 }
 
 impl RuleList {
@@ -54,6 +68,7 @@ impl RuleList {
         middlebox.firewall().map_or_else(RuleList::default, |firewall| RuleList {
             rules: firewall.conditions(mac).collect(),
             closed: firewall.default_action() == Action::Deny,
+            moving: Vec::new(),
         })
     }
 
@@ -63,14 +78,53 @@ impl RuleList {
 
     /// What a change from `self` to `new` goes through: first what is allowed more, then what is denied more, then what is
     /// denied less, then what is allowed less. The kernel looks into its sets one after the other, each as it is at that
-    /// moment; but a packet that both lists treat alike is so treated by any mixture of two neighbours here.
-    pub(super) fn steps(&self, new: &RuleList) -> [RuleList; 4] {
-        let union = |action: Action| -> Vec<(RuleId, Conditions)> {
+    /// moment; but a packet that both lists treat alike is so treated by any mixture of two neighbours here. A rule that
+    /// another place is found for is in both for a step: the kernel changes chains and sets at different moments.
+    pub(super) fn steps(&self, new: &RuleList) -> Vec<RuleList> {
+        let (mut out, mut before) = (Vec::new(), self.clone());
+        for after in self.unions(new) {
+            out.extend(before.moves(&after));
+            before = after;
+        }
+        out
+    }
+
+    /// From one list to the next with the rules that move between sets and the chain.
+    fn moves(&self, after: &RuleList) -> Vec<RuleList> {
+        let (now, then) = (placement(self).one_by_one, placement(after).one_by_one);
+        let is_in = |list: &[(RuleId, Conditions, OneByOne)], rule: &Matching| {
+            list.iter().any(|(id, wanted, _)| (id, wanted) == (&rule.0, &rule.1))
+        };
+        let common: Vec<&Matching> = self.rules.iter().filter(|rule| after.rules.contains(rule)).collect();
+        let move_if = |from: &[_], to: &[_], moving: Moving| -> Vec<(Matching, Moving)> {
+            let moved = common.iter().filter(|rule| is_in(from, rule) && !is_in(to, rule));
+            moved.map(|rule| (**rule, moving)).collect()
+        };
+        let with = |list: &RuleList, moving: Vec<(Matching, Moving)>| RuleList { moving, ..list.clone() };
+        let into_chain = move_if(&then, &now, Moving::Both);
+        let into_set = |moving: Moving| move_if(&now, &then, moving);
+        let mut out = Vec::new();
+        if !into_chain.is_empty() {
+            out.push(with(self, into_chain));
+        }
+        if !into_set(Moving::Both).is_empty() {
+            out.push(with(after, into_set(Moving::Chain)));
+            out.push(with(after, into_set(Moving::Both)));
+        }
+        out.push(after.clone());
+        out
+    }
+
+    /// The lists between which only one thing happens.
+    fn unions(&self, new: &RuleList) -> [RuleList; 4] {
+        let union = |action: Action| -> Vec<Matching> {
             let more = new.of(action).filter(|rule| !self.rules.contains(rule));
             self.of(action).chain(more).copied().collect()
         };
-        let list = |allow: Vec<(RuleId, Conditions)>, deny: Vec<(RuleId, Conditions)>, closed: bool| {
-            RuleList { rules: [allow, deny].concat(), closed }
+        let list = |allow: Vec<Matching>, deny: Vec<Matching>, closed: bool| RuleList {
+            rules: [allow, deny].concat(),
+            closed,
+            moving: Vec::new(),
         };
         let of = |list: &RuleList, action: Action| list.of(action).copied().collect::<Vec<_>>();
         let (allow, deny) = (union(Action::Allow), union(Action::Deny));
@@ -413,7 +467,7 @@ struct Placement {
 struct Ranges {
     first: Vec<Value>,
     last: Vec<Value>,
-    rule: RuleId,
+    rule: Matching,
 }
 
 /// The elements of an interval set, found by where they lie in the first field.
@@ -458,7 +512,7 @@ impl Interval {
             other.iter().zip(&bounds).all(|((a, b), (first, last))| a <= last && first <= b)
         };
         if let Some(((_, at), _)) = self.bounds.range(near).find(|(_, other)| overlaps(other)) {
-            return self.elements.get(*at).map(|other| OneByOne::Overlap(other.rule));
+            return self.elements.get(*at).map(|other| OneByOne::Overlap(other.rule.0));
         }
         self.prefixes.resize(bounds.len(), 0);
         let sums =
@@ -475,9 +529,9 @@ impl Interval {
     }
 }
 
-fn placement(rules: &[(RuleId, Conditions)]) -> Placement {
+fn placement(list: &RuleList) -> Placement {
     let mut out = Placement { exact: BTreeMap::new(), ranges: BTreeMap::new(), one_by_one: Vec::new() };
-    for &(id, conditions) in rules {
+    for &(id, conditions) in &list.rules {
         match place(id.action, &conditions) {
             Place::OneByOne(why) => out.one_by_one.push((id, conditions, why)),
             Place::Set { shape, first, last } if first == last => {
@@ -486,7 +540,7 @@ fn placement(rules: &[(RuleId, Conditions)]) -> Placement {
             }
             Place::Set { shape, first, last } => {
                 let there = out.ranges.entry(shape).or_default();
-                if let Some(why) = there.add(Ranges { first, last, rule: id }) {
+                if let Some(why) = there.add(Ranges { first, last, rule: (id, conditions) }) {
                     out.one_by_one.push((id, conditions, why));
                 }
             }
@@ -497,11 +551,7 @@ fn placement(rules: &[(RuleId, Conditions)]) -> Placement {
 
 /// The rules that are looked at one by one, and why.
 pub fn one_by_one(mac: MacAddr, middlebox: &Middlebox) -> Vec<(RuleId, OneByOne)> {
-    placement(&RuleList::new(mac, middlebox).rules)
-        .one_by_one
-        .into_iter()
-        .map(|(id, _, why)| (id, why))
-        .collect()
+    placement(&RuleList::new(mac, middlebox)).one_by_one.into_iter().map(|(id, _, why)| (id, why)).collect()
 }
 
 /// How the kernel's elements and rules name what they count for.
@@ -594,7 +644,16 @@ fn later_fragments(then: &Statement) -> [Rule; 3] {
 
 /// What the filters of a middlebox need.
 pub(super) fn filters(mac: MacAddr, list: &RuleList) -> Filters {
-    let Placement { exact, ranges, one_by_one } = placement(&list.rules);
+    let Placement { exact, mut ranges, one_by_one } = placement(list);
+    let mut one_by_one: Vec<Matching> =
+        one_by_one.into_iter().map(|(id, conditions, _)| (id, conditions)).collect();
+    for (rule, moving) in &list.moving {
+        if *moving == Moving::Chain {
+            ranges.values_mut().for_each(|set| set.elements.retain(|element| element.rule != *rule));
+        }
+        one_by_one.push(*rule);
+    }
+    ranges.retain(|_, set| !set.elements.is_empty());
     let closed = list.closed;
     if exact.is_empty() && ranges.is_empty() && one_by_one.is_empty() && !closed {
         return Filters::default();
@@ -614,13 +673,13 @@ pub(super) fn filters(mac: MacAddr, list: &RuleList) -> Filters {
     for (shape, Interval { elements, .. }) in ranges {
         let (set, mut made) = (own_name(&shape.name(), mac), shape.set(true));
         let element = |Ranges { first, last, rule }: Ranges| {
-            (key(&first), Element { last: Some(key(&last)), data: None, comment: Some(comment(rule)) })
+            (key(&first), Element { last: Some(key(&last)), data: None, comment: Some(comment(rule.0)) })
         };
         made.elements = elements.into_iter().map(element).collect();
         look_ups.of(&shape).push(shape.rule(&set));
         sets.insert(set, made);
     }
-    for (id, conditions, _) in one_by_one {
+    for (id, conditions) in one_by_one {
         for (shape, rule) in plain_rules(id, &conditions) {
             look_ups.of(&shape).push(rule);
         }
@@ -697,7 +756,7 @@ mod tests {
             ]
         };
         let list = list("allow", &(1..=20).flat_map(wide).collect::<Vec<_>>());
-        let placed = placement(&list.rules);
+        let placed = placement(&list);
         assert_eq!(placed.ranges.values().map(|set| set.elements.len()).sum::<usize>(), MAX_PREFIXES / 254);
         let (last, _, why) = placed.one_by_one.last().unwrap();
         assert_eq!((last.to_string().as_str(), *why), ("#20", OneByOne::Prefixes));
@@ -745,8 +804,46 @@ mod tests {
         any(Action::Allow) || !(any(Action::Deny) || closed)
     }
 
+    /// The rules that a chain of this list looks at by itself, and those in the interval sets, by shape.
+    fn places(list: &RuleList) -> (Vec<Matching>, BTreeMap<String, Vec<Matching>>) {
+        let placed = placement(list);
+        let mut chain: Vec<Matching> =
+            placed.one_by_one.iter().map(|(id, wanted, _)| (*id, *wanted)).collect();
+        let mut sets: BTreeMap<String, Vec<Matching>> = BTreeMap::new();
+        for (shape, set) in placed.ranges {
+            sets.insert(shape.name(), set.elements.into_iter().map(|element| element.rule).collect());
+        }
+        for (rule, moving) in &list.moving {
+            if *moving == Moving::Chain {
+                sets.values_mut().for_each(|rules| rules.retain(|other| other != rule));
+            }
+            chain.push(*rule);
+        }
+        sets.retain(|_, rules| !rules.is_empty());
+        (chain, sets)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Chains and sets come true at different moments: a rule that stays is seen by either chain in either set.
+        #[test]
+        fn a_rule_that_stays_is_always_somewhere(old in rules(), new in rules()) {
+            let mut before = old.clone();
+            for after in old.steps(&new) {
+                let ends = [places(&before), places(&after)];
+                for rule in before.rules.iter().filter(|rule| after.rules.contains(rule)) {
+                    let exact = matches!(place(rule.0.action, &rule.1), Place::Set { first, last, .. } if first == last);
+                    for (chain, sets) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                        let (plain, looked_up) = &ends[chain];
+                        let in_set = |name: &String| ends[sets].1.get(name).is_some_and(|rules| rules.contains(rule));
+                        let seen = exact || plain.contains(rule) || looked_up.keys().any(in_set);
+                        prop_assert!(seen, "{:?}\n{:?}\n{:?}", rule, before, after);
+                    }
+                }
+                before = after;
+            }
+        }
 
         /// The kernel may show a packet any mixture of a step's two ends.
         #[test]

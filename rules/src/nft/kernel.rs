@@ -137,12 +137,12 @@ impl Counters {
         other.rules.iter().for_each(|((mac, rule), counted)| self.add_rule(*mac, *rule, *counted));
     }
 
-    /// Adds what an element or a rule of this comment has counted.
+    /// Adds what an element or a rule has counted that names a rule of the policy in its comment.
     fn add_commented(&mut self, mac: MacAddr, comment: Option<&str>, counted: Count) {
         match comment.and_then(|text| text.strip_prefix("rule ")) {
             Some("default") => self.add_rule(mac, None, counted),
             Some(name) => name.parse().into_iter().for_each(|rule| self.add_rule(mac, Some(rule), counted)),
-            None => self.add_middlebox(mac, counted),
+            None => {}
         }
     }
 }
@@ -335,8 +335,10 @@ impl Kernel {
         for name in sets.keys().filter(|name| counts(name)) {
             for element in self.elements(Family::Bridge, name)? {
                 let mac = element.key.first_chunk().copied().map(MacAddr);
-                if let (Some(mac), Some(counted)) = (mac, element.counted) {
-                    out.add_commented(mac, element.comment.as_deref(), counted);
+                match (mac, element.counted) {
+                    (Some(mac), Some(counted)) if name == "middleboxes" => out.add_middlebox(mac, counted),
+                    (Some(mac), Some(counted)) => out.add_commented(mac, element.comment.as_deref(), counted),
+                    _ => {}
                 }
             }
         }
@@ -499,15 +501,20 @@ impl Kernel {
         // elements of now: it must find the chains filled that these lead to.
         let mut batch = self.batch();
         creations(&mut batch, old, new);
-        if batch.len() != 0 {
-            self.commit(batch)?;
-            *made = Made::Part;
-        }
+        self.commit_part(batch, made)?;
         let mut batch = self.batch();
         difference(&mut batch, old, new);
-        self.commit(batch)?;
-        *made = Made::Part;
-        Ok(())
+        self.commit_part(batch, made)
+    }
+
+    fn commit_part(&mut self, batch: Batch, made: &mut Made) -> Result<(), KernelError> {
+        let any = batch.len() != 0;
+        let result = self.commit(batch);
+        // What was sent and not acknowledged may have been done.
+        if any && !matches!(result, Err(KernelError::Refused { .. } | KernelError::Denied)) {
+            *made = Made::Part;
+        }
+        result
     }
 
     /// Removes the slots that a change has left.
@@ -524,9 +531,7 @@ impl Kernel {
 
     fn add_chain_counters(&mut self, chain: Option<&str>, out: &mut Counters) -> Result<(), KernelError> {
         for rule in self.ask(&Question::Rules(Family::Bridge, chain.map(str::to_string)))?.rules {
-            if let (Some(mac), Some(counted), Some(_)) =
-                (mac_of_chain(&rule.chain), rule.counted, &rule.comment)
-            {
+            if let (Some(mac), Some(counted)) = (mac_of_chain(&rule.chain), rule.counted) {
                 out.add_commented(mac, rule.comment.as_deref(), counted);
             }
         }
