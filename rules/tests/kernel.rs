@@ -9,7 +9,10 @@ use nfqd_rules::nft::kernel::{Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
 use nfqd_rules::slots::Slots;
+use nfqd_shmctl::MacAddr;
 use nix::sched::{CloneFlags, unshare};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Instant;
 
@@ -126,6 +129,7 @@ const RICH: &[&str] = &[
     "R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3",
     "R L 2:0:0:0:0:2 10.0.0.4 1 10.0.0.7 10.0.0.5@2:0:0:0:0:5",
     "R L 2:0:0:0:0:2 2001:db8::2 0 2001:db8::3@2:0:0:0:0:3",
+    "R L 2:0:0:0:0:1 10.0.0.11 0 10.0.0.12",
 ];
 
 /// The lines of a listing in one spelling: without counts, without what nft leaves out because a later field implies
@@ -188,35 +192,69 @@ fn what_is_printed_is_what_the_kernel_has() {
     });
 }
 
+/// Chains with their rules in order, sets with their elements in any.
+fn objects(listing: &str) -> BTreeMap<String, Vec<String>> {
+    let mut out: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut name = String::new();
+    for line in normal(listing) {
+        let begins = ["chain ", "set ", "map "].iter().any(|kind| line.starts_with(kind));
+        if begins && line.ends_with(" {") {
+            name = line;
+            out.insert(name.clone(), Vec::new());
+        } else if let Some(lines) = out.get_mut(&name) {
+            let element = line.trim_start_matches("elements = { ").trim_end_matches([',', '}', ' ']);
+            lines.push(element.to_string());
+        }
+    }
+    for (_, lines) in out.iter_mut().filter(|(name, _)| !name.starts_with("chain ")) {
+        lines.sort();
+    }
+    out
+}
+
+fn listed() -> BTreeMap<String, Vec<String>> {
+    objects(&nft(&["list", "table", "bridge", "nfqd"]))
+}
+
+/// Makes one policy after the other hold by changes, and compares with a load whenever `check` says so.
+fn follow(
+    kernel: &mut Kernel,
+    options: &Options,
+    policies: impl Iterator<Item = Policy>,
+    check: impl Fn(usize) -> bool,
+) {
+    let mut state = Desired::default();
+    let (mut standing, empty) = Standing::new(&state, options);
+    kernel.load(&empty).unwrap();
+    for (step, policy) in policies.enumerate() {
+        let mut new = Desired { policy, slots: state.slots.clone() };
+        // A backend whose MAC no command says is found in every other step.
+        let found = |_: IpAddr| (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
+        new.slots.follow(&new.policy, found, Instant::now());
+        let change = standing.change(&state, &new);
+        kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
+        kernel.finish(&change).unwrap();
+        standing.done(change);
+        if check(step) {
+            let (by_change, ruleset) = (listed(), build(&new.policy, &new.slots, options));
+            assert!(kernel.stands(&ruleset).unwrap());
+            kernel.load(&ruleset).unwrap();
+            assert_eq!(by_change, listed(), "{step}");
+        }
+        state = new;
+    }
+    assert!(kernel.remove().unwrap());
+    assert!(!kernel.remove().unwrap());
+}
+
 #[test]
-fn a_difference_makes_what_a_load_makes() {
+fn a_change_makes_what_a_load_makes() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
         for steer in steers(&mut kernel) {
             let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
-            let list = || normal(&nft(&["list", "table", "bridge", "nfqd"]));
-            let sorted = |mut lines: Vec<String>| {
-                lines.sort();
-                lines
-            };
-            let mut state = Desired::default();
-            let (mut standing, empty) = Standing::new(&state, &options);
-            kernel.load(&empty).unwrap();
-            for end in (0..=RICH.len()).chain((0..RICH.len()).rev()) {
-                let policy = policy(&RICH[..end]);
-                let mut new = Desired { policy, slots: state.slots.clone() };
-                new.slots.follow(&new.policy, |_| None, Instant::now());
-                let change = standing.change(&state, &new);
-                kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{end}: {error}"));
-                kernel.finish(&change).unwrap();
-                standing.done(change);
-                let by_change = sorted(list());
-                kernel.load(&build(&new.policy, &new.slots, &options)).unwrap();
-                assert_eq!(by_change, sorted(list()), "{end}");
-                state = new;
-            }
-            assert!(kernel.remove().unwrap());
-            assert!(!kernel.remove().unwrap());
+            let ends = (0..=RICH.len()).chain((0..RICH.len()).rev());
+            follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |_| true);
         }
     });
 }
@@ -227,43 +265,26 @@ fn any_change_makes_what_a_load_makes() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
         let mut random = 7_u64;
-        let mut next = || {
+        let mut next = move || {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             random >> 33
         };
-        for steer in steers(&mut kernel) {
-            let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
-            let list = || {
-                let mut lines = normal(&nft(&["list", "table", "bridge", "nfqd"]));
-                lines.sort();
-                lines
-            };
-            let mut state = Desired::default();
-            let (mut standing, empty) = Standing::new(&state, &options);
-            kernel.load(&empty).unwrap();
-            for step in 0..60 {
-                let mut new = Desired { policy: Policy::default(), slots: state.slots.clone() };
-                for line in RICH {
-                    let line =
-                        if next().is_multiple_of(5) { line.replace('#', "+") } else { line.to_string() };
-                    if !next().is_multiple_of(3) {
-                        // What stands on a command that is left out is refused.
-                        let _ = new.policy.apply_line(&line);
-                    }
+        let mut any = move |_| {
+            let mut policy = Policy::default();
+            for line in RICH {
+                let line = if next().is_multiple_of(5) { line.replace('#', "+") } else { line.to_string() };
+                if !next().is_multiple_of(3) {
+                    // What stands on a command that is left out is refused.
+                    let _ = policy.apply_line(&line);
                 }
-                new.slots.follow(&new.policy, |_| None, Instant::now());
-                let change = standing.change(&state, &new);
-                kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
-                kernel.finish(&change).unwrap();
-                standing.done(change);
-                if step % 4 == 0 {
-                    let by_change = list();
-                    kernel.load(&build(&new.policy, &new.slots, &options)).unwrap();
-                    assert_eq!(by_change, list(), "{step}");
-                }
-                state = new;
             }
-            kernel.remove().unwrap();
+            policy
+        };
+        for steer in steers(&mut kernel) {
+            for fast_path in [FastPath::Full, FastPath::Off] {
+                let options = Options { steer, fast_path, queues: QUEUES };
+                follow(&mut kernel, &options, (0..60).map(&mut any), |step| step % 4 == 0);
+            }
         }
     });
 }
