@@ -226,7 +226,7 @@ impl Enforcer {
 
     /// Looks whether another program has changed our tables.
     pub fn listen(&mut self) {
-        if self.watch.as_ref().is_some_and(Watch::changed) && self.broken.is_none() {
+        if self.watch.as_mut().is_some_and(Watch::changed) && self.broken.is_none() {
             self.broken = Some(CHANGED.to_string());
         }
     }

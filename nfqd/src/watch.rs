@@ -22,11 +22,15 @@ const TABLE: u16 = 1;
 /// Bytes of notifications that may wait: our own of the largest change that a guest can ask for are among them.
 const BUFFER: usize = 64 << 20;
 
+/// Bytes of one datagram; the kernel sends smaller ones.
+const MESSAGES: usize = 1 << 16;
+
 /// A socket that hears of every change.
 pub struct Watch {
     socket: OwnedFd,
     /// The port of the socket that our own changes come from.
     own: u32,
+    buffer: Vec<u8>,
 }
 
 impl Watch {
@@ -40,17 +44,16 @@ impl Watch {
         // Without the privilege it is smaller, and overruns sooner.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP))?;
-        Ok(Watch { socket, own })
+        Ok(Watch { socket, own, buffer: vec![0; MESSAGES] })
     }
 
     /// Whether another program has changed our tables since this was asked last. When messages were lost it may have.
-    pub fn changed(&self) -> bool {
+    pub fn changed(&mut self) -> bool {
         let mut changed = false;
-        let mut buffer = vec![0; 1 << 16];
         loop {
-            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            match recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
                 Ok(len) => {
-                    let bytes = buffer.get(..len).unwrap_or_default();
+                    let bytes = self.buffer.get(..len).unwrap_or_default();
                     changed |= messages(bytes).any(|(kind, message)| foreign(kind, message, self.own));
                 }
                 Err(Errno::ENOBUFS) => changed = true,
