@@ -224,9 +224,18 @@ VM_MAC=12:13:14:15:16:17
 CLIENT_MAC=02:00:00:00:00:01
 
 in_ns() {
-    namespace=$1
+    local namespace=$1
     shift
     ip netns exec "$lab-$namespace" "$@"
+}
+
+# Starts a program in a namespace, its errors in a file. Not by in_ns: $! must be the program's own number, not a
+# subshell's, which would end without it.
+start() {
+    local namespace=$1 errors=$2
+    shift 2
+    ip netns exec "$lab-$namespace" "$@" 2> "$errors" &
+    pids="$pids $!"
 }
 
 demo_clean() {
@@ -296,14 +305,11 @@ demo_lab() {
     say "a lab of network namespaces; in its host: br-netfilter.sh up"
     in_ns host env BRIDGE=kvmbr0 PORTS="client other vm backend" RECORD="$work/record" "$self" up | sed 's/^/    /'
     for namespace in vm backend; do
-        in_ns "$namespace" socat TCP-LISTEN:80,fork,reuseaddr "SYSTEM:echo $namespace" 2> "$work/$namespace" &
-        pids="$pids $!"
+        start "$namespace" "$work/$namespace" socat TCP-LISTEN:80,fork,reuseaddr "SYSTEM:echo $namespace"
     done
-    in_ns backend socat -u TCP-LISTEN:81,fork,reuseaddr CREATE:/dev/null 2> "$work/sink" &
-    pids="$pids $!"
-    in_ns host "$nfqd" --queue 0-3 --shm "$work/shm,mac=$VM_MAC" --state "$work/state" --control "$work/control" \
-        2> "$work/log" &
-    pids="$pids $!"
+    start backend "$work/sink" socat -u TCP-LISTEN:81,fork,reuseaddr CREATE:/dev/null
+    start host "$work/log" "$nfqd" --queue 0-3 --shm "$work/shm,mac=$VM_MAC" --state "$work/state" \
+        --control "$work/control"
     for _ in $(seq 100); do
         in_ns host "$nfqd" status --control "$work/control" > /dev/null 2>&1 && return 0
         kill -0 "${pids##* }" 2> /dev/null || break

@@ -59,5 +59,9 @@ NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_STEER=native CARGO_TAR
 
 step "the demo"
 ./br-netfilter.sh demo
+if pgrep -f '/nfqd-demo[.]' > /dev/null; then
+    echo "tests/run.sh: the demo has left a process behind" >&2
+    exit 1
+fi
 
 step "all passed"
