@@ -1,10 +1,10 @@
 //! What a change of the policy changes in the ruleset, found from the changed middleboxes alone.
 
 use super::field::Value;
-use super::filters::RuleList;
 use super::model::{Element, Family, Table};
 use super::part::Part;
 use super::ruleset::{Options, Ruleset, build_of, frame};
+use super::steps::RuleList;
 use crate::policy::Policy;
 use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;

@@ -2,9 +2,10 @@
 //! middlebox uses them.
 
 use super::field::Value;
-use super::filters::{RuleList, filters, own_name};
+use super::filters::{filters, own_name};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule};
+use super::steps::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
 use crate::slots::{Slot, SlotKey, Slots};
