@@ -2,6 +2,7 @@
 //!
 //! A value of [`Command`] is well formed, but may still be refused by the policy it is applied to.
 
+use crate::balance::{Balance, Edit, Vip};
 use crate::field::{Class, Field, Value};
 use crate::value::{MacAddr, decimal};
 use std::fmt;
@@ -94,14 +95,23 @@ pub enum Command {
         /// What happens to packets that no rule matches.
         default: Action,
     },
-    /// `R L {mac} {ip} {type} [{srcip}] {dst}`: load balancing of a middlebox' address.
+    /// `R L {mac} {ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`: load balancing of a middlebox' address.
     RegisterBalance {
         /// The middlebox.
         mac: MacAddr,
-        /// The address that clients use.
-        ip: IpAddr,
+        /// What clients use.
+        vip: Vip,
         /// Which traffic goes where.
         balance: Balance,
+    },
+    /// `B {mac} [{ip}[:port[/tcp|udp]]] …`: change the backends of a service.
+    EditBackends {
+        /// The middlebox.
+        mac: MacAddr,
+        /// The service; without one, the only one.
+        vip: Option<Vip>,
+        /// The change.
+        edit: Edit,
     },
     /// `A {mac} [#n|+n] {class} {value} [key value]…`: switch bits on and store values.
     Add {
@@ -142,33 +152,6 @@ pub enum Command {
     },
 }
 
-/// The balancing types that a registration can name. Source and destination have the family of the registered address.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Balance {
-    /// Type 0: all IP traffic to the middlebox goes to one destination.
-    Static(Destination),
-    /// Type 1: only what comes from this address does.
-    Source(IpAddr, Destination),
-}
-
-impl Balance {
-    /// Where the traffic goes.
-    pub fn destination(&self) -> &Destination {
-        match self {
-            Balance::Static(to) | Balance::Source(_, to) => to,
-        }
-    }
-}
-
-/// A backend as a command names it: `ip[@mac]`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Destination {
-    /// Its address.
-    pub ip: IpAddr,
-    /// Its MAC, when the command says it; the host finds it otherwise.
-    pub mac: Option<MacAddr>,
-}
-
 /// The services of a middlebox that `X` ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Services {
@@ -176,6 +159,8 @@ pub enum Services {
     Firewall,
     /// `L`.
     Balance,
+    /// `L` and an address: that one.
+    One(Vip),
     /// `A`, or nothing.
     All,
 }
@@ -209,6 +194,7 @@ impl Command {
             Command::Query { mac } => mac,
             Command::RegisterFirewall { mac, .. }
             | Command::RegisterBalance { mac, .. }
+            | Command::EditBackends { mac, .. }
             | Command::Add { mac, .. }
             | Command::Delete { mac, .. }
             | Command::DeleteRule { mac, .. }
@@ -232,7 +218,9 @@ impl fmt::Display for Command {
         match self {
             Command::RegisterFirewall { mac, ip, default: Action::Allow } => write!(f, "R F {mac} {ip}"),
             Command::RegisterFirewall { mac, ip, default: Action::Deny } => write!(f, "R F {mac} {ip} deny"),
-            Command::RegisterBalance { mac, ip, balance } => write!(f, "R L {mac} {ip} {balance}"),
+            Command::RegisterBalance { mac, vip, balance } => write!(f, "R L {mac} {vip} {balance}"),
+            Command::EditBackends { mac, vip: None, edit } => write!(f, "B {mac} {edit}"),
+            Command::EditBackends { mac, vip: Some(vip), edit } => write!(f, "B {mac} {vip} {edit}"),
             Command::Add { mac, rule, set } => write!(f, "A {mac}{} {set}", Named(*rule)),
             Command::Delete { mac, rule, clear } => write!(f, "D {mac}{} {clear}", Named(*rule)),
             Command::DeleteRule { mac, rule } => write!(f, "D {mac} {rule}"),
@@ -243,29 +231,14 @@ impl fmt::Display for Command {
     }
 }
 
-impl fmt::Display for Balance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Balance::Static(to) => write!(f, "0 {to}"),
-            Balance::Source(from, to) => write!(f, "1 {from} {to}"),
-        }
-    }
-}
-
-impl fmt::Display for Destination {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.ip.fmt(f)?;
-        self.mac.map_or(Ok(()), |mac| write!(f, "@{mac}"))
-    }
-}
-
 impl fmt::Display for Services {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Services::Firewall => "F",
-            Services::Balance => "L",
-            Services::All => "A",
-        })
+        match self {
+            Services::Firewall => f.write_str("F"),
+            Services::Balance => f.write_str("L"),
+            Services::One(vip) => write!(f, "L {vip}"),
+            Services::All => f.write_str("A"),
+        }
     }
 }
 

@@ -25,6 +25,7 @@
 //!
 //! [`Display`]: std::fmt::Display
 
+mod balance;
 mod command;
 mod field;
 pub mod mailbox;
@@ -32,7 +33,10 @@ mod parse;
 mod region;
 mod value;
 
-pub use command::{Action, Balance, Clear, Command, Destination, RuleId, RuleNumber, Services, Set};
+pub use balance::{
+    BackendName, Balance, Check, Destination, Edit, MAX_WEIGHT, Method, OnDead, OnEmpty, Terms, Vip,
+};
+pub use command::{Action, Clear, Command, RuleId, RuleNumber, Services, Set};
 pub use field::{Class, Field, Value};
 pub use parse::{CommandError, ErrorCode, MAX_COMMAND, split_lines};
 pub use region::{DEFAULT_SIZE, Region, RegionError};

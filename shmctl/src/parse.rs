@@ -2,7 +2,9 @@
 //!
 //! Nothing here panics on any input, and the work is bounded by [`MAX_COMMAND`].
 
-use crate::command::{Action, Balance, Clear, Command, Destination, RuleId, Services, Set};
+mod balance;
+
+use crate::command::{Action, Clear, Command, RuleId, Services, Set};
 use crate::field::{Class, Field};
 use crate::value::{MacAddr, decimal};
 use std::fmt;
@@ -189,8 +191,7 @@ impl Command {
             return Err(CommandError::new(ErrorCode::Syntax, word, expected));
         }
         let mut words = Words::new(line);
-        let commands =
-            "write R (register), A (add filters), D (delete filters), X (end registration) or Q (query)";
+        let commands = "write R (register), A (add filters), D (delete filters), B (change backends), X (end registration) or Q (query)";
         let verb = words.next().ok_or_else(|| {
             CommandError::new(ErrorCode::Syntax, Word::end(line), format!("empty; {commands}"))
         })?;
@@ -201,8 +202,8 @@ impl Command {
             "X" => unregister(&mut words)?,
             "Q" => Command::Query { mac: words.peek().map(|_| mac(&mut words)).transpose()? },
             "B" => {
-                let expected = "this version does not have this command yet; it has R, A, D, X and Q";
-                return Err(CommandError::new(ErrorCode::Unsupported, verb, expected));
+                let mac = mac(&mut words)?;
+                balance::edit(&mut words, mac)?
             }
             _ => {
                 let expected = format!("not a command; {commands}");
@@ -227,7 +228,7 @@ fn address(words: &mut Words<'_>) -> Result<IpAddr, CommandError> {
     words.expect(ErrorCode::Value, ADDRESS, |text| text.parse().ok())
 }
 
-/// `F {mac} {ip}` or `L {mac} {ip} {type} [{srcip}] {dst}`.
+/// `F {mac} {ip} [allow|deny]` or `L {mac} …`.
 fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     let expected = "not a service; write F (firewall) or L (load balancing)";
     let firewall = words.expect(ErrorCode::Syntax, expected, |text| match text {
@@ -241,44 +242,23 @@ fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
         let expected = "names no station: a middlebox has a unicast MAC address";
         return Err(CommandError::new(ErrorCode::Value, word, expected));
     }
-    let ip = unicast(words)?;
-    if firewall {
-        let default = match words.peek() {
-            None => Action::Allow,
-            Some(_) => {
-                let expected =
-                    "not what happens to packets that no rule matches; write allow or deny, or nothing";
-                words.expect(ErrorCode::Syntax, expected, |text| {
-                    match text.to_ascii_lowercase().as_str() {
-                        "allow" => Some(Action::Allow),
-                        "deny" => Some(Action::Deny),
-                        _ => None,
-                    }
-                })?
-            }
-        };
-        return Ok(Command::RegisterFirewall { mac, ip, default });
+    if !firewall {
+        return balance::register(words, mac);
     }
-    let expected = "not a balancing type; write 0 (static) or 1 (source)";
-    let kind = words.peek().unwrap_or(words.end());
-    let by_source = match words.next().map(|word| word.text.to_ascii_lowercase()).as_deref() {
-        Some("0" | "static") => false,
-        Some("1" | "source") => true,
-        Some("2" | "rr" | "3" | "hash" | "4" | "least") => {
-            let expected = "this version has no pools yet; write 0 (static) or 1 (source)";
-            return Err(CommandError::new(ErrorCode::Unsupported, kind, expected));
+    let ip = unicast(words)?;
+    let default = match words.peek() {
+        None => Action::Allow,
+        Some(_) => {
+            let expected =
+                "not what happens to packets that no rule matches; write allow or deny, or nothing";
+            words.expect(ErrorCode::Syntax, expected, |text| match text.to_ascii_lowercase().as_str() {
+                "allow" => Some(Action::Allow),
+                "deny" => Some(Action::Deny),
+                _ => None,
+            })?
         }
-        Some(text) if decimal::<u32>(text).is_some() => {
-            return Err(CommandError::new(ErrorCode::Value, kind, expected));
-        }
-        _ => return Err(CommandError::new(ErrorCode::Syntax, kind, expected)),
     };
-    let balance = if by_source {
-        Balance::Source(same_family(words, ip)?, destination(words, ip)?)
-    } else {
-        Balance::Static(destination(words, ip)?)
-    };
-    Ok(Command::RegisterBalance { mac, ip, balance })
+    Ok(Command::RegisterFirewall { mac, ip, default })
 }
 
 /// An address that one host can have.
@@ -311,45 +291,6 @@ fn check_family(word: Word<'_>, other: IpAddr, ip: IpAddr) -> Result<(), Command
     let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
     let expected = format!("not of the family of the registered address {ip}; write an {family} address");
     Err(CommandError::new(ErrorCode::Value, word, expected))
-}
-
-/// `ip[@mac]`, not the registered address itself.
-fn destination(words: &mut Words<'_>, vip: IpAddr) -> Result<Destination, CommandError> {
-    let word = words.next();
-    let expected = "not a destination; write an IP address, like 10.129.126.17, or 10.129.126.17@MAC";
-    let Some(word) = word else {
-        return Err(CommandError::new(ErrorCode::Syntax, words.end(), expected));
-    };
-    let (ip_text, mac_text) = match word.text.split_once('@') {
-        Some((ip, mac)) => (ip, Some(mac)),
-        None => (word.text, None),
-    };
-    let Ok(ip) = ip_text.parse::<IpAddr>() else {
-        let weight_or_port = ip_text.contains('*')
-            || ip_text.starts_with('[')
-            || ip_text.split_once(':').is_some_and(|(host, _)| host.contains('.'));
-        let (code, expected) = if weight_or_port {
-            (ErrorCode::Unsupported, "this version takes no port or weight yet; write ip or ip@mac")
-        } else {
-            (ErrorCode::Value, expected)
-        };
-        return Err(CommandError::new(code, word, expected));
-    };
-    check_unicast(word, ip)?;
-    check_family(word, ip, vip)?;
-    if ip == vip {
-        let expected = "the middlebox' own address; write the address of another host";
-        return Err(CommandError::new(ErrorCode::Value, word, expected));
-    }
-    let mac = match mac_text.map(str::parse::<MacAddr>) {
-        None => None,
-        Some(Ok(mac)) if mac.is_station() => Some(mac),
-        Some(_) => {
-            let expected = "behind the @ there is no unicast MAC address; write one like 12:13:14:15:16:17";
-            return Err(CommandError::new(ErrorCode::Value, word, expected));
-        }
-    };
-    Ok(Destination { ip, mac })
 }
 
 /// `{mac} [#n|+n]`, the beginning of `A` and `D`.
@@ -456,6 +397,10 @@ fn unregister(words: &mut Words<'_>) -> Result<Command, CommandError> {
                 _ => None,
             })?
         }
+    };
+    let services = match services {
+        Services::Balance if words.peek().is_some() => Services::One(balance::vip(words)?),
+        services => services,
     };
     Ok(Command::Unregister { mac, services })
 }

@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_shmctl::{
-    Action, AddressRange, Balance, Class, Clear, Command, Destination, EtherType, Field, MacAddr, MacMask,
-    NumberRange, Piece, Protocol, RuleId, Services, Set, TcpFlags, Value,
+    Action, AddressRange, Balance, Check, Class, Clear, Command, Destination, Edit, EtherType, Field,
+    MAX_WEIGHT, MacAddr, MacMask, Method, NumberRange, OnDead, OnEmpty, Piece, Protocol, RuleId, Services,
+    Set, TcpFlags, Terms, Value, Vip,
 };
 use proptest::option::of;
 use proptest::prelude::*;
@@ -92,27 +93,121 @@ fn clear() -> impl Strategy<Value = Clear> {
     })
 }
 
-fn balance() -> impl Strategy<Value = (IpAddr, Balance)> {
-    let to = (host(), of(station())).prop_map(|(ip, mac)| Destination { ip, mac });
-    (host(), of(host()), to).prop_filter_map("family, or the address itself", |(ip, from, to)| {
-        let family = |other: IpAddr| other.is_ipv4() == ip.is_ipv4();
-        let fits = family(to.ip) && from.is_none_or(family) && to.ip != ip;
-        fits.then(|| (ip, from.map_or(Balance::Static(to), |from| Balance::Source(from, to))))
+fn vip() -> impl Strategy<Value = Vip> {
+    let protocol = of(prop_oneof![Just(Protocol::TCP), Just(Protocol::UDP)]);
+    (host(), of((1u16.., protocol))).prop_map(|(ip, port)| Vip {
+        ip,
+        port: port.map(|(port, _)| port),
+        protocol: port.and_then(|(_, protocol)| protocol),
     })
+}
+
+fn terms() -> impl Strategy<Value = Terms> {
+    let check = prop_oneof![
+        Just(Check::Default),
+        Just(Check::None),
+        Just(Check::Neighbour),
+        of(1u16..).prop_map(Check::Tcp)
+    ];
+    let on_dead = prop_oneof![Just(OnDead::Move), Just(OnDead::Reset), Just(OnDead::Keep)];
+    let on_empty = prop_oneof![Just(OnEmpty::Reject), Just(OnEmpty::Pass)];
+    (any::<bool>(), any::<bool>(), any::<u32>(), check, on_dead, on_empty).prop_map(
+        |(dsr, affinity, seed, check, on_dead, on_empty)| Terms {
+            dsr,
+            affinity,
+            seed,
+            check,
+            on_dead,
+            on_empty,
+        },
+    )
+}
+
+/// Backends for an address: of its family, none twice, with ports only where it has one.
+fn destinations(vip: Vip) -> impl Strategy<Value = Vec<Destination>> {
+    let one = (any::<[u16; 4]>(), of(1u16..), of(station()), 1..=MAX_WEIGHT);
+    proptest::collection::vec(one, 1..5).prop_map(move |all| {
+        let mut out: Vec<Destination> = Vec::new();
+        for ([a, b, c, d], port, mac, weight) in all {
+            let ip = match vip.ip {
+                IpAddr::V4(_) => {
+                    let ([a, b], [c, _]) = (a.to_be_bytes(), b.to_be_bytes());
+                    IpAddr::from([10, a, b, c])
+                }
+                IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, a, b, c, d]),
+            };
+            let to = Destination { ip, port: port.filter(|_| vip.port.is_some()), mac, weight };
+            if ip != vip.ip && out.iter().all(|before| before.ip != ip) {
+                out.push(to);
+            }
+        }
+        out
+    })
+}
+
+fn balance() -> impl Strategy<Value = (Vip, Balance)> {
+    let method = prop_oneof![
+        Just(Method::Static),
+        host().prop_map(Method::Source),
+        Just(Method::RoundRobin),
+        Just(Method::Hash),
+        Just(Method::Least)
+    ];
+    (vip(), method, terms())
+        .prop_flat_map(|(vip, method, terms)| (Just((vip, method, terms)), destinations(vip)))
+        .prop_filter_map("family, or no backend", |((vip, method, mut terms), mut destinations)| {
+            if !method.is_pool() {
+                terms = Terms { dsr: terms.dsr, ..Terms::default() };
+                destinations.truncate(1);
+            }
+            if terms.dsr {
+                destinations.iter_mut().for_each(|to| to.port = None);
+            }
+            let fits = match method {
+                Method::Source(from) => from.is_ipv4() == vip.ip.is_ipv4(),
+                _ => true,
+            };
+            (fits && !destinations.is_empty()).then_some((vip, Balance { method, destinations, terms }))
+        })
+}
+
+fn edit() -> impl Strategy<Value = (Option<Vip>, Edit)> {
+    (vip(), any::<bool>(), 0..4_u8)
+        .prop_flat_map(|(vip, named, kind)| (Just((vip, named, kind)), destinations(vip)))
+        .prop_filter_map("no backend", |((vip, named, kind), destinations)| {
+            let names: Vec<_> = destinations.iter().map(Destination::name).collect();
+            let edit = match kind {
+                0 => Edit::Add(destinations),
+                1 => Edit::Remove(names.clone()),
+                2 => Edit::Drain(names.clone()),
+                _ => Edit::Up(names.clone()),
+            };
+            (!names.is_empty()).then_some((named.then_some(vip), edit))
+        })
 }
 
 /// Any command.
 pub fn command() -> impl Strategy<Value = Command> {
     let action = || prop_oneof![Just(Action::Allow), Just(Action::Deny)];
     let rule = (action(), 1u16..).prop_map(|(action, number)| RuleId::new(action, number).unwrap());
-    let services = prop_oneof![Just(Services::Firewall), Just(Services::Balance), Just(Services::All)];
+    let services = prop_oneof![
+        Just(Services::Firewall),
+        Just(Services::Balance),
+        Just(Services::All),
+        vip().prop_map(Services::One)
+    ];
     prop_oneof![
         (station(), host(), action()).prop_map(|(mac, ip, default)| Command::RegisterFirewall {
             mac,
             ip,
             default
         }),
-        (station(), balance()).prop_map(|(mac, (ip, balance))| Command::RegisterBalance { mac, ip, balance }),
+        (station(), balance()).prop_map(|(mac, (vip, balance))| Command::RegisterBalance {
+            mac,
+            vip,
+            balance
+        }),
+        (station(), edit()).prop_map(|(mac, (vip, edit))| Command::EditBackends { mac, vip, edit }),
         (station(), rule.clone(), set()).prop_map(|(mac, rule, set)| Command::Add { mac, rule, set }),
         (station(), rule.clone(), clear()).prop_map(|(mac, rule, clear)| Command::Delete {
             mac,
