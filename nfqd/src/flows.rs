@@ -1,21 +1,39 @@
-//! The flows that the engine has sent to backends: what it needs to translate the way back.
+//! The flows that the engine has sent to backends. This table is the truth; the kernel's maps are a cache of it.
 //!
-//! This table is the truth; the kernel's maps are a cache of it. It is shared by all workers, because a flow and its
-//! way back may come by different queues. It is bounded: a full shard gives up the flow that was seen longest ago among
-//! a few, never a new one.
+//! It is shared by all workers and divided into shards, each behind a lock; a flow's two directions are in one shard. All
+//! memory is there from the start, and what an operation costs does not depend on how many flows there are: two hash
+//! tables of chains, one for each direction, and for each state a list in the order in which flows were seen last. So the
+//! oldest is always at hand, to be forgotten in time or given up in a full shard: first those that only opened, last those
+//! that are established. A flood of SYNs pushes out nothing but its own.
 
+use crate::bounded::Seconds;
 use nfqd_rules::packet::Ports;
-use nfqd_rules::slots::SlotKey;
-use nfqd_shmctl::Protocol;
-use std::collections::HashMap;
+use nfqd_shmctl::{MacAddr, Protocol};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// The way there of a flow, as its packets show it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Forward {
+    /// The middlebox, to which they go.
+    pub middlebox: MacAddr,
+    /// The client, which sends them.
+    pub client: IpAddr,
+    /// The address that the client uses.
+    pub vip: IpAddr,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// Ports as in packets from the client; both 0 where there are none.
+    pub ports: Ports,
+}
 
 /// The way back of a flow, as its packets show it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FlowKey {
+pub struct Backward {
     /// The backend, which sends them.
     pub backend: IpAddr,
     /// The client, to which they go.
@@ -26,104 +44,156 @@ pub struct FlowKey {
     pub ports: Ports,
 }
 
-/// Later fragments of a datagram have no ports; the first one says which flow they belong to.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FragmentKey {
-    /// Who sends them.
-    pub source: IpAddr,
-    /// To whom.
-    pub destination: IpAddr,
-    /// The protocol.
-    pub protocol: Protocol,
-    /// The datagram's identification.
-    pub id: u32,
+/// Where a flow is in its life. The order is that in which flows are given up.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum State {
+    /// TCP: the client has asked, and not yet answered the answer.
+    Opening,
+    /// TCP: one side has ended it.
+    Closing,
+    /// Neither TCP nor UDP.
+    Other,
+    /// UDP.
+    Datagram,
+    /// UDP that was there a minute later.
+    Stream,
+    /// TCP: both sides talk.
+    Established,
 }
 
-/// Seconds of the engine's clock.
-pub type Seconds = u32;
+const STATES: [State; 6] =
+    [State::Opening, State::Closing, State::Other, State::Datagram, State::Stream, State::Established];
 
-/// Seconds without a packet after which a flow is forgotten: RFC 5382 asks for 2 h 4 min for established TCP, RFC 4787
-/// for 5 min for UDP, RFC 5508 for 60 s for ICMP.
-fn timeout(protocol: Protocol) -> Seconds {
-    match protocol {
-        Protocol::TCP => 7440,
-        Protocol::UDP | Protocol::UDPLITE => 300,
-        _ => 60,
+impl State {
+    /// Seconds without a packet after which a flow is forgotten. RFC 5382, REQ-5: 2 h 4 min for established TCP, 4 min for
+    /// what opens or closes; RFC 4787, REQ-5: 5 min for UDP; RFC 5508, REQ-2: 60 s for ICMP, which the kernel does not
+    /// remember.
+    fn timeout(self) -> Seconds {
+        match self {
+            State::Established => 7440,
+            State::Opening | State::Closing => 240,
+            State::Datagram | State::Stream => 300,
+            State::Other => 60,
+        }
+    }
+
+    /// Whether the flow counts as live.
+    fn is_live(self) -> bool {
+        self != State::Closing
     }
 }
 
-/// Seconds that the first fragment of a datagram is remembered (RFC 791 reassembly: 15 s and up).
-const FRAGMENT_TIMEOUT: Seconds = 30;
+/// What a packet does to its flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A client's TCP packet with SYN alone.
+    Opens,
+    /// One with FIN or RST, or a backend's with RST.
+    Closes,
+    /// A client's TCP packet without them.
+    GoesOn,
+    /// A client's packet of another protocol.
+    Datagram,
+    /// A backend's packet that ends nothing.
+    Answer,
+}
+
+/// A flow that was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// Its slot.
+    pub slot: u32,
+    /// Its state behind the packet.
+    pub state: State,
+}
+
+/// Seconds after which a UDP flow that is still there is a stream (RFC 4787 has no states; this is conntrack's idea, with
+/// what the engine sees).
+const STREAM_AFTER: Seconds = 50;
 
 const SHARDS: usize = 64;
-/// How many candidates a full shard looks at before it gives one up.
-const CANDIDATES: usize = 16;
+const NONE: u32 = u32::MAX;
 
 /// The table.
 pub struct Flows {
-    flows: Sharded<FlowKey>,
-    fragments: Sharded<FragmentKey>,
-}
-
-impl Flows {
-    /// A table for `capacity` flows, rounded up.
-    pub fn new(capacity: usize) -> Flows {
-        Flows { flows: Sharded::new(capacity), fragments: Sharded::new(capacity / 16) }
-    }
-
-    /// Remembers a flow; a flow of the same key is replaced.
-    pub fn insert(&self, key: FlowKey, slot: SlotKey, now: Seconds) {
-        self.flows.insert(key, slot, now, timeout(key.protocol));
-    }
-
-    /// The slot of a flow, which is seen by this.
-    pub fn get(&self, key: &FlowKey, now: Seconds) -> Option<SlotKey> {
-        self.flows.get(key, now, timeout(key.protocol))
-    }
-
-    /// Forgets a flow.
-    pub fn remove(&self, key: &FlowKey) {
-        self.flows.remove(key);
-    }
-
-    /// Remembers to which slot the datagram belongs.
-    pub fn insert_fragment(&self, key: FragmentKey, slot: SlotKey, now: Seconds) {
-        self.fragments.insert(key, slot, now, FRAGMENT_TIMEOUT);
-    }
-
-    /// The slot of a datagram whose first fragment was seen.
-    pub fn get_fragment(&self, key: &FragmentKey, now: Seconds) -> Option<SlotKey> {
-        self.fragments.get(key, now, FRAGMENT_TIMEOUT)
-    }
-
-    /// How many flows are remembered; those that are too old but not yet replaced count.
-    pub fn len(&self) -> usize {
-        self.flows.shards.iter().map(|shard| lock(shard).entries.len()).sum()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-struct Sharded<K> {
     hash: RandomState,
-    shards: Vec<Mutex<Shard<K>>>,
+    shards: Vec<Mutex<Shard>>,
+    live: Live,
+    evicted: AtomicU64,
+    evicted_established: AtomicU64,
+}
+
+/// Live flows of each slot. Pieces come when they are needed.
+struct Live {
+    pieces: Vec<OnceLock<Box<[AtomicU32]>>>,
+}
+
+impl Live {
+    const PIECE: usize = 1024;
+
+    fn new() -> Live {
+        let pieces = (nfqd_rules::mark::MAX_INDEX as usize + 1).div_ceil(Live::PIECE);
+        Live { pieces: (0..pieces).map(|_| OnceLock::new()).collect() }
+    }
+
+    fn of(&self, slot: u32) -> Option<&AtomicU32> {
+        let piece = self.pieces.get(slot as usize / Live::PIECE)?;
+        let piece = piece.get_or_init(|| (0..Live::PIECE).map(|_| AtomicU32::new(0)).collect());
+        piece.get(slot as usize % Live::PIECE)
+    }
+
+    fn count(&self, slot: u32, state: State, more: bool) {
+        let counter = self.of(slot).filter(|_| state.is_live());
+        if let Some(counter) = counter {
+            if more {
+                counter.fetch_add(1, Relaxed)
+            } else {
+                counter.fetch_sub(1, Relaxed)
+            };
+        }
+    }
+}
+
+struct Entry {
+    forward: Forward,
+    /// None where backends answer clients themselves.
+    backward: Option<Backward>,
+    slot: u32,
+    state: State,
+    born: Seconds,
+    seen: Seconds,
+    /// The next in the chain of each hash.
+    next_forward: u32,
+    next_backward: u32,
+    /// Neighbours in the list of its state: seen longer ago, and later.
+    older: u32,
+    newer: u32,
+}
+
+/// The ends of the list of a state.
+#[derive(Clone, Copy)]
+struct List {
+    oldest: u32,
+    newest: u32,
+}
+
+struct Shard {
     capacity: usize,
+    entries: Vec<Entry>,
+    /// The first free entry, chained by `next_forward`.
+    free: u32,
+    /// Where each chain begins, one more than the entry: memory that is zero costs nothing until it is used.
+    forward: Vec<u32>,
+    backward: Vec<u32>,
+    lists: [List; STATES.len()],
+    len: usize,
 }
 
-struct Shard<K> {
-    index: HashMap<K, usize>,
-    entries: Vec<Entry<K>>,
-    /// Where the search for something to give up goes on.
-    hand: usize,
-}
-
-struct Entry<K> {
-    key: K,
-    slot: SlotKey,
-    expires: Seconds,
+/// Where a flow is, and its two hashes.
+#[derive(Clone, Copy)]
+struct Hashes {
+    forward: u64,
+    backward: Option<u64>,
 }
 
 /// A shard is never left half changed, so that a panic elsewhere does no harm.
@@ -131,133 +201,489 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl<K: Copy + Eq + Hash> Sharded<K> {
-    fn new(capacity: usize) -> Sharded<K> {
-        let shard = || Mutex::new(Shard { index: HashMap::new(), entries: Vec::new(), hand: 0 });
-        Sharded {
+impl Flows {
+    /// A table for `capacity` flows, rounded up.
+    pub fn new(capacity: usize) -> Flows {
+        let capacity = capacity.div_ceil(SHARDS).max(1);
+        Flows {
             hash: RandomState::new(),
-            shards: (0..SHARDS).map(|_| shard()).collect(),
-            capacity: capacity.div_ceil(SHARDS).max(1),
+            shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(capacity))).collect(),
+            live: Live::new(),
+            evicted: AtomicU64::new(0),
+            evicted_established: AtomicU64::new(0),
         }
     }
 
-    fn shard(&self, key: &K) -> MutexGuard<'_, Shard<K>> {
-        let at = self.hash.hash_one(key) as usize % SHARDS;
+    /// Both directions have the client, its port and the protocol.
+    fn shard(&self, client: IpAddr, port: u16, protocol: Protocol) -> MutexGuard<'_, Shard> {
+        let at = self.hash.hash_one((client, port, protocol)) as usize % SHARDS;
         lock(&self.shards[at])
     }
 
-    fn insert(&self, key: K, slot: SlotKey, now: Seconds, timeout: Seconds) {
-        let mut guard = self.shard(&key);
+    fn shard_of(&self, key: &Forward) -> MutexGuard<'_, Shard> {
+        self.shard(key.client, key.ports.source, key.protocol)
+    }
+
+    fn hash(&self, key: impl Hash) -> u64 {
+        self.hash.hash_one(key)
+    }
+
+    /// The flow of a packet from a client, which is seen by this.
+    pub fn forward(&self, key: &Forward, event: Event, now: Seconds) -> Option<Found> {
+        let mut shard = self.shard_of(key);
+        let at = shard.find_forward(self.hash(key), key)?;
+        shard.see(at, event, now, &self.live)
+    }
+
+    /// The flow of a packet from a backend.
+    pub fn backward(&self, key: &Backward, event: Event, now: Seconds) -> Option<Found> {
+        let mut shard = self.shard(key.client, key.ports.destination, key.protocol);
+        let at = shard.find_backward(self.hash(key), key)?;
+        shard.see(at, event, now, &self.live)
+    }
+
+    /// The slot of a flow that an ICMP error from the client's side is about; the flow is not seen by this.
+    pub fn slot_of(&self, key: &Forward, now: Seconds) -> Option<u32> {
+        let shard = self.shard_of(key);
+        let at = shard.find_forward(self.hash(key), key)?;
+        shard.alive(at, now).map(|entry| entry.slot)
+    }
+
+    /// The same for one from the backend's side.
+    pub fn slot_of_backward(&self, key: &Backward, now: Seconds) -> Option<u32> {
+        let shard = self.shard(key.client, key.ports.destination, key.protocol);
+        let at = shard.find_backward(self.hash(key), key)?;
+        shard.alive(at, now).map(|entry| entry.slot)
+    }
+
+    /// Whether packets from a backend would be taken for those of another flow: two cannot come back the same way.
+    pub fn is_taken(&self, backward: &Backward, forward: &Forward, now: Seconds) -> bool {
+        let shard = self.shard_of(forward);
+        let at = shard.find_backward(self.hash(backward), backward);
+        at.and_then(|at| shard.alive(at, now))
+            .is_some_and(|entry| entry.forward != *forward && entry.state.is_live())
+    }
+
+    /// Remembers a flow. Flows of the same keys are replaced; a full shard gives up another.
+    pub fn insert(
+        &self,
+        forward: Forward,
+        backward: Option<Backward>,
+        slot: u32,
+        state: State,
+        now: Seconds,
+    ) {
+        let hashes = Hashes { forward: self.hash(forward), backward: backward.map(|key| self.hash(key)) };
+        let mut guard = self.shard_of(&forward);
         let shard = &mut *guard;
-        let entry = Entry { key, slot, expires: now.saturating_add(timeout) };
-        if let Some(&at) = shard.index.get(&key) {
-            shard.entries[at] = entry;
-            return;
+        if let Some(at) = shard.find_forward(hashes.forward, &forward) {
+            self.take(shard, at);
         }
-        let at = if shard.entries.len() < self.capacity {
-            shard.entries.push(entry);
-            shard.entries.len() - 1
-        } else {
-            let at = shard.victim(now);
-            let old = std::mem::replace(&mut shard.entries[at], entry);
-            shard.index.remove(&old.key);
-            at
+        if let Some((hash, key)) = hashes.backward.zip(backward)
+            && let Some(at) = shard.find_backward(hash, &key)
+        {
+            self.take(shard, at);
+        }
+        if shard.len == shard.capacity
+            && let Some((at, state)) = shard.oldest(now)
+        {
+            if !shard.is_over(at, now) {
+                self.evicted.fetch_add(1, Relaxed);
+                if state == State::Established {
+                    self.evicted_established.fetch_add(1, Relaxed);
+                }
+            }
+            self.take(shard, at);
+        }
+        let entry = Entry {
+            forward,
+            backward,
+            slot,
+            state,
+            born: now,
+            seen: now,
+            next_forward: NONE,
+            next_backward: NONE,
+            older: NONE,
+            newer: NONE,
         };
-        shard.index.insert(key, at);
+        shard.put(entry, hashes);
+        self.live.count(slot, state, true);
     }
 
-    /// The place stays taken until it is given up, which is at once: nothing is older.
-    fn remove(&self, key: &K) {
-        let mut guard = self.shard(key);
-        let shard = &mut *guard;
-        if let Some(entry) = shard.index.get(key).and_then(|&at| shard.entries.get_mut(at)) {
-            entry.expires = 0;
+    /// Forgets a flow.
+    pub fn remove(&self, key: &Forward) {
+        let mut guard = self.shard_of(key);
+        if let Some(at) = guard.find_forward(self.hash(key), key) {
+            self.take(&mut guard, at);
         }
     }
 
-    fn get(&self, key: &K, now: Seconds, timeout: Seconds) -> Option<SlotKey> {
-        let mut guard = self.shard(key);
-        let shard = &mut *guard;
-        let at = *shard.index.get(key)?;
-        let entry = shard.entries.get_mut(at).filter(|entry| entry.expires > now)?;
-        entry.expires = now.saturating_add(timeout);
-        Some(entry.slot)
+    /// Forgets a flow by its way back.
+    pub fn remove_backward(&self, key: &Backward) {
+        let mut guard = self.shard(key.client, key.ports.destination, key.protocol);
+        if let Some(at) = guard.find_backward(self.hash(key), key) {
+            self.take(&mut guard, at);
+        }
+    }
+
+    fn take(&self, shard: &mut Shard, at: u32) {
+        let entry = &shard.entries[at as usize];
+        let hashes =
+            Hashes { forward: self.hash(entry.forward), backward: entry.backward.map(|key| self.hash(key)) };
+        self.live.count(entry.slot, entry.state, false);
+        shard.take(at, hashes);
+    }
+
+    /// Forgets what has not been seen for too long, so that it is counted no more.
+    pub fn expire(&self, now: Seconds) {
+        for shard in &self.shards {
+            let mut guard = lock(shard);
+            for state in STATES {
+                while let Some(at) = guard.over(state, now) {
+                    self.take(&mut guard, at);
+                }
+            }
+        }
+    }
+
+    /// How many live flows a slot has.
+    pub fn live(&self, slot: u32) -> u32 {
+        self.live.of(slot).map_or(0, |counter| counter.load(Relaxed))
+    }
+
+    /// How many flows are remembered; those that are too old but not yet forgotten count.
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len).sum()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many there may be.
+    pub fn capacity(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).capacity).sum()
+    }
+
+    /// How many flows were given up for others because a shard was full; of these, established ones.
+    pub fn evicted(&self) -> (u64, u64) {
+        (self.evicted.load(Relaxed), self.evicted_established.load(Relaxed))
     }
 }
 
-impl<K> Shard<K> {
-    /// The entry to give up: the first that is too old, or the one nearest to it, among a few from the hand on.
-    fn victim(&mut self, now: Seconds) -> usize {
-        let len = self.entries.len();
-        let mut best = self.hand % len;
-        for step in 0..CANDIDATES.min(len) {
-            let at = (self.hand + step) % len;
-            if self.entries[at].expires < self.entries[best].expires {
-                best = at;
+impl Shard {
+    fn new(capacity: usize) -> Shard {
+        let heads = capacity.next_power_of_two();
+        Shard {
+            capacity,
+            entries: Vec::with_capacity(capacity),
+            free: NONE,
+            forward: vec![0; heads],
+            backward: vec![0; heads],
+            lists: [List { oldest: NONE, newest: NONE }; STATES.len()],
+            len: 0,
+        }
+    }
+
+    /// The low bits choose the chain; the shard was chosen by another hash.
+    fn chain(heads: &[u32], hash: u64) -> usize {
+        hash as usize & (heads.len() - 1)
+    }
+
+    fn find_forward(&self, hash: u64, key: &Forward) -> Option<u32> {
+        let mut at = self.forward[Shard::chain(&self.forward, hash)].wrapping_sub(1);
+        while at != NONE {
+            let entry = &self.entries[at as usize];
+            if entry.forward == *key {
+                return Some(at);
             }
-            if self.entries[best].expires <= now {
-                break;
+            at = entry.next_forward;
+        }
+        None
+    }
+
+    fn find_backward(&self, hash: u64, key: &Backward) -> Option<u32> {
+        let mut at = self.backward[Shard::chain(&self.backward, hash)].wrapping_sub(1);
+        while at != NONE {
+            let entry = &self.entries[at as usize];
+            if entry.backward.as_ref() == Some(key) {
+                return Some(at);
+            }
+            at = entry.next_backward;
+        }
+        None
+    }
+
+    fn is_over(&self, at: u32, now: Seconds) -> bool {
+        let entry = &self.entries[at as usize];
+        entry.seen.saturating_add(entry.state.timeout()) <= now
+    }
+
+    fn alive(&self, at: u32, now: Seconds) -> Option<&Entry> {
+        (!self.is_over(at, now)).then(|| &self.entries[at as usize])
+    }
+
+    /// The oldest flow of a state, when its time is over.
+    fn over(&self, state: State, now: Seconds) -> Option<u32> {
+        let oldest = self.lists[state as usize].oldest;
+        (oldest != NONE && self.is_over(oldest, now)).then_some(oldest)
+    }
+
+    /// The flow to give up: one whose time is over, or the oldest in the first state that has one.
+    fn oldest(&self, now: Seconds) -> Option<(u32, State)> {
+        let over = STATES.into_iter().find_map(|state| Some((self.over(state, now)?, state)));
+        over.or_else(|| {
+            let first = |state: State| (self.lists[state as usize].oldest, state);
+            STATES.into_iter().map(first).find(|(at, _)| *at != NONE)
+        })
+    }
+
+    /// A packet of a flow; none if its time is over.
+    fn see(&mut self, at: u32, event: Event, now: Seconds, live: &Live) -> Option<Found> {
+        if self.is_over(at, now) {
+            return None;
+        }
+        let entry = &self.entries[at as usize];
+        let before = entry.state;
+        let after = match (before, event) {
+            (State::Opening | State::Established, Event::Closes) => State::Closing,
+            (State::Opening, Event::GoesOn) => State::Established,
+            (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
+            (before, _) => before,
+        };
+        let slot = entry.slot;
+        self.unlink(at);
+        let entry = &mut self.entries[at as usize];
+        entry.state = after;
+        entry.seen = now.max(entry.seen);
+        self.link(at);
+        if before.is_live() != after.is_live() {
+            live.count(slot, before, false);
+            live.count(slot, after, true);
+        }
+        Some(Found { slot, state: after })
+    }
+
+    fn put(&mut self, mut entry: Entry, hashes: Hashes) {
+        let chain = Shard::chain(&self.forward, hashes.forward);
+        entry.next_forward = self.forward[chain].wrapping_sub(1);
+        let back = hashes.backward.map(|hash| Shard::chain(&self.backward, hash));
+        entry.next_backward = back.map_or(NONE, |back| self.backward[back].wrapping_sub(1));
+        let at = if self.free != NONE {
+            let at = self.free;
+            self.free = self.entries[at as usize].next_forward;
+            self.entries[at as usize] = entry;
+            at
+        } else {
+            self.entries.push(entry);
+            self.entries.len() as u32 - 1
+        };
+        self.forward[chain] = at + 1;
+        if let Some(back) = back {
+            self.backward[back] = at + 1;
+        }
+        self.link(at);
+        self.len += 1;
+    }
+
+    fn take(&mut self, at: u32, hashes: Hashes) {
+        self.unlink(at);
+        let Entry { next_forward, next_backward, .. } = self.entries[at as usize];
+        let chain = Shard::chain(&self.forward, hashes.forward);
+        match self.before(self.forward[chain], at, |entry| entry.next_forward) {
+            None => self.forward[chain] = next_forward.wrapping_add(1),
+            Some(before) => self.entries[before as usize].next_forward = next_forward,
+        }
+        if let Some(hash) = hashes.backward {
+            let chain = Shard::chain(&self.backward, hash);
+            match self.before(self.backward[chain], at, |entry| entry.next_backward) {
+                None => self.backward[chain] = next_backward.wrapping_add(1),
+                Some(before) => self.entries[before as usize].next_backward = next_backward,
             }
         }
-        self.hand = (best + 1) % len;
-        best
+        self.entries[at as usize].next_forward = self.free;
+        self.free = at;
+        self.len -= 1;
+    }
+
+    /// The entry before another in a chain that begins at `head`; none for the first.
+    fn before(&self, head: u32, at: u32, next: impl Fn(&Entry) -> u32) -> Option<u32> {
+        let mut before = head.wrapping_sub(1);
+        if before == at {
+            return None;
+        }
+        while before != NONE {
+            let following = next(&self.entries[before as usize]);
+            if following == at {
+                return Some(before);
+            }
+            before = following;
+        }
+        None
+    }
+
+    /// Puts an entry at the newest end of its state's list.
+    fn link(&mut self, at: u32) {
+        let state = self.entries[at as usize].state as usize;
+        let newest = self.lists[state].newest;
+        let entry = &mut self.entries[at as usize];
+        (entry.older, entry.newer) = (newest, NONE);
+        if newest == NONE {
+            self.lists[state].oldest = at;
+        } else {
+            self.entries[newest as usize].newer = at;
+        }
+        self.lists[state].newest = at;
+    }
+
+    fn unlink(&mut self, at: u32) {
+        let Entry { state, older, newer, .. } = self.entries[at as usize];
+        let list = &mut self.lists[state as usize];
+        if older == NONE {
+            list.oldest = newer;
+        }
+        if newer == NONE {
+            list.newest = older;
+        }
+        if older != NONE {
+            self.entries[older as usize].newer = newer;
+        }
+        if newer != NONE {
+            self.entries[newer as usize].older = older;
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nfqd_shmctl::MacAddr;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
-    fn key(client: u32) -> FlowKey {
-        FlowKey {
+    fn forward(client: u32, protocol: Protocol) -> Forward {
+        Forward {
+            middlebox: MacAddr([2; 6]),
+            client: IpAddr::from(client.to_be_bytes()),
+            vip: IpAddr::from([10, 0, 0, 9]),
+            protocol,
+            ports: Ports { source: 1000, destination: 80 },
+        }
+    }
+
+    fn backward(client: u32, protocol: Protocol) -> Backward {
+        Backward {
             backend: IpAddr::from([10, 0, 0, 3]),
             client: IpAddr::from(client.to_be_bytes()),
-            protocol: Protocol::UDP,
-            ports: Ports { source: 53, destination: 1000 },
+            protocol,
+            ports: Ports { source: 8080, destination: 1000 },
         }
     }
 
-    fn slot(n: u8) -> SlotKey {
-        let ip = |last: u8| IpAddr::from([10, 0, 0, last]);
-        SlotKey { middlebox: MacAddr([2; 6]), vip: ip(2), backend: ip(n) }
+    fn insert(flows: &Flows, client: u32, protocol: Protocol, state: State, now: Seconds) {
+        flows.insert(forward(client, protocol), Some(backward(client, protocol)), 7, state, now);
     }
 
     #[test]
-    fn a_flow_lives_as_long_as_it_is_seen() {
+    fn a_connection_lives_its_states() {
         let flows = Flows::new(100);
-        flows.insert(key(1), slot(3), 0);
-        assert_eq!(flows.get(&key(1), 299), Some(slot(3)));
-        assert_eq!(flows.get(&key(1), 598), Some(slot(3)));
-        assert_eq!(flows.get(&key(1), 898), None);
-        assert_eq!(flows.get(&key(2), 0), None);
-        flows.insert(key(1), slot(4), 900);
-        assert_eq!((flows.get(&key(1), 900), flows.len()), (Some(slot(4)), 1));
+        let (there, back) = (forward(1, Protocol::TCP), backward(1, Protocol::TCP));
+        insert(&flows, 1, Protocol::TCP, State::Opening, 0);
+        let state = |event: Event, now: Seconds| flows.forward(&there, event, now).map(|found| found.state);
+        assert_eq!(state(Event::Opens, 10), Some(State::Opening));
+        assert_eq!(flows.backward(&back, Event::Answer, 11).unwrap().state, State::Opening);
+        assert_eq!(state(Event::GoesOn, 12), Some(State::Established));
+        assert_eq!((state(Event::GoesOn, 7000), flows.live(7)), (Some(State::Established), 1));
+        assert_eq!((state(Event::Closes, 7001), flows.live(7)), (Some(State::Closing), 0));
+        assert_eq!(state(Event::GoesOn, 7002), Some(State::Closing));
+        assert_eq!((state(Event::GoesOn, 7242), flows.len()), (None, 1), "over, not yet forgotten");
+        flows.expire(7242);
+        assert_eq!(flows.len(), 0);
+        // Half open for too long; reset by the backend.
+        insert(&flows, 1, Protocol::TCP, State::Opening, 0);
+        assert_eq!(state(Event::GoesOn, 240), None);
+        insert(&flows, 1, Protocol::TCP, State::Established, 0);
+        assert_eq!(flows.backward(&back, Event::Closes, 1).unwrap().state, State::Closing);
+        // UDP that stays is a stream.
+        insert(&flows, 2, Protocol::UDP, State::Datagram, 0);
+        let udp =
+            |now: Seconds| flows.forward(&forward(2, Protocol::UDP), Event::Datagram, now).unwrap().state;
+        assert_eq!((udp(10), udp(60), udp(61)), (State::Datagram, State::Stream, State::Stream));
     }
 
     #[test]
-    fn a_full_table_takes_new_flows_and_keeps_its_bound() {
-        let flows = Flows::new(640);
-        for client in 0..10_000 {
-            flows.insert(key(client), slot(3), client / 100);
-            assert_eq!(flows.get(&key(client), client / 100), Some(slot(3)), "{client}");
+    fn a_flood_pushes_out_nothing_but_its_own() {
+        let flows = Flows::new(6400);
+        for client in 0..2000 {
+            insert(&flows, client, Protocol::TCP, State::Established, 0);
         }
-        assert!(flows.len() <= 640);
-        let kept = (0..10_000).filter(|&client| flows.get(&key(client), 99).is_some()).count();
-        assert_eq!(kept, flows.len());
+        for client in 10_000..200_000 {
+            insert(&flows, client, Protocol::TCP, State::Opening, 1);
+            assert!(flows.forward(&forward(client, Protocol::TCP), Event::Opens, 1).is_some(), "the newest");
+        }
+        let kept =
+            (0..2000).filter(|&client| flows.slot_of(&forward(client, Protocol::TCP), 2) == Some(7)).count();
+        assert_eq!((kept, flows.evicted().1), (2000, 0));
+        assert!(flows.len() <= flows.capacity() && flows.evicted().0 > 180_000);
+        // Full of established flows it takes new ones all the same.
+        for client in 10_000..30_000 {
+            insert(&flows, client, Protocol::TCP, State::Established, 2);
+        }
+        assert!(flows.evicted().1 > 0 && flows.live(7) as usize == flows.len());
     }
 
     #[test]
-    fn fragments_are_forgotten_soon() {
+    fn two_flows_cannot_come_back_the_same_way() {
         let flows = Flows::new(100);
-        let key = FragmentKey {
-            source: IpAddr::from([10, 0, 0, 3]),
-            destination: IpAddr::from([10, 0, 0, 1]),
-            protocol: Protocol::UDP,
-            id: 7,
-        };
-        flows.insert_fragment(key, slot(3), 0);
-        assert_eq!(flows.get_fragment(&key, FRAGMENT_TIMEOUT - 1), Some(slot(3)));
-        assert_eq!(flows.get_fragment(&key, FRAGMENT_TIMEOUT * 3), None);
+        insert(&flows, 1, Protocol::TCP, State::Established, 0);
+        let mut other = forward(1, Protocol::TCP);
+        other.vip = IpAddr::from([10, 0, 0, 8]);
+        let back = backward(1, Protocol::TCP);
+        assert!(flows.is_taken(&back, &other, 1));
+        assert!(!flows.is_taken(&back, &forward(1, Protocol::TCP), 1), "it is the same");
+        assert!(!flows.is_taken(&backward(1, Protocol::UDP), &other, 1), "another protocol");
+        flows.forward(&forward(1, Protocol::TCP), Event::Closes, 2);
+        assert!(!flows.is_taken(&back, &other, 3), "it is at its end");
+        flows.insert(other, Some(back), 9, State::Opening, 3);
+        assert_eq!((flows.slot_of_backward(&back, 3), flows.len()), (Some(9), 1));
+        assert_eq!(flows.slot_of(&forward(1, Protocol::TCP), 3), None);
+    }
+
+    proptest! {
+        /// Against a map: what is inserted is found by both keys until it is removed or over.
+        #[test]
+        fn the_table_is_a_map(steps in proptest::collection::vec((0..4_u8, 0..40_u32, 0..3_u32), 1..300)) {
+            let flows = Flows::new(1 << 12);
+            let mut model: BTreeMap<u32, (u32, Seconds)> = BTreeMap::new();
+            let mut now = 0;
+            for (step, client, pass) in steps {
+                now += pass * 50;
+                model.retain(|_, (_, seen)| *seen + State::Datagram.timeout() > now);
+                let (there, back) = (forward(client, Protocol::UDP), backward(client, Protocol::UDP));
+                match step {
+                    0 => {
+                        flows.insert(there, Some(back), client, State::Datagram, now);
+                        model.insert(client, (client, now));
+                    }
+                    1 => {
+                        let found = flows.forward(&there, Event::Datagram, now).map(|found| found.slot);
+                        prop_assert_eq!(found, model.get(&client).map(|(slot, _)| *slot));
+                        model.entry(client).and_modify(|(_, seen)| *seen = now);
+                    }
+                    2 => {
+                        prop_assert_eq!(flows.slot_of_backward(&back, now), model.get(&client).map(|(slot, _)| *slot));
+                    }
+                    _ => {
+                        flows.remove(&there);
+                        model.remove(&client);
+                    }
+                }
+                flows.expire(now);
+                prop_assert_eq!(flows.len(), model.len());
+                let live: u32 = (0..40).map(|slot| flows.live(slot)).sum();
+                prop_assert_eq!(live as usize, model.len());
+            }
+        }
     }
 }

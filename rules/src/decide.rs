@@ -3,8 +3,8 @@
 
 use crate::packet::Packet;
 use crate::policy::{Filtered, Middlebox, Policy};
-use nfqd_shmctl::{Action, Balance, Destination, RuleId};
-use std::net::IpAddr;
+use crate::service::Service;
+use nfqd_shmctl::{Action, RuleId, Vip};
 
 /// What is to happen to a packet on its way to its destination MAC.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -14,11 +14,11 @@ pub enum Decision<'p> {
     /// The middlebox' filters drop it: by this rule, or by default.
     Drop(Option<RuleId>),
     /// It goes to a backend.
-    Redirect {
-        /// The service's address, which clients use.
-        vip: IpAddr,
-        /// The backend.
-        to: &'p Destination,
+    Balance {
+        /// What clients use.
+        vip: Vip,
+        /// The service that chooses the backend.
+        service: &'p Service,
     },
 }
 
@@ -28,26 +28,17 @@ pub fn filtered(middlebox: &Middlebox, packet: &Packet) -> Filtered {
     firewall.map_or(Filtered { action: Action::Allow, rule: None }, |firewall| firewall.filter(packet))
 }
 
-/// The service of the middlebox that takes a packet: the one with the packet's destination address before the others,
-/// which follow in the order of their addresses.
+/// The service of the middlebox that takes a packet: of those for the packet's own destination address the one with its
+/// port and protocol, then its port, then the address alone; then those for other addresses, in their order.
 ///
-/// A packet whose checksums are cut off cannot be rewritten and is not taken; nor is one that comes from the backend
-/// itself, which could not answer itself.
-pub fn redirected<'p>(middlebox: &'p Middlebox, packet: &Packet) -> Option<(IpAddr, &'p Destination)> {
+/// A packet whose checksums are cut off cannot be rewritten and is not taken; nor is one that comes from the only backend,
+/// which could not answer itself.
+pub fn service<'p>(middlebox: &'p Middlebox, packet: &Packet) -> Option<(Vip, &'p Service)> {
     let ip = packet.ip.filter(|ip| ip.mendable)?;
-    let services = middlebox.services();
-    let own = services.get_key_value(&ip.destination);
-    let others = services.iter().filter(|(vip, _)| **vip != ip.destination);
-    let takes = |(vip, balance): (&IpAddr, &'p Balance)| {
-        let to = balance.destination();
-        let from_source = match balance {
-            Balance::Static(_) => true,
-            Balance::Source(source, _) => *source == ip.source,
-        };
-        let same_family = vip.is_ipv4() == ip.source.is_ipv4();
-        (same_family && from_source && to.ip != ip.source).then_some((*vip, to))
-    };
-    own.into_iter().chain(others).find_map(takes)
+    let taking = middlebox.services().iter().filter(|(vip, service)| service.takes(vip, &ip));
+    let best =
+        taking.min_by_key(|(vip, _)| (vip.ip != ip.destination, vip.port.is_none(), vip.protocol.is_none()));
+    best.map(|(vip, service)| (*vip, service))
 }
 
 /// What a packet deserves: filters first, then balancing.
@@ -56,8 +47,8 @@ pub fn decide<'p>(policy: &'p Policy, packet: &Packet) -> Decision<'p> {
     if let Filtered { action: Action::Deny, rule } = filtered(middlebox, packet) {
         return Decision::Drop(rule);
     }
-    match redirected(middlebox, packet) {
-        Some((vip, to)) => Decision::Redirect { vip, to },
+    match service(middlebox, packet) {
+        Some((vip, service)) => Decision::Balance { vip, service },
         None => Decision::Accept,
     }
 }
@@ -86,7 +77,10 @@ mod tests {
             Decision::Accept => "accept".to_string(),
             Decision::Drop(Some(rule)) => format!("drop {rule}"),
             Decision::Drop(None) => "drop".to_string(),
-            Decision::Redirect { vip, to } => format!("{vip} -> {}", to.ip),
+            Decision::Balance { vip, service } => {
+                let backends: Vec<String> = service.backends().keys().map(ToString::to_string).collect();
+                format!("{vip} -> {}", backends.join(" "))
+            }
         }
     }
 
@@ -130,5 +124,30 @@ mod tests {
         assert_eq!(verdict(&["R L MB 10.0.0.9 1 10.0.0.2 10.0.0.6"], &packet), "accept");
         assert_eq!(verdict(&["R L MB 10.0.0.9 0 10.0.0.1"], &packet), "accept", "from the backend itself");
         assert_eq!(verdict(&["R L MB 2001:db8::1 0 2001:db8::2"], &packet), "accept", "the other family");
+    }
+
+    #[test]
+    fn the_port_goes_before_the_address_and_pools_take_their_own_only() {
+        let packet = frame([10, 0, 0, 1], 1000, 80);
+        let all = [
+            "R L MB 10.0.0.9 rr 10.0.0.2 10.0.0.3",
+            "R L MB 10.0.0.9:80 rr 10.0.0.4:8080",
+            "R L MB 10.0.0.9:80/tcp rr 10.0.0.5",
+            "R L MB 10.0.0.9:80/udp rr 10.0.0.6",
+            "R L MB 10.0.0.8 0 10.0.0.7",
+        ];
+        for (lines, expected) in [
+            (&all[..], "10.0.0.9:80/tcp -> 10.0.0.5:80"),
+            (&[all[0], all[1], all[3], all[4]], "10.0.0.9:80 -> 10.0.0.4:8080"),
+            (&[all[0], all[3], all[4]], "10.0.0.9 -> 10.0.0.2 10.0.0.3"),
+            (&all[3..], "10.0.0.8 -> 10.0.0.7"),
+            (&[all[3]], "accept"),
+            (&["R L MB 10.0.0.8 rr 10.0.0.7"], "accept"),
+            (&["R L MB 10.0.0.8:80 0 10.0.0.7"], "accept"),
+            (&["R L MB 10.0.0.9:80 0 10.0.0.7"], "10.0.0.9:80 -> 10.0.0.7:80"),
+            (&["R L MB 10.0.0.9:81 0 10.0.0.7", all[4]], "10.0.0.8 -> 10.0.0.7"),
+        ] {
+            assert_eq!(verdict(lines, &packet), expected, "{lines:?}");
+        }
     }
 }

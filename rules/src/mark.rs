@@ -2,7 +2,7 @@
 //!
 //! | bits | what |
 //! |---|---|
-//! | 28–31 | [`Operation`] |
+//! | 28–31 | [`Operation`]; those that rewrite have [`PORT`] with them when the port changes, too |
 //! | 8–27 | index: of a middlebox on the way to the engine, of a slot (a backend of a service) on the way back |
 //! | 0–7 | not ours: never changed |
 //!
@@ -29,10 +29,36 @@ pub enum Operation {
     Redirect = 2 << 28,
     /// The same, and remember the flow.
     RedirectLearn = 3 << 28,
+    /// The same, and remember it for a few seconds only: it is at its end.
+    RedirectClose = 4 << 28,
     /// Rewrite the source to the address that the slot's clients know; nothing for slot 0.
-    Reply = 4 << 28,
+    Reply = 5 << 28,
     /// The same, and remember the flow.
-    ReplyLearn = 5 << 28,
+    ReplyLearn = 6 << 28,
+    /// The same, and forget the flow.
+    ReplyClose = 7 << 28,
+    /// Rewrite nothing, and remember that the flow is the middlebox' own.
+    Pass = 8 << 28,
+}
+
+/// With an operation that rewrites: the port, too.
+pub const PORT: u32 = 8 << 28;
+
+impl Operation {
+    /// Those that rewrite.
+    pub const REWRITING: [Operation; 6] = [
+        Operation::Redirect,
+        Operation::RedirectLearn,
+        Operation::RedirectClose,
+        Operation::Reply,
+        Operation::ReplyLearn,
+        Operation::ReplyClose,
+    ];
+
+    /// Its bits, with those for the port.
+    pub fn bits(self, port: bool) -> u32 {
+        self as u32 | if port { PORT } else { 0 }
+    }
 }
 
 /// The bits of an index, as the kernel's maps hold it too.
@@ -45,9 +71,9 @@ pub fn index(mark: u32) -> u32 {
     (mark & INDEX) >> INDEX_SHIFT
 }
 
-/// `mark` with our bits set to an operation on an index.
-pub fn with(mark: u32, operation: Operation, at: u32) -> u32 {
-    (mark & !OURS) | operation as u32 | index_bits(at)
+/// `mark` with our bits set to an operation on an index; `port` says whether it rewrites the port, too.
+pub fn with(mark: u32, operation: Operation, port: bool, at: u32) -> u32 {
+    (mark & !OURS) | operation.bits(port) | index_bits(at)
 }
 
 /// `mark` without our bits.
@@ -63,11 +89,16 @@ mod tests {
     fn the_parts_do_not_overlap_and_foreign_bits_stay() {
         assert_eq!(OPERATION | INDEX, OURS);
         assert_eq!(OPERATION & INDEX, 0);
-        let mark = with(0xdead_beef, Operation::ReplyLearn, MAX_INDEX);
+        let mark = with(0xdead_beef, Operation::ReplyLearn, true, MAX_INDEX);
         assert_eq!(
             (mark & !OURS, index(mark), mark & OPERATION),
-            (0xef, MAX_INDEX, Operation::ReplyLearn as u32)
+            (0xef, MAX_INDEX, Operation::ReplyLearn as u32 | PORT)
         );
         assert_eq!(cleared(mark), 0xef);
+        let bits =
+            Operation::REWRITING.iter().flat_map(|operation| [operation.bits(false), operation.bits(true)]);
+        let all: std::collections::BTreeSet<u32> =
+            bits.chain([Operation::Ask as u32, Operation::Pass as u32]).collect();
+        assert_eq!(all.len(), 14);
     }
 }

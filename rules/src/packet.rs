@@ -74,6 +74,10 @@ pub struct Ip {
     pub icmp_code: Option<u8>,
     /// Where the header begins, in bytes from the start of the IP header.
     pub l4: usize,
+    /// The beginning of the packet that a whole ICMP error is about.
+    pub quoted: Option<Quoted>,
+    /// TCP's sequence numbers, in the first piece only.
+    pub tcp_numbers: Option<TcpNumbers>,
     /// Whether the checksum field that an address change must mend is in the packet, or there is none to mend.
     pub mendable: bool,
 }
@@ -94,6 +98,40 @@ pub struct Ports {
     /// Destination port.
     pub destination: u16,
 }
+
+/// What an ICMP error quotes of the packet that it is about (RFC 792, RFC 4443): the IP header, of a first or whole packet,
+/// and the ports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Quoted {
+    /// Source address.
+    pub source: IpAddr,
+    /// Destination address.
+    pub destination: IpAddr,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The ports of TCP and UDP, and their like.
+    pub ports: Option<Ports>,
+    /// Where its IP header begins, in bytes from the start of the error's own.
+    pub l3: usize,
+    /// Where its transport header begins, likewise.
+    pub l4: usize,
+}
+
+/// TCP's numbers, to answer a segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TcpNumbers {
+    /// Its sequence number.
+    pub sequence: u32,
+    /// Its acknowledgement number.
+    pub acknowledgement: u32,
+    /// How many numbers it takes up: its payload in bytes, and one for each of SYN and FIN.
+    pub length: u32,
+}
+
+/// Types of ICMP that are errors: unreachable, time exceeded, parameter problem (RFC 1122, 3.2.2).
+pub const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
+/// Types of ICMPv6 that are errors: unreachable, too big, time exceeded, parameter problem (RFC 4443).
+pub const ICMP6_ERRORS: [u8; 4] = [1, 2, 3, 4];
 
 /// Which piece of a datagram a packet is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,6 +245,41 @@ pub(crate) fn checksum_offset(protocol: Protocol) -> Option<usize> {
     }
 }
 
+/// Reads what an ICMP error quotes; `l4` is where its ICMP header begins.
+fn quoted(payload: &[u8], l4: usize, v4: bool) -> Option<Quoted> {
+    const ICMP_HEADER: usize = 8;
+    let l3 = l4 + ICMP_HEADER;
+    let inner = payload.get(l3..)?;
+    let (source, destination, protocol, len, later) = if v4 {
+        let header = Ipv4HeaderSlice::from_slice(inner).ok()?;
+        let later = header.fragments_offset().value() != 0;
+        let (source, destination) = (header.source_addr().into(), header.destination_addr().into());
+        (source, destination, Protocol(header.protocol().0), usize::from(header.ihl()) * 4, later)
+    } else {
+        let header = Ipv6HeaderSlice::from_slice(inner).ok()?;
+        let (source, destination) = (header.source_addr().into(), header.destination_addr().into());
+        (source, destination, Protocol(header.next_header().0), IPV6_LEN, false)
+    };
+    // Of a later piece it cannot be told whose it was; nor behind extension headers.
+    if later || EXTENSIONS.contains(&protocol.0) && !v4 {
+        return None;
+    }
+    let l4 = l3 + len;
+    Some(Quoted { source, destination, protocol, ports: ports(payload, protocol, l4), l3, l4 })
+}
+
+fn tcp_numbers(payload: &[u8], length: usize, l4: usize) -> Option<TcpNumbers> {
+    let word = |at: usize| {
+        let bytes = payload.get(l4 + at..l4 + at + 4)?;
+        Some(u32::from_be_bytes(bytes.try_into().ok()?))
+    };
+    let &[data_offset, flags] = payload.get(l4 + 12..l4 + 14)? else { return None };
+    let header = usize::from(data_offset >> 4) * 4;
+    let turns = u32::from(flags & 1) + u32::from(flags >> 1 & 1);
+    let length = length.saturating_sub(l4 + header) as u32 + turns;
+    Some(TcpNumbers { sequence: word(4)?, acknowledgement: word(8)?, length })
+}
+
 fn mendable(payload: &[u8], protocol: Protocol, fragment: Fragment, l4: usize) -> bool {
     match checksum_offset(protocol) {
         Some(offset) if fragment != Fragment::Later => u16_at(payload, l4 + offset).is_some(),
@@ -248,6 +321,10 @@ fn ipv4(payload: &[u8], length: usize, gso: bool) -> Option<Ip> {
         icmp_type,
         icmp_code,
         l4: header_len,
+        quoted: icmp_type
+            .filter(|kind| ICMP_ERRORS.contains(kind) && fragment == Fragment::Whole)
+            .and_then(|_| quoted(payload, header_len, true)),
+        tcp_numbers: tcp_flags.and_then(|_| tcp_numbers(payload, total_len, header_len)),
         mendable: mendable(payload, protocol, fragment, header_len),
     })
 }
@@ -368,6 +445,11 @@ fn ipv6(payload: &[u8], length: usize) -> Option<Ip> {
         icmp_type,
         icmp_code,
         l4: at,
+        quoted: icmp_type
+            .filter(|kind| ICMP6_ERRORS.contains(kind) && fragment == Fragment::Whole)
+            .and_then(|_| quoted(payload, at, false)),
+        tcp_numbers: tcp_flags
+            .and_then(|_| tcp_numbers(payload, usize::from(header.payload_length()) + IPV6_LEN, at)),
         mendable: mendable(payload, protocol, fragment, at),
     })
 }

@@ -5,9 +5,10 @@
 use crate::classifier::Classifier;
 use crate::filter::{Conditions, Rule};
 use crate::packet::Packet;
+use crate::service::{Backend, Service};
 use imbl::OrdMap;
 use nfqd_shmctl::{
-    Action, Balance, Command, CommandError, Destination, ErrorCode, MacAddr, RuleId, Services,
+    Action, BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, RuleId, Services, Vip,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 
 /// Most rules that one middlebox may have; it is bounded because guests ask for them.
 pub const MAX_RULES: usize = 1024;
-/// Most balanced addresses that one middlebox may have.
+/// Most balanced services that one middlebox may have.
 pub const MAX_SERVICES: usize = 16;
 
 /// Everything that is registered. A clone costs nothing, whatever is registered: both share it until one changes.
@@ -28,8 +29,8 @@ pub struct Policy {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Middlebox {
     firewall: Option<Firewall>,
-    /// By the address that clients use.
-    services: BTreeMap<IpAddr, Balance>,
+    /// By what clients use.
+    services: BTreeMap<Vip, Service>,
 }
 
 /// Firewall service: rules that allow, then rules that deny, then the default.
@@ -149,8 +150,8 @@ impl Middlebox {
         self.firewall.as_ref()
     }
 
-    /// The balanced addresses.
-    pub fn services(&self) -> &BTreeMap<IpAddr, Balance> {
+    /// The balanced services.
+    pub fn services(&self) -> &BTreeMap<Vip, Service> {
         &self.services
     }
 
@@ -161,15 +162,16 @@ impl Middlebox {
             out.push(Command::RegisterFirewall { mac, ip: firewall.ip, default: firewall.default });
             out.extend(firewall.rules.iter().flat_map(|(&id, rule)| rule.commands(mac, id)));
         }
-        for (&ip, balance) in &self.services {
-            out.push(Command::RegisterBalance { mac, ip, balance: balance.clone() });
-        }
+        out.extend(self.services.iter().flat_map(|(&vip, service)| service.commands(mac, vip)));
         out
     }
 
     /// An address to call it by.
     pub fn ip(&self) -> Option<IpAddr> {
-        self.firewall.as_ref().map(|firewall| firewall.ip).or_else(|| self.services.keys().next().copied())
+        self.firewall
+            .as_ref()
+            .map(|firewall| firewall.ip)
+            .or_else(|| self.services.keys().next().map(|vip| vip.ip))
     }
 }
 
@@ -207,10 +209,12 @@ impl Policy {
         self.middleboxes.get(&mac).map(Arc::as_ref)
     }
 
-    /// Every destination of every service: middlebox, the address that clients use, backend.
-    pub fn destinations(&self) -> impl Iterator<Item = (MacAddr, IpAddr, &Destination)> {
+    /// Every backend of every service.
+    pub fn backends(&self) -> impl Iterator<Item = (MacAddr, &Vip, &Service, &BackendName, &Backend)> {
         self.middleboxes.iter().flat_map(|(&mac, middlebox)| {
-            middlebox.services.iter().map(move |(&ip, balance)| (mac, ip, balance.destination()))
+            middlebox.services.iter().flat_map(move |(vip, service)| {
+                service.backends().iter().map(move |(name, backend)| (mac, vip, service, name, backend))
+            })
         })
     }
 
@@ -247,17 +251,18 @@ impl Policy {
                 self.edit(*mac).firewall = Some(Firewall::new(*ip, *default));
                 Ok(())
             }
-            Command::RegisterBalance { mac, ip, balance } => {
+            Command::RegisterBalance { mac, vip, balance } => {
                 let services = self.get(*mac).map(Middlebox::services);
-                let full = services.is_some_and(|s| s.len() >= MAX_SERVICES && !s.contains_key(ip));
+                let full = services.is_some_and(|s| s.len() >= MAX_SERVICES && !s.contains_key(vip));
                 if full {
                     let expected =
-                        format!("one more than the {MAX_SERVICES} addresses that a middlebox may have");
+                        format!("one more than the {MAX_SERVICES} services that a middlebox may have");
                     return refuse(3, ErrorCode::Quota, expected);
                 }
-                self.edit(*mac).services.insert(*ip, balance.clone());
+                self.edit(*mac).services.insert(*vip, Service::new(*vip, balance));
                 Ok(())
             }
+            Command::EditBackends { mac, vip, edit } => self.edit_backends(*mac, *vip, edit),
             Command::Add { mac, rule: number, set } => {
                 let firewall = self.firewall(*mac)?;
                 firewall.room_for(*number)?;
@@ -316,15 +321,51 @@ impl Policy {
         }
     }
 
+    fn edit_backends(&mut self, mac: MacAddr, named: Option<Vip>, edit: &Edit) -> Result<(), Refusal> {
+        let services = self.get(mac).map(Middlebox::services).filter(|services| !services.is_empty());
+        let Some(services) = services else {
+            return refuse(1, ErrorCode::UnknownMac, "not registered for load balancing");
+        };
+        let (vip, service) = match (named, services.first_key_value()) {
+            (Some(vip), _) => match services.get(&vip) {
+                Some(service) => (vip, service),
+                None => return refuse(2, ErrorCode::UnknownMac, "no service of this middlebox"),
+            },
+            (None, Some((vip, service))) if services.len() == 1 => (*vip, service),
+            _ => {
+                let all: Vec<String> = services.keys().map(Vip::to_string).collect();
+                let expected = format!("has several services; name one before the sign: {}", all.join(", "));
+                return refuse(1, ErrorCode::Value, expected);
+            }
+        };
+        if !service.method().is_pool() {
+            let expected =
+                "registered with type static or source, which have one destination; register it anew";
+            return refuse(if named.is_some() { 2 } else { 1 }, ErrorCode::Value, expected);
+        }
+        let mut changed = service.clone();
+        let first = if named.is_some() { 4 } else { 3 };
+        changed
+            .edit(vip, edit)
+            .or_else(|refused| refuse(first + refused.at, refused.code, refused.expected))?;
+        self.edit(mac).services.insert(vip, changed);
+        Ok(())
+    }
+
     fn unregister(&mut self, mac: MacAddr, services: Services) -> Result<(), Refusal> {
         let Some(middlebox) = self.get(mac) else {
             return refuse(1, ErrorCode::UnknownMac, "not registered");
         };
         let (firewall, balance) = match services {
             Services::Firewall => (true, false),
-            Services::Balance => (false, true),
+            Services::Balance | Services::One(_) => (false, true),
             Services::All => (true, true),
         };
+        if let Services::One(vip) = services
+            && !middlebox.services.contains_key(&vip)
+        {
+            return refuse(3, ErrorCode::UnknownMac, "no service of this middlebox");
+        }
         let has = (middlebox.firewall.is_some(), !middlebox.services.is_empty());
         if !(firewall && has.0 || balance && has.1) {
             let service = if firewall { "firewall service" } else { "load balancing" };
@@ -334,8 +375,10 @@ impl Policy {
         if firewall {
             edited.firewall = None;
         }
-        if balance {
-            edited.services.clear();
+        match services {
+            Services::One(vip) => drop(edited.services.remove(&vip)),
+            _ if balance => edited.services.clear(),
+            _ => {}
         }
         if edited.firewall.is_none() && edited.services.is_empty() {
             self.middleboxes.remove(&mac);

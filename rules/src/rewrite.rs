@@ -1,9 +1,10 @@
-//! Changes addresses in a frame the way the fast path does: destination MAC, an IP address, and the checksums over it.
+//! Changes addresses in a frame the way the fast path does: destination MAC, an IP address, a port, and the checksums over
+//! them; the same in what an ICMP error quotes, which the fast path leaves to the engine.
 //!
 //! Checksums are mended by difference (RFC 1624), not made anew, so a wrong one stays wrong; a result of 0 is written
 //! as 0xffff, as `nft_csum_replace` does.
 
-use crate::packet::{Fragment, Ip, Packet, checksum_offset, l3_offset};
+use crate::packet::{Fragment, Ip, Packet, Quoted, checksum_offset, l3_offset};
 use nfqd_shmctl::{MacAddr, Protocol};
 use std::net::IpAddr;
 
@@ -23,32 +24,137 @@ pub fn set_destination_mac(frame: &mut [u8], mac: MacAddr) {
     }
 }
 
-/// Writes an address of `packet`, which was read from `frame`, and mends the checksums. Says whether it could: the
-/// address must be of the packet's family, and the checksums inside the frame.
-pub fn set_address(frame: &mut [u8], packet: &Packet, side: Side, new: IpAddr) -> bool {
+/// Writes an address of `packet`, which was read from `frame`, and with `port` the port beside it, and mends the checksums.
+/// Says whether it could: the address must be of the packet's family, and what changes inside the frame.
+pub fn translate(frame: &mut [u8], packet: &Packet, side: Side, new: IpAddr, port: Option<u16>) -> bool {
     let Some(ip) = packet.ip.filter(|ip| ip.mendable && ip.source.is_ipv4() == new.is_ipv4()) else {
         return false;
     };
     let l3 = l3_offset(frame);
-    let old = match side {
-        Side::Source => ip.source,
-        Side::Destination => ip.destination,
+    let checksum = l4_checksum(frame, &ip, l3);
+    let Some(changes) = changes(&ip, side, new, port.filter(|_| ip.ports.is_some()), l3, l3 + ip.l4) else {
+        return false;
     };
-    let (offset, old, new) = match (old, new) {
-        (IpAddr::V4(old), IpAddr::V4(new)) => (12, old.octets().to_vec(), new.octets().to_vec()),
-        (IpAddr::V6(old), IpAddr::V6(new)) => (8, old.octets().to_vec(), new.octets().to_vec()),
-        _ => return false,
-    };
-    let at = l3 + offset + if side == Side::Destination { new.len() } else { 0 };
-    let Some(bytes) = frame.get_mut(at..at + new.len()) else { return false };
-    bytes.copy_from_slice(&new);
-    if new.len() == 4 {
-        mend(frame, l3 + 10, &old, &new);
+    if changes.iter().any(|change| frame.get(change.range()).is_none()) {
+        return false;
     }
-    if let Some(checksum) = l4_checksum(frame, &ip, l3) {
-        mend(frame, checksum, &old, &new);
+    for change in changes {
+        let old = change.apply(frame);
+        if change.part == Part::Address4 {
+            mend(frame, l3 + 10, &old, &change.new);
+        }
+        if let Some(checksum) = checksum {
+            mend(frame, checksum, &old, &change.new);
+        }
     }
     true
+}
+
+/// Writes an address of the packet that an ICMP error quotes, and with `port` the port beside it; mends the quoted
+/// checksums, as far as they are quoted, and the error's own. `payload` begins with the IP header of the error, which `ip`
+/// was read from.
+pub fn translate_quoted(payload: &mut [u8], ip: &Ip, side: Side, new: IpAddr, port: Option<u16>) -> bool {
+    let Some(quoted) = ip.quoted.filter(|quoted| quoted.source.is_ipv4() == new.is_ipv4()) else {
+        return false;
+    };
+    let port = port.filter(|_| quoted.ports.is_some());
+    let Some(changes) = changes(&quoted, side, new, port, quoted.l3, quoted.l4) else { return false };
+    if changes.iter().any(|change| payload.get(change.range()).is_none()) {
+        return false;
+    }
+    let error = ip.l4 + 2;
+    let transport = checksum_offset(quoted.protocol).map(|offset| quoted.l4 + offset);
+    let transport = transport.filter(|&at| match payload.get(at..at + 2) {
+        Some([0, 0]) => quoted.protocol != Protocol::UDP,
+        Some(_) => true,
+        None => false,
+    });
+    for change in changes {
+        let old = change.apply(payload);
+        mend(payload, error, &old, &change.new);
+        let header = (change.part == Part::Address4).then_some(quoted.l3 + 10);
+        for at in header.into_iter().chain(transport) {
+            let before = payload.get(at..at + 2).map(<[u8]>::to_vec).unwrap_or_default();
+            mend(payload, at, &old, &change.new);
+            let after = payload.get(at..at + 2).map(<[u8]>::to_vec).unwrap_or_default();
+            mend(payload, error, &before, &after);
+        }
+    }
+    true
+}
+
+/// Both addresses of a packet, whole or quoted.
+trait Addressed {
+    fn address(&self, side: Side) -> IpAddr;
+}
+
+impl Addressed for Ip {
+    fn address(&self, side: Side) -> IpAddr {
+        match side {
+            Side::Source => self.source,
+            Side::Destination => self.destination,
+        }
+    }
+}
+
+impl Addressed for Quoted {
+    fn address(&self, side: Side) -> IpAddr {
+        match side {
+            Side::Source => self.source,
+            Side::Destination => self.destination,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Address4,
+    Address6,
+    Port,
+}
+
+/// Bytes that change; their number is even, and so is their distance from what a checksum covers.
+struct Change {
+    part: Part,
+    at: usize,
+    new: Vec<u8>,
+}
+
+impl Change {
+    fn range(&self) -> std::ops::Range<usize> {
+        self.at..self.at + self.new.len()
+    }
+
+    /// Makes the change; what was there comes back.
+    fn apply(&self, bytes: &mut [u8]) -> Vec<u8> {
+        let Some(field) = bytes.get_mut(self.range()) else { return self.new.clone() };
+        let old = field.to_vec();
+        field.copy_from_slice(&self.new);
+        old
+    }
+}
+
+fn changes(
+    of: &impl Addressed,
+    side: Side,
+    new: IpAddr,
+    port: Option<u16>,
+    l3: usize,
+    l4: usize,
+) -> Option<Vec<Change>> {
+    let second = usize::from(side == Side::Destination);
+    let address = match (of.address(side), new) {
+        (IpAddr::V4(_), IpAddr::V4(new)) => {
+            Change { part: Part::Address4, at: l3 + 12 + 4 * second, new: new.octets().to_vec() }
+        }
+        (IpAddr::V6(_), IpAddr::V6(new)) => {
+            Change { part: Part::Address6, at: l3 + 8 + 16 * second, new: new.octets().to_vec() }
+        }
+        _ => return None,
+    };
+    let port =
+        port.map(|port| Change { part: Part::Port, at: l4 + 2 * second, new: port.to_be_bytes().to_vec() });
+    Some([address].into_iter().chain(port).collect())
 }
 
 /// Where the L4 checksum to mend is: none in later fragments, none in UDP packets that carry none.
@@ -145,17 +251,20 @@ mod tests {
     proptest! {
         #[test]
         fn mended_checksums_are_those_computed_anew(
-            v6: bool, udp: bool, source: bool, address: [u8; 16], payload in proptest::collection::vec(any::<u8>(), 0..40)
+            v6: bool, udp: bool, source: bool, address: [u8; 16], port: Option<u16>, payload in proptest::collection::vec(any::<u8>(), 0..40)
         ) {
             let mut bytes = frame(v6, udp, &payload);
             prop_assert!(checksums_hold(&bytes));
             let packet = Packet::from_frame(&bytes).unwrap();
             let new = if v6 { IpAddr::from(address) } else { IpAddr::from([address[0], address[1], address[2], address[3]]) };
             let side = if source { Side::Source } else { Side::Destination };
-            prop_assert!(set_address(&mut bytes, &packet, side, new));
+            prop_assert!(translate(&mut bytes, &packet, side, new, port));
             prop_assert!(checksums_hold(&bytes));
             let ip = Packet::from_frame(&bytes).unwrap().ip.unwrap();
             prop_assert_eq!(if source { ip.source } else { ip.destination }, new);
+            let ports = ip.ports.unwrap();
+            let (same, other) = if source { (ports.source, ports.destination) } else { (ports.destination, ports.source) };
+            prop_assert_eq!((same, other), (port.unwrap_or(if source { 53 } else { 54 }), if source { 54 } else { 53 }));
         }
     }
 
@@ -164,11 +273,11 @@ mod tests {
         let mut bytes = frame(false, true, b"x");
         let packet = Packet::from_frame(&bytes).unwrap();
         bytes[40..42].fill(0);
-        assert!(set_address(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9])));
+        assert!(translate(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9]), Some(7)));
         assert_eq!(bytes[40..42], [0, 0]);
         let mut bytes = frame(false, true, b"x");
         bytes[40] ^= 1;
-        assert!(set_address(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9])));
+        assert!(translate(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9]), Some(7)));
         assert!(!checksums_hold(&bytes));
     }
 
@@ -177,7 +286,60 @@ mod tests {
         let bytes = frame(false, true, b"x");
         let packet = Packet::from_frame(&bytes).unwrap();
         let mut changed = bytes.clone();
-        assert!(!set_address(&mut changed, &packet, Side::Source, IpAddr::from([1; 16])));
+        assert!(!translate(&mut changed, &packet, Side::Source, IpAddr::from([1; 16]), None));
+        assert_eq!(changed, bytes);
+    }
+
+    /// An error that quotes a whole packet, with all checksums right.
+    fn error(v6: bool, quoted: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        let builder = PacketBuilder::ethernet2([4; 6], [2; 6]);
+        if v6 {
+            builder.ipv6([3; 16], [1; 16], 9).icmpv6_raw(2, 0, [0, 0, 5, 0]).write(&mut out, quoted)
+        } else {
+            builder
+                .ipv4([10, 0, 0, 3], [10, 0, 0, 1], 9)
+                .icmpv4_raw(3, 4, [0, 0, 5, 0])
+                .write(&mut out, quoted)
+        }
+        .unwrap();
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn quoted_packets_are_translated_as_packets_are(
+            v6: bool, udp: bool, source: bool, address: [u8; 16], port: Option<u16>, cut in 8..40_usize
+        ) {
+            // Half a checksum cannot be mended.
+            prop_assume!(cut != 17);
+            let inner = frame(v6, udp, &[7; 30]);
+            let new = if v6 { IpAddr::from(address) } else { IpAddr::from([address[0], address[1], address[2], address[3]]) };
+            let side = if source { Side::Source } else { Side::Destination };
+            let l4 = if v6 { 40 } else { 20 };
+            let end = (14 + l4 + cut).min(inner.len());
+            let mut bytes = error(v6, &inner[14..end]);
+            let packet = Packet::from_frame(&bytes).unwrap();
+            prop_assert!(translate_quoted(&mut bytes[14..], &packet.ip.unwrap(), side, new, port));
+            let mut translated = inner.clone();
+            let whole = Packet::from_frame(&inner).unwrap();
+            prop_assert!(translate(&mut translated, &whole, side, new, port));
+            prop_assert_eq!(&bytes[14 + l4 + 8..], &translated[14..end], "as the packet itself would be");
+            // And the error's own checksum is the one computed anew.
+            let expected = error(v6, &translated[14..end]);
+            let sum = |frame: &[u8]| u16::from_be_bytes([frame[14 + l4 + 2], frame[14 + l4 + 3]]) % 0xffff;
+            prop_assert_eq!(sum(&bytes), sum(&expected));
+            let quoted = Packet::from_frame(&bytes).unwrap().ip.unwrap().quoted.unwrap();
+            prop_assert_eq!(if source { quoted.source } else { quoted.destination }, new);
+        }
+    }
+
+    #[test]
+    fn what_quotes_no_packet_is_left_alone() {
+        let bytes = error(false, &[1, 2, 3]);
+        let mut changed = bytes.clone();
+        let ip = Packet::from_frame(&bytes).unwrap().ip.unwrap();
+        assert!(!translate_quoted(&mut changed[14..], &ip, Side::Source, IpAddr::from([10, 0, 0, 9]), None));
         assert_eq!(changed, bytes);
     }
 }

@@ -4,8 +4,9 @@
 
 use crate::mark::MAX_INDEX;
 use crate::policy::{Middlebox, Policy};
+use crate::service::Service;
 use imbl::{OrdMap, OrdSet};
-use nfqd_shmctl::MacAddr;
+use nfqd_shmctl::{BackendName, MacAddr, OnDead, Vip};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -17,10 +18,17 @@ use std::time::{Duration, Instant};
 pub struct SlotKey {
     /// The middlebox.
     pub middlebox: MacAddr,
-    /// The address that clients use.
-    pub vip: IpAddr,
-    /// The backend's address.
-    pub backend: IpAddr,
+    /// What clients use.
+    pub vip: Vip,
+    /// The backend; it has a port if and only if `vip` has one.
+    pub backend: BackendName,
+}
+
+impl SlotKey {
+    /// The ports that are translated into each other, when they differ: the one that clients use, and the backend's.
+    pub fn ports(&self) -> Option<(u16, u16)> {
+        self.vip.port.zip(self.backend.port).filter(|(own, backends)| own != backends)
+    }
 }
 
 impl fmt::Display for SlotKey {
@@ -35,8 +43,7 @@ impl FromStr for SlotKey {
     fn from_str(text: &str) -> Result<SlotKey, ()> {
         let (service, backend) = text.split_once(" -> ").ok_or(())?;
         let (middlebox, vip) = service.split_once(' ').ok_or(())?;
-        let address = |text: &str| text.parse::<IpAddr>().map_err(drop);
-        Ok(SlotKey { middlebox: middlebox.parse()?, vip: address(vip)?, backend: address(backend)? })
+        Ok(SlotKey { middlebox: middlebox.parse()?, vip: vip.parse()?, backend: backend.parse()? })
     }
 }
 
@@ -47,6 +54,10 @@ pub struct Slot {
     pub index: u32,
     /// The backend's MAC, once it is known.
     pub mac: Option<MacAddr>,
+    /// Whether it is taken as alive.
+    pub alive: bool,
+    /// Whether the backend owns the address that clients use: nothing but the MAC is rewritten.
+    pub dsr: bool,
     fingerprint: u32,
 }
 
@@ -57,12 +68,28 @@ impl Slot {
     }
 }
 
+/// What the host has seen of a backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Seen {
+    /// Its MAC.
+    pub mac: Option<MacAddr>,
+    /// Whether it is taken as alive.
+    pub alive: bool,
+}
+
+impl Seen {
+    /// Nothing is known, so nothing speaks against it.
+    pub const NOTHING: Seen = Seen { mac: None, alive: true };
+}
+
 /// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
 #[derive(Clone, Debug)]
 struct Numbers<K: Ord> {
     used: OrdMap<K, u32>,
-    /// Numbers given back, with the time from which they may be used again.
-    resting: OrdMap<u32, Instant>,
+    /// Numbers given back, with the time from which they may be used again, and whose they were, when it is known.
+    resting: OrdMap<u32, (Instant, Option<MacAddr>)>,
+    /// How many numbers rest that were each middlebox'.
+    resting_of: OrdMap<MacAddr, u32>,
     /// No number that rests is ready before this.
     ready: Option<Instant>,
     /// Numbers below `next` that are neither used nor rest.
@@ -73,39 +100,78 @@ struct Numbers<K: Ord> {
 
 impl<K: Ord> Default for Numbers<K> {
     fn default() -> Numbers<K> {
-        Numbers { used: OrdMap::new(), resting: OrdMap::new(), ready: None, free: OrdSet::new(), next: 1 }
+        Numbers {
+            used: OrdMap::new(),
+            resting: OrdMap::new(),
+            resting_of: OrdMap::new(),
+            ready: None,
+            free: OrdSet::new(),
+            next: 1,
+        }
     }
 }
 
-impl<K: Copy + Ord> Numbers<K> {
+/// Whose a number is.
+trait Owned {
+    fn owner(&self) -> MacAddr;
+}
+
+impl Owned for MacAddr {
+    fn owner(&self) -> MacAddr {
+        *self
+    }
+}
+
+impl Owned for Edition {
+    fn owner(&self) -> MacAddr {
+        self.key.middlebox
+    }
+}
+
+impl<K: Copy + Ord + Owned> Numbers<K> {
     fn adopt(&mut self, index: u32, key: K, now: Instant) {
         if index == 0 || index > MAX_INDEX || self.used.contains_key(&key) {
             return;
         }
         self.seen(index, now);
-        if self.resting.remove(&index).is_some() {
+        if self.take_up(index) {
             self.used.insert(key, index);
         }
+    }
+
+    /// The number rests no longer, if it did.
+    fn take_up(&mut self, index: u32) -> bool {
+        let Some((_, owner)) = self.resting.remove(&index) else { return false };
+        if let Some(owner) = owner {
+            match self.resting_of.get(&owner).copied().unwrap_or(0) {
+                0 | 1 => drop(self.resting_of.remove(&owner)),
+                count => drop(self.resting_of.insert(owner, count - 1)),
+            }
+        }
+        true
     }
 
     /// A number that the kernel may still carry: it and those below it rest, unless they are taken over.
     fn seen(&mut self, index: u32, now: Instant) {
         for index in self.next..=index.min(MAX_INDEX) {
-            self.lay_down(index, now);
+            self.lay_down(index, None, now);
         }
         self.next = self.next.max(index.saturating_add(1));
     }
 
-    fn lay_down(&mut self, index: u32, now: Instant) {
+    fn lay_down(&mut self, index: u32, owner: Option<MacAddr>, now: Instant) {
         let until = now + REST;
         self.ready = Some(self.ready.map_or(until, |ready| ready.min(until)));
-        self.resting.insert(index, until);
+        self.resting.insert(index, (until, owner));
+        if let Some(owner) = owner {
+            *self.resting_of.entry(owner).or_default() += 1;
+        }
     }
 
     /// Takes a number back.
     fn release(&mut self, key: &K, now: Instant) {
         if let Some(index) = self.used.remove(key) {
-            self.lay_down(index, now);
+            self.lay_down(index, Some(key.owner()), now);
         }
     }
 
@@ -115,6 +181,9 @@ impl<K: Copy + Ord> Numbers<K> {
             return Some(*index);
         }
         self.wake(now);
+        if self.resting_of.get(&key.owner()).is_some_and(|resting| *resting >= MOST_RESTING) {
+            return None;
+        }
         // The lowest free number. One that rests is not free even for the key that had it: the engine may have
         // forgotten meanwhile what the kernel still remembers under it.
         let lowest = self.free.get_min().copied();
@@ -134,18 +203,18 @@ impl<K: Copy + Ord> Numbers<K> {
             return;
         }
         let rested: Vec<u32> =
-            self.resting.iter().filter(|(_, until)| **until <= now).map(|(index, _)| *index).collect();
+            self.resting.iter().filter(|(_, (until, _))| *until <= now).map(|(index, _)| *index).collect();
         for index in rested {
-            self.resting.remove(&index);
+            self.take_up(index);
             self.free.insert(index);
         }
-        self.ready = self.resting.values().min().copied();
+        self.ready = self.resting.values().map(|(until, _)| *until).min();
     }
 
     /// A number that others used for a moment: the kernel may have learnt it.
     fn rest(&mut self, index: u32, now: Instant) {
         if self.free.remove(&index).is_some() {
-            self.lay_down(index, now);
+            self.lay_down(index, None, now);
         }
         self.seen(index, now);
     }
@@ -157,6 +226,7 @@ impl<K: Copy + Ord> Numbers<K> {
 pub struct Slots {
     numbers: Numbers<Edition>,
     current: OrdMap<SlotKey, Slot>,
+    by_slot: OrdMap<u32, SlotKey>,
     /// How many slots each backend has.
     backends: OrdMap<IpAddr, u32>,
     middleboxes: Numbers<MacAddr>,
@@ -195,15 +265,28 @@ impl FromStr for Edition {
     }
 }
 
-/// FNV-1a over the services' text: the same after a restart.
-fn fingerprint(middlebox: &Middlebox) -> u32 {
-    let text: String =
-        middlebox.services().iter().map(|(vip, balance)| format!("{vip} {balance}\n")).collect();
+/// FNV-1a over a text: the same after a restart.
+fn fnv(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// How long a number rests: longer than any flow cache entry lives.
-pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::REPLY_TIMEOUT as u64 + 30);
+/// What packets of a slot depend on besides its key. Where all packets of a service go to one backend, that is all
+/// services of the middlebox; flows of a pool keep their backend, whatever else is registered.
+fn fingerprint(mac: MacAddr, middlebox: &Middlebox, service: &Service) -> u32 {
+    if service.method().is_pool() {
+        return fnv(if service.terms().dsr { "dsr" } else { "nat" });
+    }
+    let commands = middlebox.services().iter().flat_map(|(vip, service)| service.commands(mac, *vip));
+    let text: Vec<String> = commands.map(|command| command.to_string()).collect();
+    fnv(&text.join("\n"))
+}
+
+/// How long a number rests: longer than anything that the kernel remembers under it.
+pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::LONGEST_MEMORY as u64 + 30);
+
+/// How many numbers may rest that were one middlebox'. Guests make and end services as they like; this keeps one from
+/// using up what others need.
+pub const MOST_RESTING: u32 = 4096;
 
 impl Slots {
     /// Takes over the slots that a table in the kernel still carries.
@@ -228,12 +311,13 @@ impl Slots {
         found.into_iter().for_each(|(index, mac)| self.middleboxes.adopt(index, mac, now));
     }
 
-    /// Gives every destination and every middlebox of the policy a number, and takes back those that are gone. `macs`
-    /// says which MAC a backend's address has. False when there are not enough numbers.
+    /// Gives every backend and every middlebox of the policy a number, and takes back those that are gone. `seen` says what
+    /// the host has seen of a backend of a service; one that is dead has no number, unless its flows stay with it. False
+    /// when there are not enough numbers.
     pub fn follow(
         &mut self,
         policy: &Policy,
-        macs: impl Fn(IpAddr) -> Option<MacAddr>,
+        seen: impl Fn(&Vip, &Service, &BackendName) -> Seen,
         now: Instant,
     ) -> bool {
         let known = self
@@ -243,11 +327,11 @@ impl Slots {
             .chain(self.numbers.used.keys().map(|edition| &edition.key.middlebox));
         let gone: BTreeSet<MacAddr> = known.filter(|mac| policy.get(**mac).is_none()).copied().collect();
         for mac in gone {
-            self.update(mac, None, &macs, now);
+            self.update(mac, None, &seen, now);
         }
         let mut enough = true;
         for (mac, middlebox) in policy.middleboxes() {
-            enough &= self.update(*mac, Some(middlebox), &macs, now);
+            enough &= self.update(*mac, Some(middlebox), &seen, now);
         }
         enough
     }
@@ -257,7 +341,7 @@ impl Slots {
         &mut self,
         mac: MacAddr,
         middlebox: Option<&Middlebox>,
-        macs: impl Fn(IpAddr) -> Option<MacAddr>,
+        seen: impl Fn(&Vip, &Service, &BackendName) -> Seen,
         now: Instant,
     ) -> bool {
         let mut enough = true;
@@ -272,30 +356,38 @@ impl Slots {
                 self.middleboxes.release(&mac, now);
             }
         }
-        let fingerprint = middlebox.map_or(0, fingerprint);
-        let services = middlebox.into_iter().flat_map(Middlebox::services);
-        let wanted: BTreeMap<Edition, Option<MacAddr>> = services
-            .map(|(&vip, balance)| {
-                let to = balance.destination();
-                let key = SlotKey { middlebox: mac, vip, backend: to.ip };
-                (Edition { key, fingerprint }, to.mac.or_else(|| macs(to.ip)))
-            })
-            .collect();
+        let mut wanted: BTreeMap<Edition, (Seen, bool)> = BTreeMap::new();
+        if let Some(middlebox) = middlebox {
+            for (vip, service) in middlebox.services() {
+                let (fingerprint, dsr) = (fingerprint(mac, middlebox, service), service.terms().dsr);
+                for (name, backend) in service.backends() {
+                    let seen = seen(vip, service, name);
+                    if seen.alive || service.terms().on_dead == OnDead::Keep {
+                        let key = SlotKey { middlebox: mac, vip: *vip, backend: *name };
+                        let seen = Seen { mac: backend.mac.or(seen.mac), ..seen };
+                        wanted.insert(Edition { key, fingerprint }, (seen, dsr));
+                    }
+                }
+            }
+        }
         let numbered = self.numbers.used.range(Edition { key: first_key(mac), fingerprint: 0 }..);
         let numbered =
             numbered.map(|(edition, _)| *edition).take_while(|edition| edition.key.middlebox == mac);
         let gone: Vec<Edition> = numbered.filter(|edition| !wanted.contains_key(edition)).collect();
         gone.iter().for_each(|edition| self.numbers.release(edition, now));
-        let before: Vec<SlotKey> = self.of(mac).map(|(key, _)| key).collect();
-        for key in before {
+        let before: Vec<(SlotKey, Slot)> = self.of(mac).collect();
+        for (key, slot) in before {
             self.current.remove(&key);
-            self.count_backend(key.backend, false);
+            self.by_slot.remove(&slot.index);
+            self.count_backend(key, slot, false);
         }
-        for (edition, mac) in wanted {
-            match self.numbers.give(edition, now) {
+        for (Edition { key, fingerprint }, (Seen { mac, alive }, dsr)) in wanted {
+            match self.numbers.give(Edition { key, fingerprint }, now) {
                 Some(index) => {
-                    self.current.insert(edition.key, Slot { index, mac, fingerprint });
-                    self.count_backend(edition.key.backend, true);
+                    let slot = Slot { index, mac, alive, dsr, fingerprint };
+                    self.current.insert(key, slot);
+                    self.by_slot.insert(index, key);
+                    self.count_backend(key, slot, true);
                 }
                 None => enough = false,
             }
@@ -303,7 +395,12 @@ impl Slots {
         enough
     }
 
-    fn count_backend(&mut self, ip: IpAddr, more: bool) {
+    /// What a backend sends that owns the address itself is nothing to translate.
+    fn count_backend(&mut self, key: SlotKey, slot: Slot, more: bool) {
+        if slot.dsr {
+            return;
+        }
+        let ip = key.backend.ip;
         let count = self.backends.get(&ip).copied().unwrap_or(0);
         match if more { count + 1 } else { count.saturating_sub(1) } {
             0 => drop(self.backends.remove(&ip)),
@@ -326,6 +423,11 @@ impl Slots {
     /// The slot of a backend of a service.
     pub fn get(&self, key: &SlotKey) -> Option<Slot> {
         self.current.get(key).copied()
+    }
+
+    /// What a slot stands for, if it is in use.
+    pub fn key_of(&self, index: u32) -> Option<SlotKey> {
+        self.by_slot.get(&index).copied()
     }
 
     /// All slots in use.
@@ -358,7 +460,7 @@ impl Slots {
 /// Stands before all slots of a middlebox.
 fn first_key(middlebox: MacAddr) -> SlotKey {
     let least = IpAddr::from([0; 4]);
-    SlotKey { middlebox, vip: least, backend: least }
+    SlotKey { middlebox, vip: Vip::of(least), backend: BackendName { ip: least, port: None } }
 }
 
 #[cfg(test)]
@@ -371,6 +473,10 @@ mod tests {
         policy
     }
 
+    fn nothing(_: &Vip, _: &Service, _: &BackendName) -> Seen {
+        Seen::NOTHING
+    }
+
     fn indexes(slots: &Slots) -> Vec<u32> {
         slots.iter().map(|(_, slot)| slot.index).collect()
     }
@@ -381,14 +487,72 @@ mod tests {
             (policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2"), policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3"));
         let now = Instant::now();
         let mut slots = Slots::default();
-        slots.follow(&a, |_| None, now);
+        slots.follow(&a, nothing, now);
         assert_eq!(indexes(&slots), [1]);
-        slots.follow(&b, |_| None, now);
+        slots.follow(&b, nothing, now);
         assert_eq!(indexes(&slots), [2]);
-        slots.follow(&a, |_| None, now + REST / 2);
+        slots.follow(&a, nothing, now + REST / 2);
         assert_eq!(indexes(&slots), [3], "not even the backend that had it");
-        slots.follow(&b, |_| None, now + REST * 3);
+        slots.follow(&b, nothing, now + REST * 3);
         assert_eq!(indexes(&slots), [1]);
+    }
+
+    #[test]
+    fn a_pools_numbers_stay_while_other_things_change() {
+        let mut policy = policy("R L 2:0:0:0:0:1 10.0.0.1:80 rr 10.0.0.2 10.0.0.3:8080");
+        let mut slots = Slots::default();
+        let now = Instant::now();
+        slots.follow(&policy, nothing, now);
+        assert_eq!(indexes(&slots), [1, 2]);
+        for line in [
+            "B 2:0:0:0:0:1 + 10.0.0.4*5",
+            "B 2:0:0:0:0:1 = 10.0.0.2 drain",
+            "R L 2:0:0:0:0:1 10.0.0.1 rr 10.0.0.2",
+        ] {
+            policy.apply_line(line).unwrap();
+            slots.follow(&policy, nothing, now);
+        }
+        let all: Vec<(String, u32)> =
+            slots.iter().map(|(key, slot)| (key.to_string().split_off(18), slot.index)).collect();
+        let all: Vec<(&str, u32)> = all.iter().map(|(key, index)| (key.as_str(), *index)).collect();
+        let expected = [
+            ("10.0.0.1 -> 10.0.0.2", 4),
+            ("10.0.0.1:80 -> 10.0.0.2:80", 1),
+            ("10.0.0.1:80 -> 10.0.0.3:8080", 2),
+            ("10.0.0.1:80 -> 10.0.0.4:80", 3),
+        ];
+        assert_eq!(all, expected);
+        let key = slots.key_of(2).unwrap();
+        assert_eq!((key.ports(), slots.key_of(1).unwrap().ports()), (Some((80, 8080)), None));
+        // A dead backend has none, and gets another when it lives again.
+        let dead = |_: &Vip, _: &Service, name: &BackendName| Seen {
+            mac: None,
+            alive: name.ip != IpAddr::from([10, 0, 0, 3]),
+        };
+        slots.follow(&policy, dead, now);
+        assert_eq!((slots.get(&key), slots.key_of(2)), (None, None));
+        slots.follow(&policy, nothing, now);
+        assert_eq!(slots.get(&key).unwrap().index, 5);
+    }
+
+    #[test]
+    fn one_guest_cannot_use_up_the_numbers() {
+        let line =
+            |backend: u32| format!("R L 2:0:0:0:0:1 10.0.0.1 0 {}", IpAddr::from(backend.to_be_bytes()));
+        let mut slots = Slots::default();
+        let now = Instant::now();
+        let follow = |slots: &mut Slots, n: u32| slots.follow(&policy(&line(0x0b00_0000 + n)), nothing, now);
+        let changes = (0..MOST_RESTING * 2).take_while(|n| follow(&mut slots, *n)).count();
+        assert_eq!(changes, MOST_RESTING as usize);
+        let other = policy("R L 2:0:0:0:0:2 10.0.0.1 0 10.0.0.2");
+        assert!(slots.update(
+            MacAddr([2, 0, 0, 0, 0, 2]),
+            other.get(MacAddr([2, 0, 0, 0, 0, 2])),
+            nothing,
+            now
+        ));
+        let late = now + REST * 2;
+        assert!(slots.follow(&policy(&line(1)), nothing, late));
     }
 
     #[test]
@@ -397,13 +561,13 @@ mod tests {
             (policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2"), policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3"));
         let now = Instant::now();
         let mut slots = Slots::default();
-        slots.follow(&a, |_| None, now);
+        slots.follow(&a, nothing, now);
         let before = slots.clone();
-        slots.follow(&b, |_| None, now);
+        slots.follow(&b, nothing, now);
         assert_eq!(indexes(&slots), [2]);
         slots.put_back(before, now);
         assert_eq!(indexes(&slots), [1], "the kernel still has it");
-        slots.follow(&b, |_| None, now);
+        slots.follow(&b, nothing, now);
         assert_eq!(indexes(&slots), [3]);
     }
 
@@ -412,17 +576,17 @@ mod tests {
         let a = policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2");
         let now = Instant::now();
         let mut first = Slots::default();
-        first.follow(&a, |_| None, now);
+        first.follow(&a, nothing, now);
         let (key, slot) = first.iter().next().unwrap();
         let edition: Edition = slot.comment(key).parse().unwrap();
         let mut second = Slots::default();
         second.adopt([(7, edition)], now);
-        second.follow(&a, |_| Some(MacAddr([2; 6])), now);
+        second.follow(&a, |_, _, _| Seen { mac: Some(MacAddr([2; 6])), alive: true }, now);
         let slot = second.get(&key).unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
         second.seen(9, now);
         // What stands under the same backend but other terms is another edition.
-        second.follow(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), |_| None, now);
+        second.follow(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), nothing, now);
         assert_eq!(second.get(&key).unwrap().index, 10, "the kernel may carry any number up to 9");
     }
 }

@@ -206,10 +206,10 @@ mod tests {
     use super::super::model::Queues;
     use super::super::ruleset::{FastPath, Steer, build};
     use super::*;
+    use crate::slots::Seen;
     use nfqd_shmctl::MacAddr;
     use proptest::prelude::*;
     use proptest::sample::select;
-    use std::net::IpAddr;
     use std::time::Instant;
 
     /// What a transaction makes of a table, as `kernel::difference` sends it.
@@ -260,6 +260,11 @@ mod tests {
             2 => (mac(), rule()).prop_map(|(mac, rule)| format!("D {mac} {rule}")),
             4 => (mac(), select(vec!["10.0.0.5", "10.0.0.6"]), select(vec!["10.0.0.7", "10.0.0.8"]))
                 .prop_map(|(mac, vip, to)| format!("R L {mac} {vip} 0 {to}")),
+            4 => (mac(), select(vec!["10.0.0.5", "10.0.0.5:80", "10.0.0.6:80/tcp"]), select(vec!["rr", "hash"]),
+                select(vec!["10.0.0.7", "10.0.0.8*2 10.0.0.7 dsr", "10.0.0.7:81 10.0.0.8", "10.0.0.9"]))
+                .prop_map(|(mac, vip, kind, to)| format!("R L {mac} {vip} {kind} {to}")),
+            4 => (mac(), select(vec!["10.0.0.5 ", "10.0.0.5:80 ", ""]), select(vec!["+ 10.0.0.9", "- 10.0.0.7", "= 10.0.0.8 drain"]))
+                .prop_map(|(mac, vip, edit)| format!("B {mac} {vip}{edit}")),
             1 => (mac(), select(vec!["F", "L", "A"])).prop_map(|(mac, services)| format!("X {mac} {services}")),
         ]
     }
@@ -283,8 +288,8 @@ mod tests {
                 for command in commands {
                     let _ = next.policy.apply_line(&command);
                 }
-                let mac = |_: IpAddr| known.then_some(MacAddr([2; 6]));
-                next.slots.follow(&next.policy, mac, Instant::now());
+                let mac = known.then_some(MacAddr([2; 6]));
+                next.slots.follow(&next.policy, |_, _, _| Seen { mac, alive: true }, Instant::now());
                 let change = standing.change(&now, &next);
                 apply(table, &change);
                 standing.done(change);

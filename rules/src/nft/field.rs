@@ -61,6 +61,10 @@ pub enum Field {
     Icmp6Type,
     /// `icmpv6 code`.
     Icmp6Code,
+    /// The destination address of the IPv4 packet that an ICMP error quotes.
+    QuotedIp4Destination,
+    /// The same of IPv6.
+    QuotedIp6Destination,
     /// `tcp checksum`.
     TcpChecksum,
     /// `udp checksum`.
@@ -142,8 +146,8 @@ impl Field {
             Field::EtherType => Some(Type::EtherType),
             Field::L4Protocol | Field::Ip6NextHeader | Field::Ip6FragmentNext => Some(Type::Protocol),
             Field::Mark(_) => Some(Type::Mark),
-            Field::Ip4Source | Field::Ip4Destination => Some(Type::Ip4),
-            Field::Ip6Source | Field::Ip6Destination => Some(Type::Ip6),
+            Field::Ip4Source | Field::Ip4Destination | Field::QuotedIp4Destination => Some(Type::Ip4),
+            Field::Ip6Source | Field::Ip6Destination | Field::QuotedIp6Destination => Some(Type::Ip6),
             Field::SourcePort | Field::DestinationPort => Some(Type::Port),
             Field::IcmpType => Some(Type::IcmpType),
             Field::Icmp6Type => Some(Type::Icmp6Type),
@@ -223,6 +227,8 @@ impl fmt::Display for Field {
             Field::IcmpCode => "icmp code",
             Field::Icmp6Type => "icmpv6 type",
             Field::Icmp6Code => "icmpv6 code",
+            Field::QuotedIp4Destination => "@th,192,32",
+            Field::QuotedIp6Destination => "@th,256,128",
         };
         f.write_str(name)
     }

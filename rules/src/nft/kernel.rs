@@ -296,7 +296,7 @@ impl Kernel {
         for element in self.elements(Family::Bridge, "backend_mac")? {
             let key = index(&element.key).and_then(|index| out.by_index.get(&index));
             let mac: Option<[u8; 6]> = element.data.try_into().ok();
-            out.macs.extend(key.map(|key| key.backend).zip(mac.map(MacAddr)));
+            out.macs.extend(key.map(|key| key.backend.ip).zip(mac.map(MacAddr)));
         }
         let found = self.elements(Family::Bridge, "ask")?.into_iter().filter_map(|element| {
             let mac = MacAddr(element.key.try_into().ok()?);

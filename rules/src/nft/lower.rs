@@ -21,6 +21,7 @@ pub(super) enum Attribute {
     U8(u8),
     U16(u16),
     U32(u32),
+    U64(u64),
     Text(String),
     /// At most 64 bytes.
     Bytes(Vec<u8>),
@@ -28,7 +29,7 @@ pub(super) enum Attribute {
     Owned(Vec<u8>),
 }
 
-use Attribute::{Bytes, Owned, Text, U8, U16, U32};
+use Attribute::{Bytes, Owned, Text, U8, U16, U32, U64};
 
 const VERDICT: u32 = 0;
 const R0: u32 = 8;
@@ -108,13 +109,16 @@ fn lookup(set: &str, from: u32, to: Option<u32>) -> Expr {
     expr("lookup", attributes)
 }
 
-fn dynset(operation: u32, set: &str, data: Option<u32>) -> Expr {
+/// The element lives for `timeout` seconds, or as long as the set says.
+fn dynset(operation: u32, set: &str, data: Option<u32>, timeout: Option<u32>) -> Expr {
     let mut attributes = vec![
         (sys::NFTNL_EXPR_DYNSET_SET_NAME, Text(set.to_string())),
         (sys::NFTNL_EXPR_DYNSET_OP, U32(operation)),
         (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(R0)),
     ];
     attributes.extend(data.map(|data| (sys::NFTNL_EXPR_DYNSET_SREG_DATA, U32(data))));
+    let milliseconds = timeout.map(|seconds| U64(u64::from(seconds) * 1000));
+    attributes.extend(milliseconds.map(|timeout| (sys::NFTNL_EXPR_DYNSET_TIMEOUT, timeout)));
     expr("dynset", attributes)
 }
 
@@ -184,6 +188,9 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::TcpFlags => vec![payload(TRANSPORT, 13, len, register)],
         Field::IcmpType | Field::Icmp6Type => vec![payload(TRANSPORT, 0, len, register)],
         Field::IcmpCode | Field::Icmp6Code => vec![payload(TRANSPORT, 1, len, register)],
+        // Behind the ICMP header of 8 bytes: where IPv4 and IPv6 headers have it.
+        Field::QuotedIp4Destination => vec![payload(TRANSPORT, 8 + 16, len, register)],
+        Field::QuotedIp6Destination => vec![payload(TRANSPORT, 8 + 24, len, register)],
         Field::UdpChecksum => vec![payload(TRANSPORT, 6, len, register)],
         Field::TcpChecksum => vec![payload(TRANSPORT, 16, len, register)],
     }
@@ -207,14 +214,16 @@ fn value_bytes(field: Field, value: Value) -> Vec<u8> {
     }
 }
 
-/// Writes a register into an address field. The kernel mends the IPv4 header's checksum (at byte 10) and, through the
-/// pseudo header, the one of TCP, UDP and ICMPv6 (NFT_PAYLOAD_L4CSUM_PSEUDOHDR).
+/// Writes a register into an address or port. The kernel mends the IPv4 header's checksum (at byte 10) and by
+/// NFT_PAYLOAD_L4CSUM_PSEUDOHDR the one of TCP, UDP and ICMPv6: for ports, too, because that leaves an absent one alone.
 fn write(field: Field, register: u32) -> Expr {
     let (base, offset, checksum) = match field {
         Field::Ip4Source => (NETWORK, 12, Some(Some(10))),
         Field::Ip4Destination => (NETWORK, 16, Some(Some(10))),
         Field::Ip6Source => (NETWORK, 8, Some(None)),
         Field::Ip6Destination => (NETWORK, 24, Some(None)),
+        Field::SourcePort => (TRANSPORT, 0, Some(None)),
+        Field::DestinationPort => (TRANSPORT, 2, Some(None)),
         Field::EtherSource => (LINK, 6, None),
         _ => (LINK, 0, None),
     };
@@ -291,17 +300,26 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             out.extend(look_up_then_write(writes, Field::Mark(u32::MAX), Some(set_mark(SAVED_MARK))));
             out
         }
-        Statement::Learn { key, map } => {
+        Statement::Learn { key, map, timeout } => {
             let (mut out, data) = load_key(key);
             out.extend(load(Field::Mark(mark::INDEX), data));
-            out.push(dynset(DYNSET_DELETE, map, Some(data)));
-            out.push(dynset(DYNSET_ADD, map, Some(data)));
+            out.push(dynset(DYNSET_DELETE, map, Some(data), None));
+            out.push(dynset(DYNSET_ADD, map, Some(data), *timeout));
             out
         }
         Statement::Remember { key, set } => {
-            [load_key(key).0, vec![dynset(DYNSET_UPDATE, set, None)]].concat()
+            [load_key(key).0, vec![dynset(DYNSET_UPDATE, set, None, None)]].concat()
         }
-        Statement::Forget { key, set } => [load_key(key).0, vec![dynset(DYNSET_DELETE, set, None)]].concat(),
+        Statement::Forget { key, set } => {
+            [load_key(key).0, vec![dynset(DYNSET_DELETE, set, None, None)]].concat()
+        }
+        // A map wants data to delete by, and looks at the key only.
+        Statement::ForgetFlow { key, map } => {
+            let (mut out, data) = load_key(key);
+            out.extend(load(Field::Mark(mark::INDEX), data));
+            out.push(dynset(DYNSET_DELETE, map, Some(data), None));
+            out
+        }
         Statement::Queue(queues) => {
             const SYMMETRIC: u32 = 1;
             let hash = vec![

@@ -134,6 +134,15 @@ pub enum Statement {
         key: Vec<Field>,
         /// The map.
         map: String,
+        /// Seconds until it is forgotten; without them, as many as the map says.
+        timeout: Option<u32>,
+    },
+    /// Takes the fields out of a map of flows, if they are there.
+    ForgetFlow {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The map.
+        map: String,
     },
     /// Puts the fields into a set, or renews them there.
     Remember {
@@ -390,9 +399,13 @@ impl fmt::Display for Statement {
                 write!(f, "meta mark set {} map @{flows} meta mark set meta mark", key_text(key))?;
                 writes.iter().try_for_each(|w| write!(f, " {} set meta mark map @{}", w.field, w.map))
             }
-            Statement::Learn { key, map } => {
-                let pair = format!("@{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::INDEX);
-                write!(f, "delete {pair} add {pair}")
+            Statement::Learn { key, map, timeout } => {
+                let (key, slot) = (key_text(key), format!("meta mark & {:#010x}", mark::INDEX));
+                let timeout = timeout.map(|timeout| format!(" timeout {timeout}s")).unwrap_or_default();
+                write!(f, "delete @{map} {{ {key} : {slot} }} add @{map} {{ {key}{timeout} : {slot} }}")
+            }
+            Statement::ForgetFlow { key, map } => {
+                write!(f, "delete @{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::INDEX)
             }
             Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
             Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),

@@ -1,7 +1,7 @@
 //! What one middlebox adds to the ruleset: elements of the sets that stand, and sets and chains that stand as long as a
 //! middlebox uses them.
 
-use super::field::Value;
+use super::field::{Field, Value};
 use super::filters::{filters, own_name};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule};
@@ -9,7 +9,7 @@ use super::steps::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
 use crate::slots::{Slot, SlotKey, Slots};
-use nfqd_shmctl::{Balance, MacAddr};
+use nfqd_shmctl::{MacAddr, Method};
 use std::collections::BTreeMap;
 
 /// What one middlebox adds.
@@ -97,48 +97,81 @@ impl Part {
         self.chains.extend(filters.chains);
     }
 
-    /// Maps from a slot to addresses.
+    /// Maps from a slot to addresses and ports.
     fn backend(&mut self, key: SlotKey, slot: Slot) {
-        let (ip, Slot { index, mac, .. }) = (Ip::of(key.backend), slot);
+        let (ip, Slot { index, mac, dsr, .. }) = (Ip::of(key.backend.ip), slot);
         let entry = |value: Value| Element {
             data: Some(ElementData::Value(value)),
             comment: Some(slot.comment(key)),
             ..Element::default()
         };
         let slot = vec![Value::Mark(mark::index_bits(index))];
-        self.element(&ip.name("backends"), vec![Value::Ip(key.backend)], Element::default());
-        self.element(&ip.name("backend_vip"), slot.clone(), entry(Value::Ip(key.vip)));
+        if !dsr {
+            self.element(&ip.name("backends"), vec![Value::Ip(key.backend.ip)], Element::default());
+        }
+        self.element(&ip.name("backend_vip"), slot.clone(), entry(Value::Ip(key.vip.ip)));
         // Without a MAC there is no way there: a flow that is cached misses and asks the engine.
         let Some(mac) = mac else { return };
-        self.element(&ip.name("backend_ip"), slot.clone(), entry(Value::Ip(key.backend)));
-        self.element("backend_mac", slot, entry(Value::Mac(mac)));
+        let address = if dsr { key.vip.ip } else { key.backend.ip };
+        self.element(&ip.name("backend_ip"), slot.clone(), entry(Value::Ip(address)));
+        self.element("backend_mac", slot.clone(), entry(Value::Mac(mac)));
+        if let Some((vport, port)) = key.ports() {
+            self.element("backend_port", slot.clone(), entry(Value::Port(port)));
+            self.element("backend_vport", slot, entry(Value::Port(vport)));
+        }
     }
 }
 
-/// Static redirects work without an engine. One rule a service, those for the packet's own destination address first; see
-/// [`crate::decide::redirected`].
+/// Static redirects work without an engine. One rule a service, those that go before others first; see
+/// [`crate::decide::service`].
 fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> {
-    let mut own = Vec::new();
-    let mut others = Vec::new();
-    for (&vip, balance) in of.services() {
-        let to = balance.destination();
-        let key = SlotKey { middlebox, vip, backend: to.ip };
-        let Some(Slot { index, mac: Some(_), .. }) = slots.get(&key) else { continue };
-        let ip = Ip::of(vip);
+    let mut ranked = Vec::new();
+    let all = of.services();
+    let several = all.len() > 1;
+    for (&vip, service) in all {
+        let ip = Ip::of(vip.ip);
+        let to_vip = Statement::Is(ip.destination, Value::Ip(vip.ip));
         let mut conditions = vec![ip.is()];
-        match balance {
-            Balance::Static(_) => conditions.push(Statement::IsNot(ip.source, Value::Ip(to.ip))),
-            Balance::Source(source, _) if *source == to.ip => continue,
-            Balance::Source(source, _) => conditions.push(Statement::Is(ip.source, Value::Ip(*source))),
+        if let Some(protocol) = vip.protocol {
+            conditions.push(Statement::Is(Field::L4Protocol, Value::Protocol(protocol)));
         }
-        let operation = Operation::RedirectLearn as u32 | mark::index_bits(index);
-        let redirect = vec![Statement::SetMark { keep: !OURS, set: operation }, goto("learn_flow")];
-        let to_vip = Statement::Is(ip.destination, Value::Ip(vip));
-        let comment = format!("R L {middlebox} {vip} {balance}");
-        own.push(commented([conditions.clone(), vec![to_vip], redirect.clone()].concat(), &comment));
-        others.push(commented([conditions, redirect].concat(), &comment));
+        if let Some(port) = vip.port {
+            conditions.push(Statement::Is(Field::DestinationPort, Value::Port(port)));
+        }
+        match service.method() {
+            Method::Static => {}
+            Method::Source(source) => conditions.push(Statement::Is(ip.source, Value::Ip(source))),
+            // Which backend is the engine's to say; it is not another service's packet.
+            _ => {
+                let rank = (false, vip.port.is_none(), vip.protocol.is_none());
+                conditions.extend([to_vip, goto("finish")]);
+                ranked.push((rank, rule(conditions)));
+                continue;
+            }
+        }
+        let Some(backend) = service.only_backend() else { continue };
+        conditions.push(Statement::IsNot(ip.source, Value::Ip(backend.ip)));
+        let key = SlotKey { middlebox, vip, backend };
+        let to = slots.get(&key).filter(|slot| slot.mac.is_some());
+        let Some(Slot { index, dsr, .. }) = to else { continue };
+        let translated = key.ports().is_some();
+        let learn = Operation::RedirectLearn.bits(translated) | mark::index_bits(index);
+        let chain = if translated { "learn_flow_port" } else { "learn_flow" };
+        let redirect = vec![Statement::SetMark { keep: !OURS, set: learn }, goto(chain)];
+        let comment: Vec<String> = service.commands(middlebox, vip).iter().map(ToString::to_string).collect();
+        let own = [conditions.clone(), vec![to_vip], redirect.clone()].concat();
+        let rank = (false, vip.port.is_none(), vip.protocol.is_none());
+        let whole = vip.port.is_none() && !dsr;
+        if several || !whole {
+            ranked.push((rank, commented(own, &comment.join("; "))));
+        }
+        if whole {
+            let any = [conditions, redirect].concat();
+            ranked.push(((true, true, true), commented(any, &comment.join("; "))));
+        }
     }
-    if own.len() > 1 { [own, others].concat() } else { others }
+    ranked.sort_by_key(|(rank, _)| *rank);
+    ranked.into_iter().map(|(_, rule)| rule).collect()
 }
 
 impl Options {

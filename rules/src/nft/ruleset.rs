@@ -5,11 +5,11 @@
 
 use super::field::{Field, Type, Value};
 use super::model::{
-    Chain, Data, Dynamic, Element, Family, Queues, Rule, Set, Statement, Table, Verdict, Write,
+    Chain, Data, Dynamic, Element, ElementData, Family, Queues, Rule, Set, Statement, Table, Verdict, Write,
 };
 use super::part::Part;
 use crate::mark::{self, INDEX, OPERATION, OURS, Operation};
-use crate::packet::EXTENSIONS;
+use crate::packet::{EXTENSIONS, ICMP_ERRORS, ICMP6_ERRORS};
 use crate::policy::Policy;
 use crate::slots::Slots;
 use nfqd_shmctl::{EtherType, Protocol};
@@ -19,10 +19,19 @@ use std::net::IpAddr;
 /// Seconds that the kernel remembers a flow towards a backend. It is not refreshed: a live flow shows itself to the
 /// engine once in that time and gets the same backend again.
 pub const FLOW_TIMEOUT: u32 = 60;
-/// Seconds that it remembers the way back: longer, so that the way there is renewed first.
-pub const REPLY_TIMEOUT: u32 = 90;
-/// Flows that each kernel map can hold.
-const FLOWS: u32 = 262_144;
+/// Seconds that it remembers the way back of TCP: as long as an established connection may be silent (RFC 5382, REQ-5), so
+/// that an engine that starts anew finds all there are. What ends is remembered shorter.
+pub const TCP_REPLY_TIMEOUT: u32 = 7440;
+/// The same of UDP (RFC 4787, REQ-5).
+pub const UDP_REPLY_TIMEOUT: u32 = 300;
+/// Seconds that it remembers that a backend's flow is its own.
+pub const DIRECT_TIMEOUT: u32 = 90;
+/// Seconds that it remembers a flow at its end; the engine remembers it longer.
+pub const CLOSE_TIMEOUT: u32 = 5;
+/// The longest of these.
+pub const LONGEST_MEMORY: u32 = TCP_REPLY_TIMEOUT;
+/// Flows that each kernel map can hold: as many as the engine.
+const FLOWS: u32 = 1 << 20;
 
 /// How frames get into the queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -229,15 +238,51 @@ impl Ip {
         Statement::Is(Field::EtherType, Value::EtherType(self.ether_type))
     }
 
-    fn redirect_writes(self) -> Vec<Write> {
-        vec![
+    fn redirect_writes(self, ports: Ports) -> Vec<Write> {
+        let mut out = vec![
             Write { field: self.destination, map: self.name("backend_ip") },
             Write { field: Field::EtherDestination, map: "backend_mac".to_string() },
-        ]
+        ];
+        if ports == Ports::Translated {
+            out.push(Write { field: Field::DestinationPort, map: "backend_port".to_string() });
+        }
+        out
     }
 
-    fn reply_writes(self) -> Vec<Write> {
-        vec![Write { field: self.source, map: self.name("backend_vip") }]
+    fn reply_writes(self, ports: Ports) -> Vec<Write> {
+        let mut out = vec![Write { field: self.source, map: self.name("backend_vip") }];
+        if ports == Ports::Translated {
+            out.push(Write { field: Field::SourcePort, map: "backend_vport".to_string() });
+        }
+        out
+    }
+
+    /// ICMP of the family, the set of its errors, and the destination that one quotes.
+    fn errors(self) -> (Protocol, Field, &'static str, Field) {
+        match self.suffix {
+            '4' => (Protocol::ICMP, Field::IcmpType, "icmp_errors", Field::QuotedIp4Destination),
+            _ => (Protocol::ICMPV6, Field::Icmp6Type, "icmp6_errors", Field::QuotedIp6Destination),
+        }
+    }
+}
+
+/// Whether ports are rewritten, too. Flows of the two kinds have maps of their own: a rule writes all it has to write or
+/// nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ports {
+    Kept,
+    Translated,
+}
+
+const PORTS: [Ports; 2] = [Ports::Kept, Ports::Translated];
+
+impl Ports {
+    /// A chain's name.
+    fn chain(self, name: &str) -> String {
+        match self {
+            Ports::Kept => name.to_string(),
+            Ports::Translated => format!("{name}_port"),
+        }
     }
 }
 
@@ -247,16 +292,46 @@ struct Transport {
     protocol: Protocol,
     name: &'static str,
     checksum: Field,
+    reply_timeout: u32,
 }
 
-const TRANSPORTS: [Transport; 2] = [
-    Transport { protocol: Protocol::TCP, name: "tcp", checksum: Field::TcpChecksum },
-    Transport { protocol: Protocol::UDP, name: "udp", checksum: Field::UdpChecksum },
-];
+const TCP: Transport = Transport {
+    protocol: Protocol::TCP,
+    name: "tcp",
+    checksum: Field::TcpChecksum,
+    reply_timeout: TCP_REPLY_TIMEOUT,
+};
+const UDP: Transport = Transport {
+    protocol: Protocol::UDP,
+    name: "udp",
+    checksum: Field::UdpChecksum,
+    reply_timeout: UDP_REPLY_TIMEOUT,
+};
+const TRANSPORTS: [Transport; 2] = [TCP, UDP];
+
+/// Flags with which TCP connections begin and end: what the engine must see.
+const TURNS: u8 = FIN | SYN | RST;
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
 
 impl Transport {
     fn name(self, map: &str, ip: Ip) -> String {
         format!("{map}_{}{}", self.name, ip.suffix)
+    }
+
+    /// A map of flows.
+    fn map(self, map: &str, ports: Ports, ip: Ip) -> String {
+        self.name(&ports.chain(map), ip)
+    }
+
+    /// The same as [`Transport::is_whole`], and, if it is TCP, none of these flags is on.
+    fn goes_on(self, ip: Ip, without: u8) -> Vec<Statement> {
+        let mut out = self.is_whole(ip);
+        if self.protocol == Protocol::TCP {
+            out.push(Statement::Masked(Field::TcpFlags, Value::Flags(without), Value::Flags(0)));
+        }
+        out
     }
 
     /// The packet is of this protocol, whole, and has the checksum that a rewrite mends. Pieces go to the engine, which
@@ -275,6 +350,50 @@ impl Transport {
         out.push(Statement::Present(self.checksum));
         out
     }
+}
+
+/// The chains that carry out what the engine says, for ports that stay and ports that are translated.
+const OPERATIONS: [(Operation, &str); 7] = [
+    (Operation::Redirect, "redirected"),
+    (Operation::RedirectLearn, "learn_flow"),
+    (Operation::RedirectClose, "close_flow"),
+    (Operation::Reply, "replied"),
+    (Operation::ReplyLearn, "learn_reply"),
+    (Operation::ReplyClose, "close_reply"),
+    (Operation::Pass, "pass"),
+];
+
+fn operation((operation, chain): (Operation, &str)) -> Vec<(Vec<Value>, Element)> {
+    let element = |ports: Ports| {
+        let to = ElementData::Verdict(Verdict::Goto(ports.chain(chain)));
+        let bits = operation.bits(ports == Ports::Translated);
+        (vec![Value::Mark(bits)], Element { data: Some(to), ..Element::default() })
+    };
+    match operation {
+        Operation::Pass => vec![element(Ports::Kept)],
+        _ => PORTS.map(element).to_vec(),
+    }
+}
+
+fn is_protocol(transport: Transport) -> Statement {
+    Statement::Is(Field::L4Protocol, Value::Protocol(transport.protocol))
+}
+
+fn of_protocol(ip: Ip, transport: Transport, then: Statement) -> Vec<Statement> {
+    vec![ip.is(), is_protocol(transport), then]
+}
+
+/// The beginning of the comment of a rule that counts what could not be remembered.
+pub(super) const FULL: &str = "full: ";
+
+/// A statement for each protocol that remembers a packet's flow in a map, and where the packet goes on. A statement fails
+/// when its map is full: then the last rule counts the packet.
+fn each(map: &str, then: &str, statement: impl Fn(Ip, Transport) -> Statement) -> Vec<Rule> {
+    let one = |(ip, transport): (Ip, Transport)| {
+        rule([of_protocol(ip, transport, statement(ip, transport)), vec![goto(then)]].concat())
+    };
+    let full = commented(vec![Statement::Counter, goto(then)], &format!("{FULL}{map}"));
+    flows().map(one).chain([full]).collect()
 }
 
 /// Every protocol in every family.
@@ -330,21 +449,39 @@ impl Frame<'_> {
                 set_of(&mac, verdicts, "middleboxes with filters on what the engine does not see"),
             );
         }
+        let mut operations =
+            set_of(&[Type::Mark], verdicts, "what the engine says, and the chain that carries it out");
+        operations.elements = OPERATIONS.into_iter().flat_map(operation).collect();
+        self.set("operations", operations);
+        for (name, of, types) in [
+            ("icmp_errors", Type::IcmpType, ICMP_ERRORS.map(Value::IcmpType).to_vec()),
+            ("icmp6_errors", Type::Icmp6Type, ICMP6_ERRORS.map(Value::Icmp6Type).to_vec()),
+        ] {
+            let mut set = set_of(&[of], None, "errors, which quote the packet that they are about");
+            set.elements = types.into_iter().map(|kind| (vec![kind], Element::default())).collect();
+            self.set(name, set);
+        }
         self.set("static_redirects", set_of(&mac, verdicts, "what happens without an engine"));
         if self.options.steer == Steer::BrNetfilter {
             self.set("ask", set_of(&mac, verdicts, "the mark by which the engine knows the middlebox"));
         }
     }
 
-    /// Maps from slots to addresses.
+    /// Maps from slots to addresses and ports.
     fn backends(&mut self) {
         let map = |data: Type, comment: &str| set_of(&[Type::Mark], Some(Data::Value(data)), comment);
+        let counting = |set: Set| Set { counter: true, ..set };
         for ip in IPS {
             self.set(&ip.name("backends"), set_of(&[ip.address], None, "addresses of backends"));
             self.set(&ip.name("backend_ip"), map(ip.address, "slot to the backend's address"));
-            self.set(&ip.name("backend_vip"), map(ip.address, "slot to the address that clients use"));
+            let vip =
+                map(ip.address, "slot to the address that clients use; counts what comes from the backend");
+            self.set(&ip.name("backend_vip"), counting(vip));
         }
-        self.set("backend_mac", map(Type::Mac, "slot to the backend's MAC"));
+        let mac = map(Type::Mac, "slot to the backend's MAC; counts what goes to the backend");
+        self.set("backend_mac", counting(mac));
+        self.set("backend_port", map(Type::Port, "slot to the backend's port"));
+        self.set("backend_vport", map(Type::Port, "slot to the port that clients use"));
     }
 
     /// Maps that packets fill.
@@ -358,12 +495,19 @@ impl Frame<'_> {
         };
         let slot = Some(Data::Value(Type::Mark));
         for (ip, transport) in flows() {
-            let flows = cache(flow_key(ip), slot, FLOW_TIMEOUT, "flows to backends, by slot");
-            let replies = cache(reply_key(ip), slot, REPLY_TIMEOUT, "flows back from backends, by slot");
-            let direct = cache(reply_key(ip), None, REPLY_TIMEOUT, "a backend's own flows");
-            self.set(&transport.name("flows", ip), flows);
-            self.set(&transport.name("replies", ip), replies);
+            for ports in PORTS {
+                let flows = cache(flow_key(ip), slot, FLOW_TIMEOUT, "flows to backends, by slot");
+                let timeout = transport.reply_timeout;
+                let replies = cache(reply_key(ip), slot, timeout, "flows back from backends, by slot");
+                self.set(&transport.map("flows", ports, ip), flows);
+                self.set(&transport.map("replies", ports, ip), replies);
+            }
+            let direct = cache(reply_key(ip), None, DIRECT_TIMEOUT, "a backend's own flows");
             self.set(&transport.name("direct", ip), direct);
+        }
+        for ip in IPS {
+            let passed = cache(flow_key(ip), None, FLOW_TIMEOUT, "a middlebox' own connections");
+            self.set(&TCP.name("passed", ip), passed);
         }
     }
 
@@ -388,6 +532,17 @@ impl Frame<'_> {
         for ip in IPS {
             let target = if full { jump(&ip.name("reply")) } else { goto("engine") };
             steer.push(rule([from_backend(ip), vec![target]].concat()));
+        }
+        for ip in IPS {
+            let (icmp, kind, errors, quoted) = ip.errors();
+            let is_error = vec![
+                ip.is(),
+                Statement::Is(Field::L4Protocol, Value::Protocol(icmp)),
+                Statement::In(vec![kind], errors.to_string()),
+                Statement::In(vec![quoted], ip.name("backends")),
+                goto("engine"),
+            ];
+            steer.push(commented(is_error, "about a packet to a backend"));
         }
         if full {
             steer.push(rule(vec![to_middlebox("balanced"), goto("balance")]));
@@ -433,35 +588,38 @@ impl Frame<'_> {
         self.chain("engine", rules);
     }
 
-    /// Known flows, there and back.
+    /// Known flows, there and back. Packets with which a connection begins or ends go to the engine.
     fn fast_chains(&mut self) {
+        let known = |key: Vec<Field>, flows: String, writes: Vec<Write>| {
+            vec![Statement::RewriteFlow { key, flows, writes }, accept()]
+        };
         let mut redirect = Vec::new();
         for (ip, transport) in flows() {
-            let known = Statement::RewriteFlow {
-                key: flow_key(ip),
-                flows: transport.name("flows", ip),
-                writes: ip.redirect_writes(),
-            };
-            redirect.push(commented(
-                [transport.is_whole(ip), vec![known, accept()]].concat(),
-                "a known flow; the mark is put back",
-            ));
+            let goes_on = || transport.goes_on(ip, TURNS);
+            for ports in PORTS {
+                let flows = transport.map("flows", ports, ip);
+                let known = known(flow_key(ip), flows, ip.redirect_writes(ports));
+                redirect.push(commented([goes_on(), known].concat(), "a known flow; the mark is put back"));
+            }
+            if transport.protocol == Protocol::TCP {
+                let passed = Statement::In(flow_key(ip), transport.name("passed", ip));
+                redirect.push(rule([goes_on(), vec![passed, accept()]].concat()));
+            }
         }
         redirect.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
         self.chain("balance", redirect);
         for ip in IPS {
             let mut reply = Vec::new();
             for transport in TRANSPORTS {
-                let known = Statement::RewriteFlow {
-                    key: reply_key(ip),
-                    flows: transport.name("replies", ip),
-                    writes: ip.reply_writes(),
-                };
+                for ports in PORTS {
+                    let replies = transport.map("replies", ports, ip);
+                    let known = known(reply_key(ip), replies, ip.reply_writes(ports));
+                    reply.push(commented(
+                        [transport.goes_on(ip, RST), known].concat(),
+                        "the way back; the mark is put back",
+                    ));
+                }
                 let direct = Statement::In(reply_key(ip), transport.name("direct", ip));
-                reply.push(commented(
-                    [transport.is_whole(ip), vec![known, accept()]].concat(),
-                    "the way back; the mark is put back",
-                ));
                 // What a backend says of itself to a balanced middlebox may still be redirected.
                 reply.push(rule([transport.is_whole(ip), vec![direct, verdict(Verdict::Return)]].concat()));
             }
@@ -476,79 +634,101 @@ impl Frame<'_> {
 
     /// The chain that carries out the engine's verdicts, and what happens without one.
     fn verdicts(&mut self) {
-        let is = |operation: Operation| Statement::Is(Field::Mark(OPERATION), Value::Mark(operation as u32));
+        let operation = Field::Mark(OPERATION);
         let learn = vec![
             commented(
-                vec![Statement::Is(Field::Mark(OPERATION), Value::Mark(0)), accept()],
+                vec![Statement::Is(operation, Value::Mark(0)), accept()],
                 "not from the engine, or nothing to do",
             ),
-            rule(vec![is(Operation::RedirectLearn), goto("learn_flow")]),
-            rule(vec![is(Operation::ReplyLearn), goto("learn_reply")]),
-            rule(vec![is(Operation::Redirect), goto("redirected")]),
-            rule(vec![is(Operation::Reply), goto("replied")]),
+            rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
             commented(vec![goto("unanswered")], "no engine, or its queue was full"),
         ];
         let learn = Chain { priority: Some(LEARN_PRIORITY), rules: learn };
         self.table.chains.insert("learn".to_string(), learn);
         let finish = vec![Statement::SetMark { keep: !OURS, set: 0 }, accept()];
         self.chain("finish", vec![commented(finish, "no bit of ours leaves")]);
-        self.chain("replied", vec![rule(vec![jump("from_backend")]), rule(vec![goto("finish")])]);
-        self.chain(
-            "to_backend",
-            IPS.map(|ip| rule(vec![ip.is(), Statement::Rewrite(ip.redirect_writes())])).to_vec(),
-        );
-        self.chain(
-            "from_backend",
-            IPS.map(|ip| rule(vec![ip.is(), Statement::Rewrite(ip.reply_writes())])).to_vec(),
-        );
-
-        // A rule that learns may fail when its map is full; the packet goes on all the same.
-        let is_protocol = |ip: Ip, transport: Transport| {
-            vec![ip.is(), Statement::Is(Field::L4Protocol, Value::Protocol(transport.protocol))]
-        };
-        let learns = |key: fn(Ip) -> Vec<Field>, map: &str| -> Vec<Rule> {
-            let one = |(ip, transport): (Ip, Transport)| {
-                let learn = Statement::Learn { key: key(ip), map: transport.name(map, ip) };
-                rule([is_protocol(ip, transport), vec![learn]].concat())
-            };
-            flows().map(one).collect()
-        };
-        // What is a flow to the backend now was not the backend's own conversation.
-        let forgets: Vec<Rule> = flows()
-            .map(|(ip, transport)| {
-                let forget =
-                    Statement::Forget { key: reply_key_backwards(ip), set: transport.name("direct", ip) };
-                rule([is_protocol(ip, transport), vec![forget]].concat())
+        PORTS.into_iter().for_each(|ports| self.carry_out(ports));
+        let remember = |key: fn(Ip) -> Vec<Field>, set: &str| {
+            each(set, "finish", |ip, transport| Statement::Remember {
+                key: key(ip),
+                set: transport.name(set, ip),
             })
-            .collect();
-        let redirected =
-            [vec![rule(vec![jump("to_backend")])], forgets.clone(), vec![rule(vec![goto("finish")])]];
-        self.chain("redirected", redirected.concat());
-
-        let mut learn_flow = learns(flow_key, "flows");
-        learn_flow.push(rule(vec![jump("to_backend")]));
-        learn_flow.extend(learns(reply_key_backwards, "replies"));
-        learn_flow.extend(forgets);
-        learn_flow.push(rule(vec![goto("finish")]));
-        self.chain("learn_flow", learn_flow);
-
-        let none = Statement::Is(Field::Mark(INDEX), Value::Mark(0));
-        let mut learn_reply = vec![rule(vec![none, goto("learn_direct")])];
-        learn_reply.extend(learns(reply_key, "replies"));
-        learn_reply.push(rule(vec![jump("from_backend")]));
-        learn_reply.push(rule(vec![goto("finish")]));
-        self.chain("learn_reply", learn_reply);
-
-        let mut learn_direct: Vec<Rule> = flows()
-            .map(|(ip, transport)| {
-                let set = transport.name("direct", ip);
-                let remember = Statement::Remember { key: reply_key(ip), set };
-                rule([is_protocol(ip, transport), vec![remember]].concat())
-            })
-            .collect();
-        learn_direct.push(rule(vec![goto("finish")]));
+        };
+        let learn_direct = remember(reply_key, "direct");
         self.chain("learn_direct", learn_direct);
+        let tcp = |rule: &Rule| !rule.statements.iter().any(|part| *part == is_protocol(UDP));
+        let pass = remember(flow_key, "passed").into_iter().filter(tcp).collect();
+        self.chain("pass", pass);
         self.static_chains();
+    }
+
+    /// Rewriting and remembering.
+    fn carry_out(&mut self, ports: Ports) {
+        let name = |chain: &str| ports.chain(chain);
+        let writing = |writes: fn(Ip, Ports) -> Vec<Write>| -> Vec<Rule> {
+            let of = |ip: Ip, transport: Transport| {
+                of_protocol(ip, transport, Statement::Rewrite(writes(ip, ports)))
+            };
+            match ports {
+                Ports::Kept => {
+                    IPS.map(|ip| rule(vec![ip.is(), Statement::Rewrite(writes(ip, ports))])).to_vec()
+                }
+                Ports::Translated => flows().map(|(ip, transport)| rule(of(ip, transport))).collect(),
+            }
+        };
+        self.chain(&name("to_backend"), writing(Ip::redirect_writes));
+        self.chain(&name("from_backend"), writing(Ip::reply_writes));
+        let learn = |key: fn(Ip) -> Vec<Field>, map: &str, timeout: Option<u32>, then: &str| {
+            each(&name(map), then, |ip, transport| Statement::Learn {
+                key: key(ip),
+                map: transport.map(map, ports, ip),
+                timeout,
+            })
+        };
+        // What is a flow to a backend now was neither the middlebox' own nor the backend's.
+        let unpass = || {
+            IPS.map(|ip| {
+                let forget = Statement::Forget { key: flow_key(ip), set: TCP.name("passed", ip) };
+                rule(of_protocol(ip, TCP, forget))
+            })
+            .to_vec()
+        };
+        let undirect = || -> Vec<Rule> {
+            let forget = |ip: Ip, transport: Transport| Statement::Forget {
+                key: reply_key_backwards(ip),
+                set: transport.name("direct", ip),
+            };
+            flows().map(|(ip, transport)| rule(of_protocol(ip, transport, forget(ip, transport)))).collect()
+        };
+        let to_backend = || vec![rule(vec![jump(&name("to_backend"))])];
+        let finish = || vec![rule(vec![goto("finish")])];
+
+        self.chain(&name("redirected"), [unpass(), to_backend(), undirect(), finish()].concat());
+        let learned = name("learned_flow");
+        self.chain(&name("learn_flow"), [unpass(), learn(flow_key, "flows", None, &learned)].concat());
+        let back = learn(reply_key_backwards, "replies", None, "finish");
+        self.chain(&learned, [to_backend(), undirect(), back].concat());
+        let closed = name("closed_flow");
+        self.chain(&name("close_flow"), learn(flow_key, "flows", Some(CLOSE_TIMEOUT), &closed));
+        let back = learn(reply_key_backwards, "replies", Some(CLOSE_TIMEOUT), "finish");
+        self.chain(&closed, [to_backend(), back].concat());
+
+        let replied = name("replied");
+        self.chain(&replied, [vec![rule(vec![jump(&name("from_backend"))])], finish()].concat());
+        let none = Statement::Is(Field::Mark(INDEX), Value::Mark(0));
+        let direct = match ports {
+            Ports::Kept => vec![rule(vec![none, goto("learn_direct")])],
+            Ports::Translated => Vec::new(),
+        };
+        self.chain(&name("learn_reply"), [direct, learn(reply_key, "replies", None, &replied)].concat());
+        let forget = |ip: Ip, transport: Transport| Statement::ForgetFlow {
+            key: reply_key(ip),
+            map: transport.map("replies", ports, ip),
+        };
+        let mut close: Vec<Rule> =
+            flows().map(|(ip, transport)| rule(of_protocol(ip, transport, forget(ip, transport)))).collect();
+        close.push(rule(vec![goto(&replied)]));
+        self.chain(&name("close_reply"), close);
     }
 
     /// Static redirects work without an engine, for whole TCP and UDP packets: anything else would need what only the

@@ -35,6 +35,10 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
                 // SAFETY: as above.
                 unsafe { sys::nftnl_expr_set_u32(pointer, attribute, *value) };
             }
+            Attribute::U64(value) => {
+                // SAFETY: as above.
+                unsafe { sys::nftnl_expr_set_u64(pointer, attribute, *value) };
+            }
             Attribute::Text(text) => {
                 let text = c_string(text);
                 // SAFETY: as above; the string is copied.

@@ -1,0 +1,258 @@
+//! Pools: which backend a new flow goes to.
+
+use crate::maglev;
+use crate::packet::Ip;
+use crate::policy::Middlebox;
+use crate::service::Service;
+use crate::slots::{SlotKey, Slots};
+use imbl::OrdMap;
+use nfqd_shmctl::{BackendName, MacAddr, Method, Vip};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// A backend that new flows may go to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Member {
+    /// Its name.
+    pub name: BackendName,
+    /// Its share of new flows beside the others'.
+    pub weight: u16,
+    /// Its slot.
+    pub slot: u32,
+}
+
+/// What a service chooses from, and where it is with choosing.
+#[derive(Debug)]
+pub struct Pool {
+    method: Method,
+    seed: u32,
+    affinity: bool,
+    members: Vec<Member>,
+    /// The table of consistent hashing, once a flow has asked for it.
+    table: OnceLock<Vec<u8>>,
+    /// What each member has saved up for its turn, for smooth weighted round robin.
+    credits: Mutex<Vec<i64>>,
+    /// Where the search for the least loaded begins, so that those alike take turns.
+    start: AtomicUsize,
+}
+
+impl Pool {
+    /// A pool of a service, of those backends that new flows may go to.
+    pub fn new(service: &Service, members: Vec<Member>) -> Pool {
+        let terms = service.terms();
+        Pool {
+            method: service.method(),
+            seed: terms.seed,
+            affinity: terms.affinity,
+            credits: Mutex::new(vec![0; members.len()]),
+            members,
+            table: OnceLock::new(),
+            start: AtomicUsize::new(0),
+        }
+    }
+
+    /// The backends that new flows may go to.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// Chooses among the members that `fits`. `live` says how many flows a slot has.
+    pub fn choose(
+        &self,
+        ip: &Ip,
+        live: impl Fn(u32) -> u32,
+        fits: impl Fn(&Member) -> bool,
+    ) -> Option<Member> {
+        match self.method {
+            Method::RoundRobin => self.next_turn(fits),
+            Method::Least => self.least(live, fits),
+            Method::Hash => self.hashed(ip, fits),
+            Method::Static | Method::Source(_) => self.members.first().copied().filter(fits),
+        }
+    }
+
+    /// Smooth weighted round robin: everybody saves its weight, the richest has its turn and pays for all (nginx,
+    /// ngx_http_upstream_get_peer).
+    fn next_turn(&self, fits: impl Fn(&Member) -> bool) -> Option<Member> {
+        let mut credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sum = 0;
+        let mut best: Option<usize> = None;
+        for (at, member) in self.members.iter().enumerate().filter(|(_, member)| fits(member)) {
+            let weight = i64::from(member.weight);
+            sum += weight;
+            credits[at] += weight;
+            if best.is_none_or(|best| credits[at] > credits[best]) {
+                best = Some(at);
+            }
+        }
+        let best = best?;
+        credits[best] -= sum;
+        self.members.get(best).copied()
+    }
+
+    /// The one with the fewest live flows for its weight, the new one counted.
+    fn least(&self, live: impl Fn(u32) -> u32, fits: impl Fn(&Member) -> bool) -> Option<Member> {
+        let len = self.members.len().max(1);
+        let start = self.start.fetch_add(1, Relaxed) % len;
+        let (before, after) = self.members.split_at_checked(start)?;
+        let load = |member: &Member| u64::from(live(member.slot)) + 1;
+        let lighter = |a: &(Member, u64), b: &(Member, u64)| {
+            (a.1 * u64::from(b.0.weight)).cmp(&(b.1 * u64::from(a.0.weight)))
+        };
+        let all = after.iter().chain(before).filter(|member| fits(member));
+        all.map(|member| (*member, load(member))).min_by(lighter).map(|(member, _)| member)
+    }
+
+    /// By the table; where that leads to a member that does not fit, on from there by a step of its own.
+    fn hashed(&self, ip: &Ip, fits: impl Fn(&Member) -> bool) -> Option<Member> {
+        const TRIES: usize = 32;
+        let table = self.table();
+        let hash = maglev::flow(self.seed, self.affinity, ip);
+        let (first, step) =
+            (hash as usize % maglev::PLACES, 1 + (hash >> 32) as usize % (maglev::PLACES - 1));
+        let member = |place: usize| self.members.get(usize::from(*table.get(place)?)).copied();
+        let tried = (0..TRIES).find_map(|turn| member((first + turn * step) % maglev::PLACES).filter(&fits));
+        tried.or_else(|| self.members.iter().find(|member| fits(member)).copied())
+    }
+
+    fn table(&self) -> &[u8] {
+        self.table.get_or_init(|| {
+            let backends: Vec<(BackendName, u16)> =
+                self.members.iter().map(|member| (member.name, member.weight)).collect();
+            maglev::table(self.seed, &backends)
+        })
+    }
+
+    /// Makes the table of consistent hashing, which costs more than a packet should.
+    pub fn prepare(&self) {
+        if self.method == Method::Hash {
+            self.table();
+        }
+    }
+
+    fn chooses_like(&self, other: &Pool) -> bool {
+        self.method == other.method
+            && self.seed == other.seed
+            && self.affinity == other.affinity
+            && self.members == other.members
+    }
+}
+
+/// The pools of all middleboxes. A clone costs nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Pools {
+    middleboxes: OrdMap<MacAddr, Arc<BTreeMap<Vip, Arc<Pool>>>>,
+}
+
+impl Pools {
+    /// The pool of a service.
+    pub fn get(&self, middlebox: MacAddr, vip: &Vip) -> Option<&Pool> {
+        self.middleboxes.get(&middlebox)?.get(vip).map(Arc::as_ref)
+    }
+
+    /// Makes the pools of one middlebox those of its services. A pool that is as before goes on where it was.
+    pub fn update(&mut self, mac: MacAddr, middlebox: Option<&Middlebox>, slots: &Slots) {
+        let Some(middlebox) = middlebox.filter(|middlebox| !middlebox.services().is_empty()) else {
+            self.middleboxes.remove(&mac);
+            return;
+        };
+        let before = self.middleboxes.get(&mac).cloned();
+        let pool = |(vip, service): (&Vip, &Service)| {
+            let member = |(name, backend): (&BackendName, &crate::service::Backend)| {
+                let slot = slots.get(&SlotKey { middlebox: mac, vip: *vip, backend: *name })?;
+                let usable = slot.mac.is_some() && slot.alive && !backend.draining;
+                usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.index })
+            };
+            let new = Pool::new(service, service.backends().iter().filter_map(member).collect());
+            let old = before.as_ref().and_then(|before| before.get(vip));
+            (*vip, old.filter(|old| old.chooses_like(&new)).cloned().unwrap_or_else(|| Arc::new(new)))
+        };
+        let pools = middlebox.services().iter().map(pool).collect();
+        self.middleboxes.insert(mac, Arc::new(pools));
+    }
+
+    /// Makes what packets of this middlebox would have to wait for.
+    pub fn prepare(&self, mac: MacAddr) {
+        self.middleboxes
+            .get(&mac)
+            .into_iter()
+            .flat_map(|pools| pools.values())
+            .for_each(|pool| pool.prepare());
+    }
+}
+
+/// Whether a backend could answer this client: a backend that is one itself cannot be sent to itself.
+pub fn can_serve(member: &Member, client: IpAddr) -> bool {
+    member.name.ip != client
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::Packet;
+    use etherparse::PacketBuilder;
+    use nfqd_shmctl::Command;
+
+    fn pool(line: &str) -> Pool {
+        let Ok(Command::RegisterBalance { vip, balance, .. }) = Command::parse(line) else {
+            panic!("{line}")
+        };
+        let service = Service::new(vip, &balance);
+        let member = |(at, (name, backend)): (usize, (&BackendName, &crate::service::Backend))| Member {
+            name: *name,
+            weight: backend.weight,
+            slot: at as u32 + 1,
+        };
+        let members = service.backends().iter().enumerate().map(member).collect();
+        Pool::new(&service, members)
+    }
+
+    fn packet(port: u16) -> Ip {
+        let mut out = Vec::new();
+        PacketBuilder::ethernet2([2; 6], [4; 6])
+            .ipv4([10, 0, 0, 1], [10, 0, 0, 9], 9)
+            .udp(port, 53)
+            .write(&mut out, b"x")
+            .unwrap();
+        Packet::from_frame(&out).unwrap().ip.unwrap()
+    }
+
+    #[test]
+    fn round_robin_is_smooth_and_weighted() {
+        let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 rr 10.0.0.2*3 10.0.0.3 10.0.0.4");
+        let turns: Vec<u32> =
+            (0..10).map(|_| pool.choose(&packet(1), |_| 0, |_| true).unwrap().slot).collect();
+        assert_eq!(turns, [1, 2, 1, 3, 1, 1, 2, 1, 3, 1]);
+        let without: Vec<u32> =
+            (0..4).map(|_| pool.choose(&packet(1), |_| 0, |member| member.slot != 1).unwrap().slot).collect();
+        assert_eq!(without.iter().filter(|slot| **slot == 2).count(), 2);
+        assert!(pool.choose(&packet(1), |_| 0, |_| false).is_none());
+    }
+
+    #[test]
+    fn the_least_loaded_for_its_weight_is_chosen_and_those_alike_take_turns() {
+        let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 least 10.0.0.2*2 10.0.0.3 10.0.0.4");
+        let live = |slot: u32| [0, 9, 4, 5][slot as usize];
+        // 10/2, 5/1, 6/1: the first two are alike.
+        let chosen: Vec<u32> =
+            (0..6).map(|_| pool.choose(&packet(1), live, |_| true).unwrap().slot).collect();
+        assert!(chosen.contains(&1) && chosen.contains(&2) && !chosen.contains(&3), "{chosen:?}");
+    }
+
+    #[test]
+    fn hashing_keeps_a_flow_and_leaves_out_who_does_not_fit() {
+        let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 hash 10.0.0.2 10.0.0.3 10.0.0.4 seed=5");
+        for port in 0..500 {
+            let first = pool.choose(&packet(port), |_| 0, |_| true).unwrap();
+            assert_eq!(pool.choose(&packet(port), |_| 0, |_| true), Some(first));
+            let other = pool.choose(&packet(port), |_| 0, |member| *member != first).unwrap();
+            assert_ne!(other, first);
+        }
+        let affine = self::pool("R L 2:0:0:0:0:1 10.0.0.9 hash 10.0.0.2 10.0.0.3 10.0.0.4 affinity");
+        let chosen = |port: u16| affine.choose(&packet(port), |_| 0, |_| true);
+        assert!((0..500).all(|port| chosen(port) == chosen(0)));
+    }
+}
