@@ -85,14 +85,11 @@ impl Channel {
     /// When it is no command, or one that the channel may not give.
     pub fn authorise(&self, line: &str) -> Result<Command, CommandError> {
         let command = Command::parse(line)?;
-        if let Command::RegisterBalance { balance, .. } = &command {
-            let to = balance.destination();
-            if !self.spec.to.is_empty() && !self.spec.to.iter().any(|prefix| prefix.contains(to.ip)) {
-                let may: Vec<String> = self.spec.to.iter().map(ToString::to_string).collect();
-                let expected = format!("this channel may not redirect there, only to {}", may.join(", "));
-                let word = line.split_ascii_whitespace().count() - 1;
-                return Err(CommandError::at_word(line, word, ErrorCode::Denied, expected));
-            }
+        let denied = |ip| !self.spec.to.is_empty() && !self.spec.to.iter().any(|prefix| prefix.contains(ip));
+        if let Some((word, _)) = command.destinations().find(|(_, to)| denied(to.ip)) {
+            let may: Vec<String> = self.spec.to.iter().map(ToString::to_string).collect();
+            let expected = format!("this channel may not redirect there, only to {}", may.join(", "));
+            return Err(CommandError::at_word(line, word, ErrorCode::Denied, expected));
         }
         if self.spec.macs.is_empty() || command.mac().is_none_or(|mac| self.spec.macs.contains(&mac)) {
             return Ok(command);

@@ -4,15 +4,18 @@
 //! reply. When the kernel refuses, the policy is put back and the reply says so.
 
 use crate::channel::Channel;
+use crate::checks::{Checks, Outcome};
 use crate::config::{Config, FailChoice, Options as Flags, ShmSpec};
 use crate::enforce::{Enforcer, rules};
-use crate::engine::Snapshot;
-use crate::flows::{FlowKey, Flows};
+use crate::engine::{Memory, Snapshot};
+use crate::flows::{Backward, Forward, State as FlowState};
+use crate::health::{Health, Probe};
 use crate::neighbours::Neighbours;
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
 use crate::status::{
-    BackendStatus, ChannelStatus, Control, MiddleboxStatus, QueueStatus, RuleStatus, Status,
+    BackendState, BackendStatus, ChannelStatus, Control, FlowsStatus, MiddleboxStatus, QueueStatus,
+    RuleStatus, ServiceStatus, Status,
 };
 use crate::steer::steer;
 use crate::worker::{Shared, Worker};
@@ -20,12 +23,17 @@ use arc_swap::ArcSwap;
 use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::nft::filters::one_by_one;
-use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::kernel::{Kernel, KernelError, Reply};
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::ruleset::{FastPath, Options};
-use nfqd_rules::slots::{Slot, SlotKey};
+use nfqd_rules::packet::Ports;
+use nfqd_rules::service::{Backend, Service};
+use nfqd_rules::slots::{Seen, SlotKey};
 use nfqd_shmctl::mailbox::Frame;
-use nfqd_shmctl::{Command, CommandError, ErrorCode, MacAddr, RegionError, RuleId};
+use nfqd_shmctl::{
+    BackendName, Command, CommandError, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
+};
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -44,6 +52,8 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
+/// How often neighbours are asked whether they are still there.
+const PROBING: Duration = Duration::from_secs(3);
 /// The longest reply to `Q`; the mailbox has room for little more.
 const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.
@@ -97,6 +107,12 @@ pub struct Daemon {
     desired: Desired,
     macs: BTreeMap<IpAddr, MacAddr>,
     neighbours: Neighbours,
+    checks: Checks,
+    health: Health,
+    /// Checks that the host has no way to make, and why.
+    no_way: BTreeMap<(IpAddr, u16), Errno>,
+    /// When neighbours were last asked whether they are there.
+    probed: Instant,
     channels: Vec<Channel>,
     state: State,
     unsaved: Option<StateError>,
@@ -136,15 +152,11 @@ impl Daemon {
         let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
-            flows: Flows::new(FLOWS),
+            memory: Memory::new(FLOWS),
             stop: AtomicBool::new(false),
             start: Instant::now(),
         });
-        for reply in &heritage.replies {
-            let (backend, client) = (reply.source, reply.destination);
-            let key = FlowKey { backend, client, protocol: reply.protocol, ports: reply.ports };
-            shared.flows.insert(key, reply.slot, 0);
-        }
+        heritage.replies.iter().for_each(|reply| take_over(&shared.memory, reply));
         // Bound before the ruleset sends packets there, so that none is let through without a verdict.
         let open = (0..queues.count).map(|n| Queue::open(queues.first + n, queues.bypass));
         let open: Vec<Queue> = open.collect::<Result<_, _>>()?;
@@ -157,14 +169,17 @@ impl Daemon {
             desired: Desired { policy, slots: heritage.slots },
             macs: heritage.macs,
             neighbours,
+            checks: Checks::start().map_err(system("thread of checks"))?,
+            health: Health::default(),
+            no_way: BTreeMap::new(),
+            probed: Instant::now(),
             channels,
             state,
             unsaved: None,
             soon: 0,
         };
-        daemon.find_neighbours();
-        let macs = &daemon.macs;
-        daemon.desired.slots.follow(&daemon.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
+        daemon.check_backends();
+        daemon.follow_all();
         daemon.enforcer.begin(&daemon.desired)?;
         for queue in open {
             let number = queue.number();
@@ -222,12 +237,18 @@ impl Daemon {
     /// numbers.
     fn follow(&mut self, before: &Policy) -> bool {
         let Desired { policy, slots } = &mut self.desired;
-        let (macs, now) = (&self.macs, Instant::now());
+        let (seen, now) = (seen(&self.macs, &self.health), Instant::now());
         let mut enough = true;
         for mac in policy.changed(before) {
-            enough &= slots.update(mac, policy.get(mac), |ip| macs.get(&ip).copied(), now);
+            enough &= slots.update(mac, policy.get(mac), &seen, now);
         }
         enough
+    }
+
+    /// The same for all, when what is known of backends has changed.
+    fn follow_all(&mut self) {
+        let seen = seen(&self.macs, &self.health);
+        self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
     }
 
     /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
@@ -334,8 +355,23 @@ impl Daemon {
                 |rule: &RuleStatus| format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
             let heading =
                 format!("{} packets {} bytes {}", middlebox.mac, middlebox.packets, middlebox.bytes);
+            let backends = middlebox.services.iter().flat_map(|service| {
+                service.backends.iter().map(|backend| {
+                    format!(
+                        "{} -> {} {} weight {} flows {} packets {} bytes {}",
+                        service.vip,
+                        backend.backend,
+                        backend.state.name(),
+                        backend.weight,
+                        backend.flows,
+                        backend.packets + backend.reply_packets,
+                        backend.bytes + backend.reply_bytes
+                    )
+                })
+            });
             let parts =
                 [heading].into_iter().chain(middlebox.commands).chain(middlebox.rules.iter().map(rule));
+            let parts = parts.chain(backends);
             for part in parts {
                 text.push_str(if text.len() == 2 { " " } else { "; " });
                 text.push_str(&part);
@@ -355,22 +391,22 @@ impl Daemon {
     /// of that would be its to disturb.
     fn authorise(&self, at: usize, line: &str) -> Result<(), CommandError> {
         let Some(channel) = self.channels.get(at) else { return Ok(()) };
-        let Command::RegisterBalance { balance, .. } = channel.authorise(line)? else { return Ok(()) };
-        let to = balance.destination();
+        let command = channel.authorise(line)?;
         let of_others = |mac: &MacAddr| {
             let others = self.channels.iter().enumerate().filter(|(other, _)| *other != at);
             !channel.spec().macs.contains(mac)
                 && others.into_iter().any(|(_, other)| other.spec().macs.contains(mac))
         };
-        let by_mac = to.mac.as_ref().is_some_and(of_others);
-        let by_address = self.desired.policy.middleboxes().iter().any(|(mac, middlebox)| {
-            let registered = middlebox.ip() == Some(to.ip) || middlebox.services().contains_key(&to.ip);
-            registered && of_others(mac)
-        });
-        if !(by_mac || by_address) {
-            return Ok(());
-        }
-        let word = line.split_ascii_whitespace().count() - 1;
+        let is_theirs = |ip: IpAddr| {
+            self.desired.policy.middleboxes().iter().any(|(mac, middlebox)| {
+                let registered =
+                    middlebox.ip() == Some(ip) || middlebox.services().keys().any(|vip| vip.ip == ip);
+                registered && of_others(mac)
+            })
+        };
+        let denied =
+            command.destinations().find(|(_, to)| to.mac.as_ref().is_some_and(of_others) || is_theirs(to.ip));
+        let Some((word, _)) = denied else { return Ok(()) };
         let expected = "a middlebox that another channel speaks for; redirect to another host";
         Err(CommandError::at_word(line, word, ErrorCode::Denied, expected))
     }
@@ -389,44 +425,108 @@ impl Daemon {
         self.unsaved = result.err();
     }
 
-    /// Asks the kernel for the MACs of backends that no command gave one. True when something is new.
-    fn find_neighbours(&mut self) -> bool {
-        let wanted: BTreeSet<IpAddr> = self
-            .desired
-            .policy
-            .destinations()
-            .filter(|(_, _, to)| to.mac.is_none())
-            .map(|(_, _, to)| to.ip)
-            .collect();
+    /// Asks the kernel for the MACs of backends that no command gave one, and looks at what checks have found. True when
+    /// something is new.
+    fn check_backends(&mut self) -> bool {
+        let now = Instant::now();
+        let (mut unknown, mut probes) = (BTreeSet::new(), BTreeSet::new());
+        for (_, _, service, name, backend) in self.desired.policy.backends() {
+            if backend.mac.is_none() {
+                unknown.insert(name.ip);
+            }
+            probes.extend(Probe::of(service, name, backend).filter(|_| service.method().is_pool()));
+        }
+        self.health.watch(&probes, now);
+        let neighbours = self.find_neighbours(unknown, &probes, now);
+        let checked = self.take_checks(now);
+        neighbours | checked
+    }
+
+    fn find_neighbours(&mut self, unknown: BTreeSet<IpAddr>, probes: &BTreeSet<Probe>, now: Instant) -> bool {
+        let asked = probes.iter().filter_map(|probe| match probe {
+            Probe::Neighbour(ip) => Some(*ip),
+            Probe::Tcp(..) => None,
+        });
+        let asked: BTreeSet<IpAddr> = asked.collect();
+        let wanted: BTreeSet<IpAddr> = unknown.union(&asked).copied().collect();
         if wanted.is_empty() {
+            self.macs.clear();
             return false;
         }
-        match self.neighbours.resolve(&wanted) {
-            Ok(found) => {
-                // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
-                let new: BTreeMap<IpAddr, MacAddr> =
-                    found.into_iter().filter(|(ip, mac)| self.macs.get(ip) != Some(mac)).collect();
-                for (ip, mac) in &new {
-                    log::info!("backend {ip} is at {mac}");
-                }
-                self.macs.retain(|ip, _| wanted.contains(ip));
-                let any = !new.is_empty();
-                self.macs.extend(new);
-                any
-            }
+        let probe = !asked.is_empty() && now.duration_since(self.probed) >= PROBING;
+        if probe {
+            self.probed = now;
+        }
+        let found = match self.neighbours.resolve(&wanted, probe) {
+            Ok(found) => found,
             Err(errno) => {
                 log::warn!("neighbour table: {errno}");
-                false
+                return false;
+            }
+        };
+        let mut any = false;
+        for (ip, found) in &found {
+            if self.macs.insert(*ip, found.mac) != Some(found.mac) {
+                log::info!("backend {ip} is at {}", found.mac);
+                any = true;
             }
         }
+        // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
+        self.macs.retain(|ip, _| wanted.contains(ip));
+        for ip in asked {
+            let answer = match found.get(&ip) {
+                Some(found) if found.answers => true,
+                None => false,
+                // Being asked.
+                Some(_) => continue,
+            };
+            any |= self.take_result(Probe::Neighbour(ip), answer, now);
+        }
+        any
+    }
+
+    fn take_checks(&mut self, now: Instant) -> bool {
+        let targets = self.health.probes().filter_map(|probe| match probe {
+            Probe::Tcp(ip, port) => Some((ip, port)),
+            Probe::Neighbour(_) => None,
+        });
+        let targets: Vec<(IpAddr, u16)> = targets.collect();
+        self.no_way.retain(|target, _| targets.contains(target));
+        let mut any = false;
+        for ((ip, port), outcome) in self.checks.exchange(targets) {
+            match outcome {
+                Outcome::NoWay(errno) => {
+                    if self.no_way.insert((ip, port), errno).is_none() {
+                        log::warn!("the host cannot check {ip} port {port}: {errno}; it is taken as alive");
+                    }
+                }
+                outcome => {
+                    self.no_way.remove(&(ip, port));
+                    any |= self.take_result(Probe::Tcp(ip, port), outcome == Outcome::Answered, now);
+                }
+            }
+        }
+        any
+    }
+
+    fn take_result(&mut self, probe: Probe, succeeded: bool, now: Instant) -> bool {
+        let turned = self.health.take(probe, succeeded, now);
+        if turned {
+            let state = if succeeded { "alive again" } else { "dead" };
+            match probe {
+                Probe::Neighbour(ip) => log::warn!("backend {ip} is {state}, by ARP or neighbour discovery"),
+                Probe::Tcp(ip, port) => log::warn!("backend {ip} is {state}, by TCP port {port}"),
+            }
+        }
+        turned
     }
 
     fn look_around(&mut self) {
-        if self.find_neighbours() {
-            let macs = &self.macs;
-            self.desired.slots.follow(&self.desired.policy, |ip| macs.get(&ip).copied(), Instant::now());
+        if self.check_backends() {
+            self.follow_all();
             self.enforcer.refresh();
         }
+        self.enforcer.expire();
         self.enforcer.look_around(&self.desired);
         if self.unsaved.is_some() {
             self.save();
@@ -484,11 +584,8 @@ impl Daemon {
             let one_by_one = rule.and_then(|rule| looked_at.get(&rule).cloned());
             RuleStatus { rule: name, packets, bytes, one_by_one }
         };
-        let backend = |(key, slot): (SlotKey, Slot)| BackendStatus {
-            service: key.vip.to_string(),
-            ip: key.backend.to_string(),
-            mac: slot.mac.map(|mac| mac.to_string()),
-        };
+        let services =
+            middlebox.services().iter().map(|(vip, service)| self.service_status(mac, vip, service));
         Some(MiddleboxStatus {
             mac: mac.to_string(),
             firewall: firewall.map(|firewall| firewall.ip().to_string()),
@@ -496,8 +593,44 @@ impl Daemon {
             bytes,
             commands: middlebox.commands(mac).iter().map(ToString::to_string).collect(),
             rules: rules(middlebox).map(rule).collect(),
-            backends: self.desired.slots.of(mac).map(backend).collect(),
+            services: services.collect(),
         })
+    }
+
+    fn service_status(&self, middlebox: MacAddr, vip: &Vip, service: &Service) -> ServiceStatus {
+        let backend = |(name, backend): (&BackendName, &Backend)| {
+            let key = SlotKey { middlebox, vip: *vip, backend: *name };
+            let slot = self.desired.slots.get(&key);
+            let seen = seen(&self.macs, &self.health)(vip, service, name);
+            let ((packets, bytes), (reply_packets, reply_bytes)) = self.enforcer.of_backend(&key);
+            let mac = backend.mac.or(seen.mac);
+            let unchecked = match Probe::of(service, name, backend) {
+                Some(Probe::Tcp(ip, port)) => self.no_way.get(&(ip, port)),
+                _ => None,
+            };
+            BackendStatus {
+                backend: name.to_string(),
+                mac: mac.map(|mac| mac.to_string()),
+                state: match () {
+                    () if !seen.alive && service.method().is_pool() => BackendState::Dead,
+                    () if mac.is_none() => BackendState::Unresolved,
+                    () if backend.draining => BackendState::Draining,
+                    () => BackendState::Up,
+                },
+                weight: backend.weight,
+                flows: slot.map_or(0, |slot| self.enforcer.flows().live(slot.index)),
+                packets,
+                bytes,
+                reply_packets,
+                reply_bytes,
+                unchecked: unchecked.map(|errno| errno.desc().to_string()),
+            }
+        };
+        ServiceStatus {
+            vip: vip.to_string(),
+            method: service.method().to_string(),
+            backends: service.backends().iter().map(backend).collect(),
+        }
     }
 
     fn status(&mut self) -> Status {
@@ -507,6 +640,7 @@ impl Daemon {
             alive: worker.is_alive(),
             packets: worker.counts.packets.load(Relaxed),
             dropped: worker.counts.dropped.load(Relaxed),
+            refused: worker.counts.refused.load(Relaxed),
             redirected: worker.counts.redirected.load(Relaxed),
             replies: worker.counts.replies.load(Relaxed),
             overruns: worker.counts.overruns.load(Relaxed),
@@ -528,13 +662,47 @@ impl Daemon {
                 .filter_map(|mac| self.middlebox_status(*mac))
                 .collect(),
             channels: self.channels.iter().map(channel).collect(),
-            flows: self.enforcer.flows(),
+            flows: FlowsStatus {
+                count: self.enforcer.flows().len(),
+                capacity: self.enforcer.flows().capacity(),
+                given_up: self.enforcer.flows().evicted().0,
+                given_up_established: self.enforcer.flows().evicted().1,
+                not_cached: self.enforcer.full_maps().clone(),
+            },
             repairs: self.enforcer.repairs(),
             repair_error: self.enforcer.broken().map(str::to_string),
             state: self.state.path().display().to_string(),
             state_error: self.unsaved.as_ref().map(ToString::to_string),
         }
     }
+}
+
+/// What the host has seen of backends.
+fn seen<'a>(
+    macs: &'a BTreeMap<IpAddr, MacAddr>,
+    health: &'a Health,
+) -> impl Fn(&Vip, &Service, &BackendName) -> Seen + 'a {
+    |_, service, name| {
+        let probe = service.backends().get(name).and_then(|backend| Probe::of(service, name, backend));
+        let probe = probe.filter(|_| service.method().is_pool());
+        Seen { mac: macs.get(&name.ip).copied(), alive: probe.is_none_or(|probe| health.is_alive(probe)) }
+    }
+}
+
+/// Takes over a flow that the kernel remembers.
+fn take_over(memory: &Memory, reply: &Reply) {
+    let Reply { source, destination: client, protocol, ports, index, slot } = *reply;
+    let vport = slot.ports().map_or(ports.source, |(own, _)| own);
+    let forward = Forward {
+        middlebox: slot.middlebox,
+        client,
+        vip: slot.vip.ip,
+        protocol,
+        ports: Ports { source: ports.destination, destination: vport },
+    };
+    let state = if protocol == Protocol::TCP { FlowState::Established } else { FlowState::Datagram };
+    let backward = Backward { backend: source, client, protocol, ports };
+    memory.flows.insert(forward, Some(backward), index, state, 0);
 }
 
 /// The CPU time that this thread has used.

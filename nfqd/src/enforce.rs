@@ -3,15 +3,19 @@
 //! The kernel's tables are changed by the difference; what another program has done to them is noticed and repaired.
 
 use crate::engine::{Filters, Snapshot};
+use crate::flows::Flows;
 use crate::queue::Queue;
 use crate::watch::Watch;
 use crate::worker::{Shared, Worker};
 use nfqd_rules::nft::delta::{Desired, Standing};
 use nfqd_rules::nft::kernel::{Count, Counters, Kernel, KernelError, Made};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Steer};
+use nfqd_rules::pool::Pools;
+use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::{Action, MacAddr, RuleId};
 use nix::errno::Errno;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -33,7 +37,8 @@ pub struct Enforcer {
     /// None while the ruleset is loaded whole: the kernel would tell us of every element.
     watch: Option<Watch>,
     /// What the engine has.
-    published: Policy,
+    published: Desired,
+    pools: Pools,
     /// What the kernel has, unless its tables are broken.
     loaded: Desired,
     standing: Standing,
@@ -62,7 +67,8 @@ impl Enforcer {
             shared,
             workers: Vec::new(),
             watch: None,
-            published: Policy::default(),
+            published: Desired::default(),
+            pools: Pools::default(),
             loaded: Desired::default(),
             standing: Standing::new(&Desired::default(), &options).0,
             stale: false,
@@ -84,6 +90,7 @@ impl Enforcer {
         self.kept
             .rules
             .retain(|(mac, rule), _| policy.get(*mac).is_some_and(|middlebox| has(middlebox, *rule)));
+        self.kept.backends.retain(|key, _| has_backend(policy, key));
         self.publish(desired);
         self.load(desired)
     }
@@ -113,9 +120,14 @@ impl Enforcer {
         &self.options
     }
 
-    /// Flows that the engine remembers.
-    pub fn flows(&self) -> usize {
-        self.shared.flows.len()
+    /// The flows that the engine remembers.
+    pub fn flows(&self) -> &Flows {
+        &self.shared.memory.flows
+    }
+
+    /// Forgets flows that have not been seen for too long.
+    pub fn expire(&self) {
+        self.shared.memory.flows.expire(self.shared.now());
     }
 
     /// Times that our tables were found changed by somebody else, and repaired.
@@ -161,7 +173,13 @@ impl Enforcer {
 
     /// Gives the engine what is to hold now.
     fn publish(&mut self, desired: &Desired) {
-        let mut snapshot = Snapshot::new(desired.clone());
+        let changed = desired.changed(&self.published);
+        for mac in &changed {
+            self.pools.update(*mac, desired.policy.get(*mac), &desired.slots);
+            // Here, where it is charged to the guest that asked for it, not to the queue that meets it first.
+            self.pools.prepare(*mac);
+        }
+        let mut snapshot = Snapshot::new(desired.clone(), self.pools.clone());
         snapshot.learn = self.options.fast_path == FastPath::Full;
         snapshot.filters = match (self.options.fast_path, self.options.steer) {
             (FastPath::Full, _) => Filters::None,
@@ -169,13 +187,12 @@ impl Enforcer {
             (FastPath::Off, Steer::Native) => Filters::All,
         };
         if snapshot.filters != Filters::None {
-            // Here, where it is charged to the guest that asked for the rules, not to the queue that meets them first.
-            for mac in desired.policy.changed(&self.published) {
+            for mac in changed {
                 let firewall = desired.policy.get(mac).and_then(Middlebox::firewall);
                 firewall.into_iter().for_each(|firewall| firewall.prepare(mac));
             }
         }
-        self.published = desired.policy.clone();
+        self.published = desired.clone();
         self.shared.snapshot.store(Arc::new(snapshot));
     }
 
@@ -301,6 +318,9 @@ impl Enforcer {
                 self.kept.middleboxes.remove(&mac);
                 self.counters.middleboxes.remove(&mac);
             }
+            for counters in [&mut self.kept, &mut self.counters] {
+                counters.backends.retain(|key, _| key.middlebox != mac || has_backend(now, key));
+            }
             for rule in rules(old).filter(|rule| new.is_none_or(|new| !has(new, *rule))) {
                 self.kept.rules.remove(&(mac, rule));
                 self.counters.rules.remove(&(mac, rule));
@@ -331,6 +351,18 @@ impl Enforcer {
             .filter_map(|counters| counters.middleboxes.get(&mac).copied()))
     }
 
+    /// What has gone to a backend of a service and come from it, as of the last [`Enforcer::count`].
+    pub fn of_backend(&self, key: &SlotKey) -> (Count, Count) {
+        let all = [&self.counters, &self.kept].map(|counters| counters.backends.get(key).copied());
+        let all = || all.iter().copied().flatten();
+        (sum(all().map(|(to, _)| to)), sum(all().map(|(_, from)| from)))
+    }
+
+    /// Packets whose flows the kernel could not remember, by the maps that were full, as of the last [`Enforcer::count`].
+    pub fn full_maps(&self) -> &BTreeMap<String, u64> {
+        &self.counters.full
+    }
+
     /// What a rule has matched, in the kernel as of the last [`Enforcer::count`], in the engine until now; none stands for
     /// the default.
     pub fn by_rule(&self, mac: MacAddr, rule: Option<RuleId>) -> Count {
@@ -353,6 +385,11 @@ pub fn rules(middlebox: &Middlebox) -> impl Iterator<Item = Option<RuleId>> {
     let rules =
         middlebox.firewall().into_iter().flat_map(|firewall| firewall.rules().keys().copied().map(Some));
     rules.chain(has(middlebox, None).then_some(None))
+}
+
+fn has_backend(policy: &Policy, key: &SlotKey) -> bool {
+    let service = policy.get(key.middlebox).and_then(|middlebox| middlebox.services().get(&key.vip));
+    service.is_some_and(|service| service.backends().contains_key(&key.backend))
 }
 
 fn has(middlebox: &Middlebox, rule: Option<RuleId>) -> bool {

@@ -3,15 +3,21 @@
 //! A packet's way: [`queue`], [`worker`], [`engine`], and back. A command's way: [`channel`], [`daemon`], [`enforce`] (the kernel
 //! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
 
+pub mod bounded;
 pub mod channel;
+pub mod checks;
 pub mod config;
 pub mod daemon;
 pub mod enforce;
 pub mod engine;
 pub mod flows;
+pub mod health;
+pub mod held;
+pub mod inject;
 pub mod neighbours;
 pub mod netlink;
 pub mod queue;
+pub mod refusal;
 pub mod replay;
 pub mod state;
 pub mod status;

@@ -10,7 +10,7 @@ use nfqd_rules::Policy;
 use nfqd_rules::nft::kernel::Kernel;
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::ruleset::{self, FastPath, Steer};
-use nfqd_rules::slots::Slots;
+use nfqd_rules::slots::{Seen, Slots};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -141,7 +141,7 @@ fn check(file: &Path) -> Result<(), Failure> {
 fn rules(arguments: &RulesArguments) -> Result<(), Failure> {
     let policy = arguments.commands.as_deref().map(read_policy).transpose()?.unwrap_or_default();
     let mut slots = Slots::default();
-    slots.follow(&policy, |_| None, Instant::now());
+    slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
     let queues = Queues { first: arguments.queue.first, count: arguments.queue.count, bypass: true };
     let steer = match arguments.steer {
         SteerChoice::BrNetfilter => Steer::BrNetfilter,

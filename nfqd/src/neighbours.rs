@@ -36,12 +36,28 @@ const NEIGHBOUR_HEADER: usize = 12;
 
 /// States in which an entry's MAC holds or held until lately: reachable, stale, delay, probe, permanent.
 const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
+/// The neighbour has answered lately, or need not.
+const ANSWERS: u16 = 0x02 | 0x80;
+/// What may be asked whether it still answers: all that an administrator has not made, and that is not being asked.
+const PROBABLE: u16 = 0x02 | 0x04 | 0x08;
+/// The kernel asks the neighbour by itself: three times, a second apart, before it gives up.
+const PROBE: u16 = 0x10;
 /// The kernel has given up; it may be asked again.
 const FAILED: u16 = 0x20;
 const NTF_USE: u8 = 1;
 /// Addresses that are asked for in one call. Guests name them, and the kernel's table is bounded.
 const AT_A_TIME: usize = 8;
 const NLM_F_CREATE: u16 = 0x400;
+const NLM_F_REPLACE: u16 = 0x100;
+
+/// What the kernel knows of a neighbour.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// Its MAC.
+    pub mac: MacAddr,
+    /// Whether it has answered lately.
+    pub answers: bool,
+}
 
 /// The host's neighbour table, over one socket.
 pub struct Neighbours {
@@ -65,24 +81,31 @@ impl Neighbours {
         Ok(Neighbours { socket })
     }
 
-    /// The MACs that the kernel knows on bridges for these addresses. It is asked to find those that it knows nothing
-    /// of, a few at a time; an entry that is there, an administrator's above all, is not touched.
+    /// What the kernel knows on bridges of these addresses. It is asked to find those that it knows nothing of, a few at a
+    /// time; with `probe` also whether those still answer that it knows. An entry that an administrator has made is not
+    /// touched.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
-    pub fn resolve(&self, wanted: &BTreeSet<IpAddr>) -> Result<HashMap<IpAddr, MacAddr>, Errno> {
+    pub fn resolve(&self, wanted: &BTreeSet<IpAddr>, probe: bool) -> Result<HashMap<IpAddr, Found>, Errno> {
         let bridges = self.bridges()?;
         let (mut found, mut known) = (HashMap::new(), BTreeSet::new());
+        let mut unsure = Vec::new();
         self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
             let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
-            let Some(Neighbour { link, ip, state, mac }) = entry.filter(|n| bridges.contains(&n.link)) else {
-                return;
-            };
+            let entry = entry.filter(|n| bridges.contains(&n.link) && wanted.contains(&n.ip));
+            let Some(Neighbour { link, ip, state, mac }) = entry else { return };
             if state & FAILED == 0 {
                 known.insert((link, ip));
             }
             let mac = mac.filter(|mac| state & KNOWN != 0 && mac.is_station());
-            found.extend(mac.filter(|_| wanted.contains(&ip)).map(|mac| (ip, mac)));
+            let answers = state & ANSWERS != 0;
+            if let Some(mac) = mac {
+                found.insert(ip, Found { mac, answers });
+                if state & PROBABLE != 0 {
+                    unsure.push(state_message(link, ip, mac));
+                }
+            }
         })?;
         let unknown = wanted.iter().filter(|ip| !found.contains_key(*ip));
         for &ip in unknown.take(AT_A_TIME) {
@@ -90,6 +113,9 @@ impl Neighbours {
                 // An address that cannot be resolved on this bridge is no reason to leave the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
+        }
+        for message in unsure.iter().filter(|_| probe) {
+            let _ = self.request(message, |_, _| {});
         }
         Ok(found)
     }
@@ -141,18 +167,33 @@ fn dump(kind: u16, header: usize) -> Vec<u8> {
     out
 }
 
+/// Makes the kernel resolve an address.
 fn use_message(link: i32, ip: IpAddr) -> Vec<u8> {
+    let mut out = entry_message(NLM_F_ACK | NLM_F_CREATE, link, ip, 0, NTF_USE);
+    finish(&mut out, 0);
+    out
+}
+
+/// Makes the kernel ask a neighbour whether it is still there.
+fn state_message(link: i32, ip: IpAddr, mac: MacAddr) -> Vec<u8> {
+    let mut out = entry_message(NLM_F_ACK | NLM_F_REPLACE, link, ip, PROBE, 0);
+    put(&mut out, NDA_LLADDR, &mac.0);
+    finish(&mut out, 0);
+    out
+}
+
+fn entry_message(flags: u16, link: i32, ip: IpAddr, state: u16, entry_flags: u8) -> Vec<u8> {
     const AF_INET: u8 = 2;
     const AF_INET6: u8 = 10;
-    let mut out = begin(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE);
+    let mut out = begin(RTM_NEWNEIGH, flags);
     out.extend([if ip.is_ipv4() { AF_INET } else { AF_INET6 }, 0, 0, 0]);
     out.extend(link.to_ne_bytes());
-    out.extend([0, 0, NTF_USE, 0]);
+    out.extend(state.to_ne_bytes());
+    out.extend([entry_flags, 0]);
     match ip {
         IpAddr::V4(ip) => put(&mut out, NDA_DST, &ip.octets()),
         IpAddr::V6(ip) => put(&mut out, NDA_DST, &ip.octets()),
     }
-    finish(&mut out, 0);
     out
 }
 

@@ -55,6 +55,8 @@ mod attribute {
     pub const PACKET_HEADER: u16 = 1;
     pub const VERDICT_HEADER: u16 = 2;
     pub const MARK: u16 = 3;
+    pub const INTERFACE: u16 = 5;
+    pub const PORT: u16 = 7;
     pub const HARDWARE_ADDRESS: u16 = 9;
     pub const PAYLOAD: u16 = 10;
     pub const ORIGINAL_LENGTH: u16 = 13;
@@ -91,7 +93,7 @@ pub enum QueueError {
 
 /// A packet that waits for its verdict.
 #[derive(Clone, Copy, Debug)]
-pub struct Queued {
+pub struct Queued<'a> {
     /// The kernel's number for it.
     pub id: u32,
     /// Its mark.
@@ -103,18 +105,33 @@ pub struct Queued {
     pub has_link: bool,
     /// Its length in bytes, from the IP header on.
     pub length: usize,
+    /// Its bytes from there, or the first of them.
+    pub payload: &'a [u8],
+    /// The index of the port that it came in by, or of the bridge.
+    pub interface: u32,
 }
 
-/// A verdict on a packet.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Verdict {
-    /// It is gone.
-    Drop,
-    /// It goes on with this mark.
-    Accept {
-        /// The mark.
-        mark: u32,
-    },
+/// Verdicts, as they are sent to the kernel.
+pub struct Verdicts {
+    bytes: Vec<u8>,
+    queue: u16,
+}
+
+impl Verdicts {
+    /// The packet is gone.
+    pub fn drop(&mut self, id: u32) {
+        append(&mut self.bytes, self.queue, id, None, &[]);
+    }
+
+    /// The packet goes on with this mark.
+    pub fn accept(&mut self, id: u32, mark: u32) {
+        append(&mut self.bytes, self.queue, id, Some(mark), &[]);
+    }
+
+    /// The same, with other bytes from the IP header on. Whoever changes them mends the checksums: the kernel does not.
+    pub fn replace(&mut self, id: u32, mark: u32, payload: &[u8]) {
+        append(&mut self.bytes, self.queue, id, Some(mark), payload);
+    }
 }
 
 /// An open queue.
@@ -129,15 +146,16 @@ pub struct Queue {
 pub struct Buffers {
     headers: MultiHeaders<()>,
     messages: Vec<u8>,
-    verdicts: Vec<u8>,
+    verdicts: Verdicts,
 }
 
-impl Default for Buffers {
-    fn default() -> Buffers {
+impl Buffers {
+    /// Room for a queue of this number.
+    pub fn new(queue: u16) -> Buffers {
         Buffers {
             headers: MultiHeaders::preallocate(BATCH, None),
             messages: vec![0; BATCH * MESSAGE_SIZE],
-            verdicts: Vec::with_capacity(BATCH * 48),
+            verdicts: Verdicts { bytes: Vec::with_capacity(BATCH * 48), queue },
         }
     }
 }
@@ -210,33 +228,35 @@ impl Queue {
         Err(Errno::EPROTO)
     }
 
-    /// Waits up to 200 ms for packets, gives each to `judge`, and sends the verdicts in the packets' order. Says how many
-    /// there were.
+    /// Waits up to 200 ms for packets, gives each to `judge`, then lets `then` add verdicts on packets of before, and sends
+    /// all verdicts in that order. Says how many packets there were.
     ///
     /// # Errors
     /// When the socket fails for another reason than lost messages, which are counted.
     pub fn serve(
         &mut self,
         buffers: &mut Buffers,
-        mut judge: impl FnMut(&Queued) -> Verdict,
+        mut judge: impl FnMut(&Queued<'_>, &mut Verdicts),
+        then: impl FnOnce(&mut Verdicts),
     ) -> Result<usize, Errno> {
         let lengths = match self.receive(buffers) {
             Ok(lengths) => lengths,
             Err(Errno::ENOBUFS) => {
                 self.overruns += 1;
-                return Ok(0);
+                Vec::new()
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(0),
+            Err(Errno::EAGAIN | Errno::EINTR) => Vec::new(),
             Err(errno) => return Err(errno),
         };
-        buffers.verdicts.clear();
+        buffers.verdicts.bytes.clear();
         let mut packets = 0;
         for (chunk, len) in buffers.messages.chunks(MESSAGE_SIZE).zip(lengths) {
             let Some(queued) = chunk.get(..len).and_then(read) else { continue };
             packets += 1;
-            append(&mut buffers.verdicts, self.number, queued.id, judge(&queued));
+            judge(&queued, &mut buffers.verdicts);
         }
-        self.answer(&buffers.verdicts)?;
+        then(&mut buffers.verdicts);
+        self.answer(&buffers.verdicts.bytes)?;
         Ok(packets)
     }
 
@@ -277,25 +297,26 @@ fn begin(out: &mut Vec<u8>, kind: u16, flags: u16, queue: u16) {
     out.extend(queue.to_be_bytes());
 }
 
-fn append(out: &mut Vec<u8>, queue: u16, id: u32, verdict: Verdict) {
+/// A verdict: with a mark the packet goes on, without one it is gone; with bytes they take the place of its own.
+fn append(out: &mut Vec<u8>, queue: u16, id: u32, mark: Option<u32>, payload: &[u8]) {
     const NF_DROP: u32 = 0;
     const NF_ACCEPT: u32 = 1;
     let start = out.len();
     begin(out, MSG_VERDICT, NLM_F_REQUEST, queue);
-    let (number, mark) = match verdict {
-        Verdict::Drop => (NF_DROP, None),
-        Verdict::Accept { mark } => (NF_ACCEPT, Some(mark)),
-    };
+    let number = if mark.is_some() { NF_ACCEPT } else { NF_DROP };
     let header = (u64::from(number) << 32 | u64::from(id)).to_be_bytes();
     put(out, attribute::VERDICT_HEADER, &header);
     if let Some(mark) = mark {
         put(out, attribute::MARK, &mark.to_be_bytes());
     }
+    if !payload.is_empty() {
+        put(out, attribute::PAYLOAD, payload);
+    }
     finish(out, start);
 }
 
 /// Reads a packet message of the kernel. `None` for other messages.
-fn read(message: &[u8]) -> Option<Queued> {
+fn read(message: &[u8]) -> Option<Queued<'_>> {
     const HEADERS: usize = 20;
     if u16_at(message, 4)? != MSG_PACKET {
         return None;
@@ -304,7 +325,7 @@ fn read(message: &[u8]) -> Option<Queued> {
     let body = message.get(HEADERS..len.min(message.len()))?;
     let (mut id, mut ether_type, mut mark, mut info) = (None, 0, 0, 0);
     let (mut payload, mut length, mut vlan): (&[u8], _, _) = (&[], None, None);
-    let mut destination = None;
+    let (mut destination, mut port, mut interface) = (None, None, 0);
     let mut source = MacAddr([0; 6]);
     for (kind, value) in attributes(body) {
         match kind {
@@ -312,6 +333,8 @@ fn read(message: &[u8]) -> Option<Queued> {
                 id = Some(u32::from_be_bytes(bytes_at(value, 0)?));
                 ether_type = u16::from_be_bytes(bytes_at(value, 4)?);
             }
+            attribute::PORT => port = Some(u32::from_be_bytes(bytes_at(value, 0)?)),
+            attribute::INTERFACE => interface = u32::from_be_bytes(bytes_at(value, 0)?),
             attribute::MARK => mark = u32::from_be_bytes(bytes_at(value, 0)?),
             attribute::HARDWARE_ADDRESS => source = MacAddr(bytes_at(value, 4)?),
             attribute::PAYLOAD => payload = value,
@@ -336,7 +359,8 @@ fn read(message: &[u8]) -> Option<Queued> {
     };
     let length = length.unwrap_or(payload.len());
     let packet = Packet::from_payload(link, payload, length, info & attribute::SKB_GSO != 0);
-    Some(Queued { id: id?, mark, packet, has_link: destination.is_some(), length })
+    let (has_link, interface) = (destination.is_some(), port.unwrap_or(interface));
+    Some(Queued { id: id?, mark, packet, has_link, length, payload, interface })
 }
 
 #[cfg(test)]
@@ -371,12 +395,14 @@ mod tests {
 
     #[test]
     fn both_ways_in_are_read() {
-        let queued = read(&packet_message(&udp(), None)).unwrap();
+        let message = packet_message(&udp(), None);
+        let queued = read(&message).unwrap();
         assert_eq!((queued.id, queued.mark, queued.has_link), (9, 0x1234_5678, false));
         assert_eq!(queued.packet.link.source, MacAddr([4; 6]));
         assert!(queued.packet.ip.unwrap().ports.is_some());
         let header = [2, 2, 2, 2, 2, 2, 6, 6, 6, 6, 6, 6, 8, 0];
-        let queued = read(&packet_message(&udp(), Some(&header))).unwrap();
+        let message = packet_message(&udp(), Some(&header));
+        let queued = read(&message).unwrap();
         assert!(queued.has_link);
         assert_eq!(
             (queued.packet.link.destination, queued.packet.link.source),
@@ -388,8 +414,8 @@ mod tests {
     #[test]
     fn a_verdict_is_laid_out_as_the_kernel_reads_it() {
         let mut out = Vec::new();
-        append(&mut out, 3, 9, Verdict::Accept { mark: 0x3000_0100 });
-        append(&mut out, 3, 10, Verdict::Drop);
+        append(&mut out, 3, 9, Some(0x3000_0100), &[]);
+        append(&mut out, 3, 10, None, &[]);
         let first = u32::from_ne_bytes(bytes_at(&out, 0).unwrap()) as usize;
         assert_eq!((first, out.len()), (40, 40 + 32));
         assert_eq!(out[16..20], [0, 0, 0, 3]);

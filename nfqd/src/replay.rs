@@ -1,12 +1,12 @@
 //! Runs a capture through the engine, without root or kernel: the third oracle beside the fast path and the daemon.
 
-use crate::engine::{Judged, Judgement, Reason, Snapshot, judge};
-use crate::flows::{Flows, Seconds};
+use crate::bounded::Seconds;
+use crate::engine::{DropReason, Judged, Judgement, Memory, Reason, Snapshot, To, judge};
+use crate::held::Held;
 use nfqd_rules::Policy;
-use nfqd_rules::nft::delta::Desired;
-use nfqd_rules::packet::Packet;
-use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
-use nfqd_rules::slots::Slots;
+use nfqd_rules::packet::{Packet, l3_offset};
+use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
+use nfqd_rules::slots::Seen;
 use nfqd_shmctl::MacAddr;
 use pcap_file::pcap::{PcapHeader, PcapPacket, PcapReader, PcapWriter};
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
@@ -14,6 +14,7 @@ use pcap_file::pcapng::{Block, PcapNgReader};
 use pcap_file::{DataLink, PcapError, TsResolution};
 use serde::Serialize;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
@@ -81,38 +82,56 @@ pub enum ReplayError {
     },
 }
 
+/// What became of a packet: what is said about it, and the frame as it leaves; `None` when it does not.
+pub type Outcome = (Line, Option<Vec<u8>>);
+
 /// Judges frames one after the other.
 pub struct Replay {
     snapshot: Snapshot,
-    flows: Flows,
+    memory: Memory,
     packets: u64,
+    held: Held<(Line, Vec<u8>)>,
 }
 
 impl Replay {
-    /// A replay under a policy. A backend whose MAC no command gave is taken as reachable.
+    /// A replay under a policy. A backend whose MAC no command gave is taken as reachable, and all as alive.
     pub fn new(policy: &Policy) -> Replay {
-        let mut replay = Replay { snapshot: Snapshot::default(), flows: Flows::new(1 << 20), packets: 0 };
+        let mut replay = Replay {
+            snapshot: Snapshot::default(),
+            memory: Memory::new(1 << 20),
+            packets: 0,
+            held: Held::default(),
+        };
         replay.set_policy(policy);
         replay
     }
 
-    /// Goes on under another policy; flows that were seen are remembered.
+    /// Goes on under another policy; flows that were seen are remembered, as far as their services stay as they are.
     pub fn set_policy(&mut self, policy: &Policy) {
-        let mut slots = Slots::default();
-        slots.follow(policy, |_| None, Instant::now());
-        self.snapshot = Snapshot::new(Desired { policy: policy.clone(), slots });
-        self.snapshot.redirect_unresolved = true;
+        let mut desired = self.snapshot.desired().clone();
+        desired.policy = policy.clone();
+        // Offline there is nobody to ask for a MAC, and none is needed; the pools want one.
+        let mac = Some(UNKNOWN);
+        desired.slots.follow(policy, |_, _, _| Seen { mac, alive: true }, Instant::now());
+        let mut pools = self.snapshot.pools().clone();
+        for mac in desired.changed(self.snapshot.desired()) {
+            pools.update(mac, policy.get(mac), &desired.slots);
+        }
+        self.snapshot = Snapshot::new(desired, pools);
     }
 
-    /// Judges a frame and rewrites it as it would leave; `None` when it would not.
-    pub fn frame(&mut self, frame: &[u8], now: Seconds) -> (Line, Option<Vec<u8>>) {
+    /// Judges a frame and rewrites it as it would leave. What becomes of it comes back, unless it waits, and then of those
+    /// that waited for it. Those that have waited too long come first.
+    pub fn frame(&mut self, frame: &[u8], now: Seconds) -> Vec<Outcome> {
         self.cut_frame(frame, frame.len(), now)
     }
 
     /// The same for a frame of which the capture has only the beginning.
-    pub fn cut_frame(&mut self, frame: &[u8], length: usize, now: Seconds) -> (Line, Option<Vec<u8>>) {
+    pub fn cut_frame(&mut self, frame: &[u8], length: usize, now: Seconds) -> Vec<Outcome> {
         self.packets += 1;
-        let mut line = Line {
+        let mut out: Vec<Outcome> =
+            self.held.over(now).into_iter().map(|(line, _)| (given_up(line), None)).collect();
+        let line = Line {
             packet: self.packets,
             verdict: "accept",
             reason: "no Ethernet header".to_string(),
@@ -121,53 +140,113 @@ impl Replay {
             to: None,
             from: None,
         };
+        let Some(packet) = Packet::from_cut_frame(frame, length) else {
+            out.push((line, Some(frame.to_vec())));
+            return out;
+        };
+        match self.judge(line.clone(), &packet, frame, now) {
+            Some(outcome) => out.push(outcome),
+            None => {
+                let given_up_now = self.held.push(&packet, (line, frame.to_vec()), now);
+                out.extend(given_up_now.map(|(line, _)| (given_up(line), None)));
+            }
+        }
+        for (piece, (line, frame)) in self.held.released_by(&packet) {
+            out.extend(self.judge(line, &piece, &frame, now));
+        }
+        out
+    }
+
+    /// What has become of those that still wait when the capture ends.
+    pub fn finish(&mut self) -> Vec<Outcome> {
+        self.held.all().into_iter().map(|(line, _)| (given_up(line), None)).collect()
+    }
+
+    /// Judges a packet; none for one that is to wait.
+    fn judge(&self, mut line: Line, packet: &Packet, frame: &[u8], now: Seconds) -> Option<Outcome> {
         let mut out = frame.to_vec();
-        let Some(packet) = Packet::from_cut_frame(frame, length) else { return (line, Some(out)) };
         let destination = packet.link.destination;
         let registered = self.snapshot.policy().get(destination).is_some();
         line.middlebox = registered.then(|| destination.to_string());
-        let Judged { judgement, rule } = judge(&self.snapshot, &self.flows, &packet, now);
+        let Judged { judgement, rule } = judge(&self.snapshot, &self.memory, packet, now);
         match judgement {
             Judgement::Accept(reason) => {
                 line.reason = match reason {
                     Reason::NotOurs => "not for a middlebox",
                     Reason::NoMatch => "no deny rule and no service takes it",
                     Reason::BackendUnresolved => "the backend's MAC is unknown",
+                    Reason::NoBackend => "no backend can take it, so the middlebox does",
                 }
                 .to_string();
             }
             Judgement::Direct => line.reason = "a backend's own traffic".to_string(),
-            Judgement::Drop => {
+            Judgement::Pass => line.reason = "a connection of the middlebox itself".to_string(),
+            Judgement::Hold => return None,
+            Judgement::Drop(why) | Judgement::Reject(why) => {
                 line.verdict = "drop";
-                line.reason = match rule {
-                    Some(rule) => format!("deny rule {} matches", rule.number),
-                    None => "no allow rule matches".to_string(),
+                line.reason = match (why, rule) {
+                    (DropReason::Filtered, Some(rule)) => format!("deny rule {} matches", rule.number),
+                    (DropReason::Filtered, None) => "no allow rule matches".to_string(),
+                    (DropReason::BackendUnresolved, _) => "the backends' MACs are unknown".to_string(),
+                    (DropReason::NoBackend, _) => "no backend can take it; refused".to_string(),
+                    (DropReason::BackendGone, _) => "its backend is gone; ended".to_string(),
+                    (DropReason::Piece, _) => "a piece of a datagram that was dropped".to_string(),
                 };
-                line.rule = rule.map(|rule| rule.number.get());
-                return (line, None);
+                line.rule = rule.filter(|_| why == DropReason::Filtered).map(|rule| rule.number.get());
+                return Some((line, None));
             }
-            Judgement::Redirect { slot, .. } => {
-                let mac = self.snapshot.mac(&slot);
-                if let Some(mac) = mac {
-                    set_destination_mac(&mut out, mac);
+            Judgement::Redirect(to) => self.redirect(&mut line, &mut out, packet, &to),
+            Judgement::Reply(from) => reply(&mut line, &mut out, packet, &from),
+            Judgement::Error { quote, to, from } => {
+                let l3 = l3_offset(&out);
+                let payload = out.get_mut(l3..).unwrap_or_default();
+                let translated = packet
+                    .ip
+                    .is_some_and(|ip| translate_quoted(payload, &ip, quote.side, quote.ip, quote.port));
+                match (to, from) {
+                    (Some(to), _) if translated => self.redirect(&mut line, &mut out, packet, &to),
+                    (_, Some(from)) if translated => reply(&mut line, &mut out, packet, &from),
+                    _ => line.reason = "an error about a flow, from somebody on the way".to_string(),
                 }
-                set_address(&mut out, &packet, Side::Destination, slot.backend);
-                line.verdict = "redirect";
-                line.reason = format!("service {}", slot.vip);
-                let mac = mac.map(|mac: MacAddr| mac.to_string());
-                line.to = Some(Target { mac, ip: slot.backend.to_string(), port: None });
-            }
-            Judgement::Reply { slot, .. } => {
-                set_address(&mut out, &packet, Side::Source, slot.vip);
-                line.reason = format!("reply of service {}", slot.vip);
-                line.from = Some(slot.vip.to_string());
             }
         }
         if let Some(rule) = rule {
             line.reason = format!("allow rule {} matches; {}", rule.number, line.reason);
         }
-        (line, Some(out))
+        Some((line, Some(out)))
     }
+
+    fn redirect(&self, line: &mut Line, out: &mut [u8], packet: &Packet, to: &To) {
+        let mac = self.snapshot.mac(&to.key).filter(|mac| *mac != UNKNOWN);
+        if let Some(mac) = mac {
+            set_destination_mac(out, mac);
+        }
+        let port = to.key.ports().map(|(_, backends)| backends).filter(|_| to.port);
+        let dsr = self.snapshot.is_dsr(&to.key);
+        if !dsr {
+            translate(out, packet, Side::Destination, to.key.backend.ip, port);
+        }
+        line.verdict = "redirect";
+        line.reason = format!("service {}", to.key.vip);
+        let mac = mac.map(|mac: MacAddr| mac.to_string());
+        line.to = Some(Target { mac, ip: to.key.backend.ip.to_string(), port });
+    }
+}
+
+/// Stands for a MAC that no command has given.
+const UNKNOWN: MacAddr = MacAddr([0; 6]);
+
+fn reply(line: &mut Line, out: &mut [u8], packet: &Packet, from: &To) {
+    let port = from.key.ports().map(|(own, _)| own).filter(|_| from.port);
+    translate(out, packet, Side::Source, from.key.vip.ip, port);
+    line.reason = format!("reply of service {}", from.key.vip);
+    line.from = Some(from.key.vip.ip.to_string());
+}
+
+fn given_up(mut line: Line) -> Line {
+    line.verdict = "drop";
+    line.reason = "a later piece of a datagram whose first piece did not come".to_string();
+    line
 }
 
 /// A frame of a capture.
@@ -289,19 +368,33 @@ pub fn replay(
             Some((path, PcapWriter::with_header(file, header).map_err(pcap(path))?))
         }
     };
+    // Lines come in the packets' order; some packets wait for others.
+    let mut pending: BTreeMap<u64, Line> = BTreeMap::new();
+    let mut next = 1;
+    let mut take = |outcomes: Vec<Outcome>, time: Duration, length: usize| -> Result<(), ReplayError> {
+        for (line, leaves) in outcomes {
+            if let (Some((path, writer)), Some(frame)) = (&mut writer, leaves) {
+                let length = length.max(frame.len()) as u32;
+                let packet = PcapPacket::new(time, length, &frame);
+                writer.write_packet(&packet).map_err(pcap(path))?;
+            }
+            pending.insert(line.packet, line);
+        }
+        while let Some(line) = pending.remove(&next) {
+            next += 1;
+            let text = if json { serde_json::to_string(&line).unwrap_or_default() } else { line.text() };
+            writeln!(out, "{text}").map_err(io(Path::new("standard output")))?;
+        }
+        Ok(())
+    };
     let mut start = None;
     read_capture(capture, |captured| {
         let start = *start.get_or_insert(captured.time);
         let now = captured.time.saturating_sub(start).as_secs().min(u64::from(Seconds::MAX)) as Seconds;
-        let (line, leaves) = replay.cut_frame(captured.frame, captured.length, now);
-        let text = if json { serde_json::to_string(&line).unwrap_or_default() } else { line.text() };
-        writeln!(out, "{text}").map_err(io(Path::new("standard output")))?;
-        if let (Some((path, writer)), Some(frame)) = (&mut writer, leaves) {
-            let packet = PcapPacket::new(captured.time, captured.length as u32, &frame);
-            writer.write_packet(&packet).map_err(pcap(path))?;
-        }
-        Ok(())
+        let outcomes = replay.cut_frame(captured.frame, captured.length, now);
+        take(outcomes, captured.time, captured.length)
     })?;
+    take(replay.finish(), Duration::ZERO, 0)?;
     if let Some((path, writer)) = writer {
         writer.into_writer().flush().map_err(io(path))?;
     }
@@ -317,8 +410,10 @@ impl Line {
     /// The line for people.
     pub fn text(&self) -> String {
         let to = match &self.to {
-            Some(Target { mac, ip, .. }) => {
-                Cow::Owned(format!(" to {ip} at {}", mac.as_deref().unwrap_or("a MAC not known here")))
+            Some(Target { mac, ip, port }) => {
+                let port = port.map(|port| format!(" port {port}")).unwrap_or_default();
+                let mac = mac.as_deref().unwrap_or("a MAC not known here");
+                Cow::Owned(format!(" to {ip}{port} at {mac}"))
             }
             None => Cow::Borrowed(""),
         };
@@ -441,7 +536,7 @@ mod tests {
         assert!(error.to_string().contains("is the capture itself"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), before);
         let frame = &frames()[0];
-        let (line, _) = Replay::new(&policy()).cut_frame(&frame[..40], frame.len(), 0);
+        let (line, _) = Replay::new(&policy()).cut_frame(&frame[..40], frame.len(), 0).remove(0);
         assert_eq!((line.verdict, line.rule), ("drop", Some(4)));
     }
 

@@ -1,6 +1,7 @@
 //! What `nfqd status` shows: asked over a Unix socket, as JSON.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -28,7 +29,7 @@ pub struct Status {
     /// The shared memory regions.
     pub channels: Vec<ChannelStatus>,
     /// Flows that the engine remembers.
-    pub flows: usize,
+    pub flows: FlowsStatus,
     /// Times that our tables were found changed by somebody else, and repaired.
     pub repairs: u64,
     /// Why our tables are not as they should be at the moment.
@@ -37,6 +38,21 @@ pub struct Status {
     pub state: String,
     /// Why registrations are not kept at the moment.
     pub state_error: Option<String>,
+}
+
+/// The flow table.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FlowsStatus {
+    /// Flows in it.
+    pub count: usize,
+    /// Flows that it has room for.
+    pub capacity: usize,
+    /// Flows that were given up for others because it was full.
+    pub given_up: u64,
+    /// Of these, established ones.
+    pub given_up_established: u64,
+    /// Packets whose flows the kernel could not remember, by the maps that were full; their flows go through the engine.
+    pub not_cached: BTreeMap<String, u64>,
 }
 
 /// One queue.
@@ -48,8 +64,10 @@ pub struct QueueStatus {
     pub alive: bool,
     /// Packets taken.
     pub packets: u64,
-    /// Packets dropped by filters.
+    /// Packets dropped, by filters or for want of a backend.
     pub dropped: u64,
+    /// Of the latter, packets whose senders were told so.
+    pub refused: u64,
     /// Packets sent to a backend.
     pub redirected: u64,
     /// Packets translated on the way back.
@@ -73,8 +91,8 @@ pub struct MiddleboxStatus {
     pub commands: Vec<String>,
     /// Its rules in the order they are looked at, and its default when that denies.
     pub rules: Vec<RuleStatus>,
-    /// Its backends.
-    pub backends: Vec<BackendStatus>,
+    /// Its services.
+    pub services: Vec<ServiceStatus>,
 }
 
 /// One rule.
@@ -91,15 +109,67 @@ pub struct RuleStatus {
     pub one_by_one: Option<String>,
 }
 
+/// One service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// What clients use: an address, or one port of it.
+    pub vip: String,
+    /// How it chooses, as in commands.
+    pub method: String,
+    /// Its backends.
+    pub backends: Vec<BackendStatus>,
+}
+
 /// One backend of a service.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct BackendStatus {
-    /// The address that clients use.
-    pub service: String,
-    /// The backend's address.
-    pub ip: String,
-    /// Its MAC; without one, packets are not redirected.
+    /// Its address, and its port if the service has one.
+    pub backend: String,
+    /// Its MAC, once it is known.
     pub mac: Option<String>,
+    /// Whether it gets flows.
+    pub state: BackendState,
+    /// Its share of new flows beside the others'.
+    pub weight: u16,
+    /// Live flows.
+    pub flows: u32,
+    /// Packets to it.
+    pub packets: u64,
+    /// Bytes to it, from the IP header on.
+    pub bytes: u64,
+    /// Packets from it, as answers.
+    pub reply_packets: u64,
+    /// Bytes of these.
+    pub reply_bytes: u64,
+    /// Why the host cannot check whether it is alive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unchecked: Option<String>,
+}
+
+/// Whether a backend gets flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendState {
+    /// It does.
+    Up,
+    /// It keeps those it has.
+    Draining,
+    /// Checks say that it is dead.
+    Dead,
+    /// Its MAC is not known.
+    Unresolved,
+}
+
+impl BackendState {
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendState::Up => "up",
+            BackendState::Draining => "draining",
+            BackendState::Dead => "dead",
+            BackendState::Unresolved => "unresolved",
+        }
+    }
 }
 
 /// One shared memory region.
@@ -121,15 +191,17 @@ impl Status {
         let _ = writeln!(
             out,
             "nfqd {} (pid {}): steer {}, fast path {}, fail {}, {} flows",
-            self.version, self.pid, self.steer, self.fast_path, self.fail, self.flows
+            self.version, self.pid, self.steer, self.fast_path, self.fail, self.flows.count
         );
+        self.flows.warn(&mut out);
         for queue in &self.queues {
             let _ = writeln!(
                 out,
-                "queue {}: {} packets, {} dropped, {} redirected, {} replies, {} overruns{}",
+                "queue {}: {} packets, {} dropped ({} refused), {} redirected, {} replies, {} overruns{}",
                 queue.queue,
                 queue.packets,
                 queue.dropped,
+                queue.refused,
                 queue.redirected,
                 queue.replies,
                 queue.overruns,
@@ -160,15 +232,10 @@ impl Status {
                     .unwrap_or_default();
                 let _ = writeln!(out, "    rule {rule} has {did} {packets} packets, {bytes} bytes{why}");
             }
-            for backend in &middlebox.backends {
-                let mac = match &backend.mac {
-                    Some(mac) => format!("at {mac}"),
-                    None => {
-                        "MAC UNKNOWN: not redirected until it answers on a bridge, or the command has ip@mac"
-                            .to_string()
-                    }
-                };
-                let _ = writeln!(out, "    backend {} of {} {mac}", backend.ip, backend.service);
+            for service in &middlebox.services {
+                for backend in &service.backends {
+                    let _ = writeln!(out, "    {}", backend.text(&service.vip));
+                }
             }
         }
         if self.repairs != 0 {
@@ -185,6 +252,50 @@ impl Status {
             self.state_error.as_ref().map(|error| format!(" - NOT SAVED: {error}")).unwrap_or_default();
         let _ = writeln!(out, "registrations in {}{error}", self.state);
         out
+    }
+}
+
+impl FlowsStatus {
+    fn warn(&self, out: &mut String) {
+        if self.given_up != 0 {
+            let _ = writeln!(
+                out,
+                "FLOW TABLE FULL: {} of {} flows; {} were given up for others, {} of them established",
+                self.count, self.capacity, self.given_up, self.given_up_established
+            );
+        }
+        for (map, packets) in &self.not_cached {
+            let _ = writeln!(
+                out,
+                "KERNEL MAP FULL: {packets} packets found no room in one of {map}; their flows go through the engine"
+            );
+        }
+    }
+}
+
+impl BackendStatus {
+    fn text(&self, vip: &str) -> String {
+        let mac = self.mac.as_ref().map(|mac| format!(" at {mac}")).unwrap_or_default();
+        let state = match self.state {
+            BackendState::Up => "up",
+            BackendState::Draining => "DRAINING: gets no new flows",
+            BackendState::Dead => "DEAD: does not answer checks",
+            BackendState::Unresolved => {
+                "MAC UNKNOWN: not redirected until it answers on a bridge, or the command has ip@mac"
+            }
+        };
+        let unchecked =
+            self.unchecked.as_ref().map(|why| format!(" - NOT CHECKED: {why}")).unwrap_or_default();
+        format!(
+            "{vip} -> {}{mac} {state}, weight {}, {} flows, {} packets {} bytes there, {} packets {} bytes back{unchecked}",
+            self.backend,
+            self.weight,
+            self.flows,
+            self.packets,
+            self.bytes,
+            self.reply_packets,
+            self.reply_bytes
+        )
     }
 }
 

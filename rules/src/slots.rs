@@ -286,7 +286,7 @@ pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::LONGEST_MEMO
 
 /// How many numbers may rest that were one middlebox'. Guests make and end services as they like; this keeps one from
 /// using up what others need.
-pub const MOST_RESTING: u32 = 4096;
+pub const MOST_RESTING: u32 = 16_384;
 
 impl Slots {
     /// Takes over the slots that a table in the kernel still carries.

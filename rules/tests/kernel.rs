@@ -8,11 +8,11 @@ use nfqd_rules::nft::delta::{Desired, Standing};
 use nfqd_rules::nft::kernel::{Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
-use nfqd_rules::slots::Slots;
-use nfqd_shmctl::MacAddr;
+use nfqd_rules::service::Service;
+use nfqd_rules::slots::{Seen, Slots};
+use nfqd_shmctl::{BackendName, MacAddr, Vip};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::process::Command;
 use std::time::Instant;
 
@@ -49,7 +49,7 @@ fn policy(lines: &[&str]) -> Policy {
 
 fn ruleset(policy: &Policy, options: &Options) -> Ruleset {
     let mut slots = Slots::default();
-    slots.follow(policy, |_| None, Instant::now());
+    slots.follow(policy, |_, _, _| Seen::NOTHING, Instant::now());
     build(policy, &slots, options)
 }
 
@@ -130,6 +130,10 @@ const RICH: &[&str] = &[
     "R L 2:0:0:0:0:2 10.0.0.4 1 10.0.0.7 10.0.0.5@2:0:0:0:0:5",
     "R L 2:0:0:0:0:2 2001:db8::2 0 2001:db8::3@2:0:0:0:0:3",
     "R L 2:0:0:0:0:1 10.0.0.11 0 10.0.0.12",
+    "R L 2:0:0:0:0:4 10.0.0.4:80 rr 10.0.0.40:8080@2:0:0:0:0:40*2 10.0.0.41@2:0:0:0:0:41",
+    "R L 2:0:0:0:0:4 [2001:db8::4]:53/udp hash [2001:db8::40]:5353@2:0:0:0:0:40",
+    "R L 2:0:0:0:0:4 10.0.0.4 least 10.0.0.42@2:0:0:0:0:42 dsr",
+    "R L 2:0:0:0:0:4 10.0.0.4:81/tcp 0 10.0.0.40:82@2:0:0:0:0:40",
 ];
 
 /// The lines of a listing in one spelling: without counts, without what nft leaves out because a later field implies
@@ -229,7 +233,8 @@ fn follow(
     for (step, policy) in policies.enumerate() {
         let mut new = Desired { policy, slots: state.slots.clone() };
         // A backend whose MAC no command says is found in every other step.
-        let found = |_: IpAddr| (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
+        let mac = (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
+        let found = |_: &Vip, _: &Service, _: &BackendName| Seen { mac, alive: true };
         new.slots.follow(&new.policy, found, Instant::now());
         let change = standing.change(&state, &new);
         kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
@@ -300,15 +305,15 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         // Something else had the first numbers.
         slots.follow(
             &self::policy(&["R L 2:0:0:0:0:9 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3"]),
-            |_| None,
+            |_, _, _| Seen::NOTHING,
             Instant::now(),
         );
-        slots.follow(&policy, |_| None, Instant::now());
+        slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
         let heritage = Kernel::open().unwrap().heritage().unwrap();
-        assert_eq!(heritage.macs.len(), 3, "the MACs of backends");
+        assert_eq!(heritage.macs.len(), 7, "the MACs of backends");
         let mut found = heritage.slots;
-        found.follow(&policy, |_| None, Instant::now());
+        found.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if steer == Steer::BrNetfilter {

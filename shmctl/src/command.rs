@@ -2,7 +2,7 @@
 //!
 //! A value of [`Command`] is well formed, but may still be refused by the policy it is applied to.
 
-use crate::balance::{Balance, Edit, Vip};
+use crate::balance::{Balance, Destination, Edit, Method, Vip};
 use crate::field::{Class, Field, Value};
 use crate::value::{MacAddr, decimal};
 use std::fmt;
@@ -200,6 +200,22 @@ impl Command {
             | Command::DeleteRule { mac, .. }
             | Command::Unregister { mac, .. } => Some(mac),
         }
+    }
+}
+
+impl Command {
+    /// The backends that the command brings, each with the index of its word (0 is the command letter).
+    pub fn destinations(&self) -> impl Iterator<Item = (usize, &Destination)> {
+        let (first, all): (usize, &[Destination]) = match self {
+            Command::RegisterBalance { balance: Balance { method, destinations, .. }, .. } => {
+                (if matches!(method, Method::Source(_)) { 6 } else { 5 }, destinations)
+            }
+            Command::EditBackends { vip, edit: Edit::Add(destinations), .. } => {
+                (if vip.is_some() { 4 } else { 3 }, destinations)
+            }
+            _ => (0, &[]),
+        };
+        all.iter().enumerate().map(move |(at, to)| (first + at, to))
     }
 }
 

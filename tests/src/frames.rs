@@ -66,15 +66,87 @@ fn checksum(header: &[u8]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-fn ipv4() -> impl Strategy<Value = (u16, Vec<u8>)> {
+/// A packet of a conversation with a balanced address, there or back, or an ICMP error about one: few enough of them that
+/// they meet. Checksums are right, as the other random ones are not.
+fn conversation() -> impl Strategy<Value = ([u8; 6], [u8; 6], u16, Vec<u8>)> {
+    let flags = select(vec![2_u8, 2, 0x12, 0x10, 0x10, 0x18, 0x11, 4]);
+    let ends = (select(vec![4_u8, 1, 3]), select(vec![2_u8, 9]), select(vec![3_u8, 4]));
+    let ports = (select(vec![1000_u16, 81]), select(vec![80_u16, 81, 53]));
+    // There, back, an error from the client's side, one from the backend's, one from a router before the backend.
+    let what = (0..9_u8, any::<bool>(), any::<bool>(), any::<bool>());
+    (ends, ports, flags, what, 0..40_usize).prop_map(
+        |((client, vip, backend), (cport, port), flags, (what, v6, udp, first), more)| {
+            let vip = if v6 { 2 } else { vip };
+            let transport = |source: u16, destination: u16| -> Vec<u8> {
+                let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
+                if udp {
+                    let len = (8 + more as u16).to_be_bytes();
+                    [ports, len.to_vec(), vec![0x12, 0x34], vec![9; more]].concat()
+                } else {
+                    [ports, vec![0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 1, 0, 0x12, 0x34, 0, 0], vec![7; more]]
+                        .concat()
+                }
+            };
+            let ip = |source: u8, destination: u8, protocol: u8, body: &[u8]| -> Vec<u8> {
+                let mut out;
+                if v6 {
+                    let address = |last: u8| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
+                    out = vec![0x60, 0, 0, 0];
+                    out.extend((body.len() as u16).to_be_bytes());
+                    out.extend([protocol, 64]);
+                    out.extend(address(source));
+                    out.extend(address(destination));
+                } else {
+                    out = vec![0x45, 0];
+                    out.extend((20 + body.len() as u16).to_be_bytes());
+                    out.extend([0, 7, 0x40, 0, 64, protocol, 0, 0]);
+                    out.extend([10, 0, 0, source, 10, 0, 0, destination]);
+                    let sum = checksum(&out);
+                    out[10..12].copy_from_slice(&sum);
+                }
+                out.extend(body);
+                out
+            };
+            let protocol = if udp { 17 } else { 6 };
+            let error = |quoted: Vec<u8>| -> Vec<u8> {
+                let head = if v6 { [2, 0, 0x55, 0xaa] } else { [3, 4, 0x55, 0xaa] };
+                [&head[..], &[0, 0, 5, 0], quoted.get(..28 + more).unwrap_or(&quoted)].concat()
+            };
+            let icmp = if v6 { 58 } else { 1 };
+            let there = || ip(client, vip, protocol, &transport(cport, port));
+            let back = |from: u8| ip(from, client, protocol, &transport(port, cport));
+            let host = |last: u8| [2, 0, 0, 0, 0, last];
+            let (middlebox, at) = (host(if first { 1 } else { 2 }), host(0xb0 + backend - 2));
+            let ether_type = if v6 { 0x86dd } else { 0x0800 };
+            let (to, from, payload) = match what {
+                0..=3 => (middlebox, host(0x0c), there()),
+                4..=5 => (host(0x0c), at, back(backend)),
+                6 => (middlebox, host(0x0c), ip(client, vip, icmp, &error(back(vip)))),
+                7 => (
+                    host(0x0c),
+                    at,
+                    ip(backend, client, icmp, &error(ip(client, backend, protocol, &transport(cport, port)))),
+                ),
+                _ => (
+                    host(0x0c),
+                    at,
+                    ip(1, client, icmp, &error(ip(client, backend, protocol, &transport(cport, port)))),
+                ),
+            };
+            (to, from, ether_type, payload)
+        },
+    )
+}
+
+fn ipv4(base: u16) -> impl Strategy<Value = (u16, Vec<u8>)> {
     let fragment =
         prop_oneof![8 => Just(0x4000_u16), 1 => Just(0x2000), 1 => Just(0x2001), 1 => Just(0x0003)];
     let options = prop_oneof![9 => Just(0_usize), 1 => 1..4_usize];
     (ip4(), ip4(), select(vec![0_u8, 16, 17]), fragment, options, transport(), 1..4_u16).prop_map(
-        |(source, destination, tos, fragment, options, (protocol, body), id)| {
+        move |(source, destination, tos, fragment, options, (protocol, body), id)| {
             let mut header = vec![0x45 + options as u8, tos];
             header.extend(((20 + options * 4 + body.len()) as u16).to_be_bytes());
-            header.extend(id.to_be_bytes());
+            header.extend((base.wrapping_mul(4) + id).to_be_bytes());
             header.extend(fragment.to_be_bytes());
             header.extend([64, protocol, 0, 0]);
             header.extend(source);
@@ -90,7 +162,7 @@ fn ipv4() -> impl Strategy<Value = (u16, Vec<u8>)> {
 
 /// Extension headers that hold together: hop-by-hop, destination options, routing, fragment, in any order but that
 /// hop-by-hop is first.
-fn extensions() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
+fn extensions(base: u16) -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
     let padding = |len: u8| {
         let mut out = vec![0, len, 1, 4 + len * 8];
         out.resize(8 + usize::from(len) * 8, 0);
@@ -100,8 +172,9 @@ fn extensions() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
         2 => (0..3_u8).prop_map(move |len| (60_u8, padding(len))),
         1 => Just((43, vec![0, 0, 0, 0, 0, 0, 0, 0])),
         1 => Just((51, vec![0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1])),
-        2 => (select(vec![0_u16, 1, 8, 17]), 1..4_u8).prop_map(|(offset, id)| {
-            (44, [vec![0, 0], offset.to_be_bytes().to_vec(), vec![0, 0, 0, id]].concat())
+        2 => (select(vec![0_u16, 1, 8, 17]), 1..4_u8).prop_map(move |(offset, id)| {
+            let [a, b] = base.to_be_bytes();
+            (44, [vec![0, 0], offset.to_be_bytes().to_vec(), vec![0, a, b, id]].concat())
         }),
     ];
     let hop = (0..2_u8).prop_map(move |len| (0_u8, padding(len)));
@@ -109,8 +182,8 @@ fn extensions() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
         .prop_map(|(hop, rest)| hop.into_iter().chain(rest).collect())
 }
 
-fn ipv6() -> impl Strategy<Value = (u16, Vec<u8>)> {
-    let extensions = prop_oneof![6 => Just(Vec::new()), 4 => extensions()];
+fn ipv6(base: u16) -> impl Strategy<Value = (u16, Vec<u8>)> {
+    let extensions = prop_oneof![6 => Just(Vec::new()), 4 => extensions(base)];
     (ip6(), ip6(), select(vec![0_u8, 16, 17]), extensions, transport()).prop_map(
         |(source, destination, class, extensions, (protocol, body))| {
             let following = |index: usize| extensions.get(index).map_or(protocol, |(kind, _)| *kind);
@@ -161,8 +234,9 @@ fn damage() -> impl Strategy<Value = Option<(bool, usize, u8)>> {
 
 /// A frame: Ethernet, VLAN, ARP, IPv4, IPv6, TCP, UDP, ICMP, fragments, cut and broken ones. At least 24 bytes, so that
 /// the kernel does not throw it away for want of a VLAN tag.
-pub fn frame() -> impl Strategy<Value = Vec<u8>> {
-    let payload = prop_oneof![6 => ipv4(), 5 => ipv6(), 1 => other()];
+/// Pieces of datagrams have identifications near `base`.
+fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
+    let payload = prop_oneof![6 => ipv4(base), 5 => ipv6(base), 1 => other()];
     (mac(), source_mac(), tags(), payload, damage(), any::<bool>()).prop_map(
         |(destination, source, tags, (ether_type, payload), damage, pad)| {
             let mut out = [destination, source].concat();
@@ -184,6 +258,23 @@ pub fn frame() -> impl Strategy<Value = Vec<u8>> {
             out
         },
     )
+}
+
+/// Frames that go one after the other: any at all, and those of conversations. Pieces of datagrams wait for each other, so
+/// those of one case are no others'.
+pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Value = Vec<Vec<u8>>> {
+    let talk = || {
+        conversation().prop_map(|(to, from, ether_type, payload)| {
+            let mut out = [to, from].concat();
+            out.extend(ether_type.to_be_bytes());
+            out.extend(payload);
+            out.resize(out.len().max(60), 0);
+            out
+        })
+    };
+    (any::<u16>(), count).prop_flat_map(move |(base, count)| {
+        proptest::collection::vec(prop_oneof![1 => any_frame(base), 1 => talk()], count)
+    })
 }
 
 /// Commands of a policy for the middleboxes of the world; some are refused, which is part of the world.
@@ -256,6 +347,33 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
     let backend = select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
     let backend6 = select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
     let vip4 = select(vec!["10.0.0.2", "10.0.0.9"]);
+    let vips = select(vec![
+        "10.0.0.2",
+        "10.0.0.2:80",
+        "10.0.0.2:80",
+        "10.0.0.9:80",
+        "10.0.0.2:53/udp",
+        "10.0.0.2:80/tcp",
+        "2001:db8::2",
+        "[2001:db8::2]:80",
+    ]);
+    let pools = select(vec![
+        "rr 10.0.0.3@02:00:00:00:00:b1 10.0.0.4@02:00:00:00:00:b2*2",
+        "hash 10.0.0.3:81@02:00:00:00:00:b1 10.0.0.4@02:00:00:00:00:b2",
+        "least 10.0.0.3:81@02:00:00:00:00:b1 10.0.0.4:53@02:00:00:00:00:b2",
+        "rr 10.0.0.3:81@02:00:00:00:00:b1",
+        "0 10.0.0.4:81@02:00:00:00:00:b2",
+    ]);
+    let options =
+        select(vec!["", "", "", " dsr", " affinity", " on-empty=pass", " on-dead=reset", " seed=3"]);
+    let edits = select(vec![
+        "+ 10.0.0.4@02:00:00:00:00:b2",
+        "- 10.0.0.3",
+        "- 10.0.0.3:81",
+        "10.0.0.2:80 = 10.0.0.4 drain",
+        "= 10.0.0.4 drain",
+        "10.0.0.2:80 = 10.0.0.4 up",
+    ]);
     let command = prop_oneof![
         12 => (middlebox(), select(vec!['#', '#', '+']), 1..6_u16, filter)
             .prop_map(|(mac, sign, n, filter)| format!("A {mac} {sign}{n} {filter}")),
@@ -264,6 +382,15 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
             .prop_map(|(mac, vip, (ip, at))| format!("R L {mac} {vip} 0 {ip}@{at}")),
         1 => (middlebox(), vip4, ip(), backend)
             .prop_map(|(mac, vip, from, (ip, at))| format!("R L {mac} {vip} 1 {from} {ip}@{at}")),
+        4 => (middlebox(), vips, pools, options)
+            .prop_map(|(mac, vip, pool, option)| {
+                let (port, v6) = (vip.ends_with(":80") || vip.contains("/"), vip.contains("2001"));
+                let pool = if port { pool.to_string() } else { pool.replace(":81", "").replace(":53", "") };
+                let pool = if v6 { pool.replace("10.0.0.", "2001:db8::") } else { pool };
+                let pool = if v6 && port { bracketed(&pool) } else { pool };
+                format!("R L {mac} {vip} {pool}{option}")
+            }),
+        2 => (middlebox(), edits).prop_map(|(mac, edit)| format!("B {mac} {edit}")),
         1 => (middlebox(), backend6)
             .prop_map(|(mac, (ip, at))| format!("R L {mac} 2001:db8::2 0 {ip}@{at}")),
     ];
@@ -275,4 +402,18 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         };
         MIDDLEBOXES.into_iter().zip([a, b]).map(register).chain(commands).collect()
     })
+}
+
+/// IPv6 addresses that have a port in brackets.
+fn bracketed(pool: &str) -> String {
+    let word = |word: &str| match word.split_once('@') {
+        Some((name, rest)) => {
+            match [":81", ":53"].iter().find_map(|port| Some((name.strip_suffix(port)?, port))) {
+                Some((ip, port)) => format!("[{ip}]{port}@{rest}"),
+                None => word.to_string(),
+            }
+        }
+        None => word.to_string(),
+    };
+    pool.split(' ').map(word).collect::<Vec<_>>().join(" ")
 }

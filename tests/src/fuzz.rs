@@ -2,8 +2,8 @@
 
 use nfqd_rules::Policy;
 use nfqd_rules::decide::decide;
-use nfqd_rules::packet::Packet;
-use nfqd_rules::rewrite::{Side, set_address, set_destination_mac};
+use nfqd_rules::packet::{Packet, l3_offset};
+use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
 use nfqd_shmctl::{Action, Command, MacAddr, split_lines};
 use std::net::IpAddr;
 use std::sync::OnceLock;
@@ -85,9 +85,18 @@ pub fn packet(data: &[u8]) {
     let mut out = frame.to_vec();
     let new = if ip.source.is_ipv4() { IpAddr::from([10, 0, 0, last]) } else { IpAddr::from([0x20; 16]) };
     set_destination_mac(&mut out, MacAddr([2; 6]));
-    if set_address(&mut out, &packet, Side::Destination, new) {
+    if translate(&mut out, &packet, Side::Destination, new, Some(last.into())) {
         assert_eq!(out.len(), frame.len());
         let again = Packet::from_cut_frame(&out, length).and_then(|packet| packet.ip);
         assert_eq!(again.map(|again| again.destination), Some(new));
+        let port = again.and_then(|again| again.ports).map(|ports| ports.destination);
+        assert_eq!(port, ip.ports.map(|_| last.into()));
     }
+    let l3 = l3_offset(frame);
+    if translate_quoted(out.get_mut(l3..).unwrap_or_default(), &ip, Side::Source, new, Some(last.into())) {
+        assert_eq!(out.len(), frame.len());
+        let again = Packet::from_cut_frame(&out, length).and_then(|packet| packet.ip?.quoted);
+        assert_eq!(again.map(|again| again.source), Some(new));
+    }
+    let _ = nfqd::refusal::answer(&packet, frame.get(l3..).unwrap_or_default());
 }

@@ -1,12 +1,12 @@
 //! The engine allocates nothing for a packet, once it has seen the rules and the flow.
 #![allow(clippy::unwrap_used, unsafe_code)]
 
-use nfqd::engine::{Filters, Judgement, Snapshot, judge};
-use nfqd::flows::Flows;
+use nfqd::engine::{Filters, Judgement, Memory, Snapshot, judge};
 use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::packet::Packet;
-use nfqd_rules::slots::Slots;
+use nfqd_rules::pool::Pools;
+use nfqd_rules::slots::{Seen, Slots};
 use nfqd_tests::captures;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -47,22 +47,25 @@ fn a_packet_costs_no_allocation() {
     }
     // A rule that must be looked at whole.
     policy.apply_line("A 02:00:00:00:00:01 #99 M 1 s 2:0:0:0:0:9/ff:0:0:0:0:0f").unwrap();
-    let mut slots = Slots::default();
-    slots.follow(&policy, |_| None, Instant::now());
-    let mut snapshot = Snapshot::new(Desired { policy, slots });
+    let (mut slots, mut pools) = (Slots::default(), Pools::default());
+    slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
+    for (mac, middlebox) in policy.middleboxes() {
+        pools.update(*mac, Some(middlebox), &slots);
+    }
+    let mut snapshot = Snapshot::new(Desired { policy, slots }, pools);
     snapshot.filters = Filters::All;
-    let flows = Flows::new(1 << 12);
+    let memory = Memory::new(1 << 12);
     let frames: Vec<Vec<u8>> = captures::all().into_iter().flat_map(|(_, frames)| frames).collect();
     let mut verdicts = [0; 3];
     let mut judge_all = || {
         for frame in &frames {
             let Some(packet) = Packet::from_frame(frame) else { continue };
-            let judged = judge(&snapshot, &flows, &packet, 0);
-            let _ = judged.judgement.mark(0, &snapshot);
+            let judged = judge(&snapshot, &memory, &packet, 0);
+            let _ = judged.judgement.mark(0);
             verdicts[match judged.judgement {
-                Judgement::Drop => 0,
-                Judgement::Redirect { .. } | Judgement::Reply { .. } => 1,
-                Judgement::Accept(_) | Judgement::Direct => 2,
+                Judgement::Drop(_) | Judgement::Reject(_) | Judgement::Hold => 0,
+                Judgement::Redirect(_) | Judgement::Reply(_) | Judgement::Error { .. } => 1,
+                Judgement::Accept(_) | Judgement::Direct | Judgement::Pass => 2,
             }] += 1;
         }
     };

@@ -35,7 +35,9 @@ impl Scene {
     /// Redirects the middlebox' traffic, and waits until the backend's MAC is found.
     fn redirect(&self) {
         self.daemon.must(STATIC);
-        wait_for("the backend's MAC", || self.daemon.status().middleboxes[0].backends[0].mac.is_some());
+        wait_for("the backend's MAC", || {
+            self.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
     }
 }
 
@@ -380,7 +382,7 @@ fn killed_in_the_middle_of_traffic() {
         assert_eq!(base_chains(), chains, "no base chain was made anew");
         let after = scene.daemon.status();
         let registered = |status: &Status| {
-            status.middleboxes.iter().map(|m| (m.commands.clone(), m.backends.clone())).collect::<Vec<_>>()
+            status.middleboxes.iter().map(|m| (m.commands.clone(), m.services.clone())).collect::<Vec<_>>()
         };
         assert_eq!(registered(&after), registered(&before), "nothing is registered twice or lost");
         assert_eq!(scene.at_vm().as_deref(), Some("backend"));
@@ -469,10 +471,10 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         scene.daemon.restart();
         assert_eq!(index(), before);
         assert_eq!(
-            scene.daemon.status().middleboxes[0].backends[0].mac.as_deref(),
+            scene.daemon.status().middleboxes[0].services[0].backends[0].mac.as_deref(),
             Some("02:00:00:00:00:17")
         );
-        assert!(scene.daemon.status().flows >= 1, "the ways back are known again");
+        assert!(scene.daemon.status().flows.count >= 1, "the ways back are known again");
         scene.daemon.must("R L 02:00:00:00:00:99 10.129.126.99 0 10.129.126.2@02:00:00:00:00:02");
         let after = index();
         assert!(after.contains("0x00000400") && !after.contains("0x00000100"), "{after}");
@@ -486,7 +488,7 @@ fn an_administrator_s_neighbours_are_left_alone() {
         let scene = Scene::new(&[]);
         run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
         scene.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
-        wait_for("its MAC", || scene.daemon.status().middleboxes[0].backends[0].mac.is_some());
+        wait_for("its MAC", || scene.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some());
         assert!(run("ip neigh show 10.129.126.200").contains("PERMANENT"));
     });
 }

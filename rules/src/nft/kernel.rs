@@ -6,7 +6,7 @@ use super::delta::{Change, SLOT_MAPS, Step};
 use super::field::Value;
 use super::filters::mac_of_chain;
 use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
-use super::ruleset::Ruleset;
+use super::ruleset::{FULL, Ruleset};
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
 use crate::packet::Ports;
@@ -91,12 +91,26 @@ pub struct Reply {
     pub protocol: Protocol,
     /// As in packets from the backend.
     pub ports: Ports,
+    /// Its slot's number.
+    pub index: u32,
     /// Its slot.
     pub slot: SlotKey,
 }
 
+/// The maps of flows: what their names end in, and their protocols.
+const FLOW_MAPS: [(&str, Protocol); 8] = [
+    ("tcp4", Protocol::TCP),
+    ("tcp6", Protocol::TCP),
+    ("udp4", Protocol::UDP),
+    ("udp6", Protocol::UDP),
+    ("port_tcp4", Protocol::TCP),
+    ("port_tcp6", Protocol::TCP),
+    ("port_udp4", Protocol::UDP),
+    ("port_udp6", Protocol::UDP),
+];
+
 /// Reads the key of a map of replies: two addresses, two ports of two bytes padded to four.
-fn reply(key: &[u8], protocol: Protocol, slot: SlotKey) -> Option<Reply> {
+fn reply(key: &[u8], protocol: Protocol, index: u32, slot: SlotKey) -> Option<Reply> {
     let address = |bytes: &[u8]| match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
@@ -105,7 +119,7 @@ fn reply(key: &[u8], protocol: Protocol, slot: SlotKey) -> Option<Reply> {
     let (source, destination) = addresses.split_at(addresses.len() / 2);
     let &[a, b, _, _, c, d, _, _] = ports else { return None };
     let ports = Ports { source: u16::from_be_bytes([a, b]), destination: u16::from_be_bytes([c, d]) };
-    Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, slot })
+    Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, index, slot })
 }
 
 /// Packets and bytes, from the IP header on.
@@ -118,9 +132,20 @@ pub struct Counters {
     pub middleboxes: BTreeMap<MacAddr, Count>,
     /// By each rule of a middlebox; by none, for what its default has dropped.
     pub rules: BTreeMap<(MacAddr, Option<RuleId>), Count>,
+    /// To each backend of a service, and from it.
+    pub backends: BTreeMap<SlotKey, (Count, Count)>,
+    /// Packets whose flows could not be remembered, by the maps that were full.
+    pub full: BTreeMap<String, u64>,
 }
 
 impl Counters {
+    /// Adds to what has gone to a backend, and come from it.
+    pub fn add_backend(&mut self, key: SlotKey, to: Count, from: Count) {
+        let sums = self.backends.entry(key).or_default();
+        add(&mut sums.0, to);
+        add(&mut sums.1, from);
+    }
+
     /// Adds to what has gone to a middlebox.
     pub fn add_middlebox(&mut self, mac: MacAddr, counted: Count) {
         add(self.middleboxes.entry(mac).or_default(), counted);
@@ -135,6 +160,10 @@ impl Counters {
     pub fn add(&mut self, other: &Counters) {
         other.middleboxes.iter().for_each(|(mac, counted)| self.add_middlebox(*mac, *counted));
         other.rules.iter().for_each(|((mac, rule), counted)| self.add_rule(*mac, *rule, *counted));
+        other.backends.iter().for_each(|(key, (to, from))| self.add_backend(*key, *to, *from));
+        for (map, packets) in &other.full {
+            *self.full.entry(map.clone()).or_default() += packets;
+        }
     }
 
     /// Adds what an element or a rule has counted that names a rule of the policy in its comment.
@@ -303,17 +332,15 @@ impl Kernel {
             Some((element.comment?.parse().ok()?, mac))
         });
         out.slots.adopt_middleboxes(found, now);
-        for (protocol, name) in [(Protocol::TCP, "tcp"), (Protocol::UDP, "udp")] {
-            for family in ['4', '6'] {
-                for element in self.elements(Family::Bridge, &format!("flows_{name}{family}"))? {
-                    index(&element.data).into_iter().for_each(|index| out.slots.seen(index, now));
-                }
-                for element in self.elements(Family::Bridge, &format!("replies_{name}{family}"))? {
-                    let Some(index) = index(&element.data) else { continue };
-                    out.slots.seen(index, now);
-                    let slot = out.by_index.get(&index).copied();
-                    out.replies.extend(slot.and_then(|slot| reply(&element.key, protocol, slot)));
-                }
+        for (name, protocol) in FLOW_MAPS {
+            for element in self.elements(Family::Bridge, &format!("flows_{name}"))? {
+                index(&element.data).into_iter().for_each(|index| out.slots.seen(index, now));
+            }
+            for element in self.elements(Family::Bridge, &format!("replies_{name}"))? {
+                let Some(index) = index(&element.data) else { continue };
+                out.slots.seen(index, now);
+                let key = out.by_index.get(&index).copied();
+                out.replies.extend(key.and_then(|key| reply(&element.key, protocol, index, key)));
             }
         }
         Ok(out)
@@ -340,6 +367,14 @@ impl Kernel {
                     (Some(mac), Some(counted)) => out.add_commented(mac, element.comment.as_deref(), counted),
                     _ => {}
                 }
+            }
+        }
+        for (name, is_to) in [("backend_mac", true), ("backend_vip4", false), ("backend_vip6", false)] {
+            for element in self.elements(Family::Bridge, name)? {
+                let edition: Option<Edition> = element.comment.as_ref().and_then(|text| text.parse().ok());
+                let Some((edition, counted)) = edition.zip(element.counted) else { continue };
+                let (to, from) = if is_to { (counted, (0, 0)) } else { ((0, 0), counted) };
+                out.add_backend(edition.key(), to, from);
             }
         }
         self.add_chain_counters(None, &mut out)?;
@@ -531,8 +566,12 @@ impl Kernel {
 
     fn add_chain_counters(&mut self, chain: Option<&str>, out: &mut Counters) -> Result<(), KernelError> {
         for rule in self.ask(&Question::Rules(Family::Bridge, chain.map(str::to_string)))?.rules {
-            if let (Some(mac), Some(counted)) = (mac_of_chain(&rule.chain), rule.counted) {
+            let Some(counted) = rule.counted else { continue };
+            let full = rule.comment.as_deref().and_then(|text| text.strip_prefix(FULL));
+            if let Some(mac) = mac_of_chain(&rule.chain) {
                 out.add_commented(mac, rule.comment.as_deref(), counted);
+            } else if let Some(map) = full.filter(|_| counted.0 != 0) {
+                *out.full.entry(map.to_string()).or_default() += counted.0;
             }
         }
         Ok(())

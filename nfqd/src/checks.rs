@@ -1,0 +1,176 @@
+//! TCP checks: connections from the host to backends, closed again at once.
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getsockopt, setsockopt, socket, sockopt,
+};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How often each backend is checked, and how long an answer may take.
+const EVERY: Duration = Duration::from_secs(1);
+/// Connections at a time.
+const AT_A_TIME: usize = 512;
+
+/// What a check has found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The backend has taken the connection.
+    Answered,
+    /// It has refused it, or nobody has answered.
+    Failed,
+    /// The host has no way to it, which says nothing about the backend.
+    NoWay(Errno),
+}
+
+#[derive(Default)]
+struct Desk {
+    targets: Vec<(IpAddr, u16)>,
+    outcomes: BTreeMap<(IpAddr, u16), Outcome>,
+}
+
+/// A thread that checks.
+pub struct Checks {
+    desk: Arc<Mutex<Desk>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn lock(desk: &Mutex<Desk>) -> MutexGuard<'_, Desk> {
+    desk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Checks {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn start() -> std::io::Result<Checks> {
+        let (desk, stop) = (Arc::new(Mutex::new(Desk::default())), Arc::new(AtomicBool::new(false)));
+        let (its_desk, its_stop) = (Arc::clone(&desk), Arc::clone(&stop));
+        let thread = Builder::new().name("checks".to_string()).spawn(move || {
+            while !its_stop.load(Relaxed) {
+                let start = Instant::now();
+                let targets = lock(&its_desk).targets.clone();
+                for some in targets.chunks(AT_A_TIME) {
+                    let outcomes = check(some, EVERY);
+                    lock(&its_desk).outcomes.extend(outcomes);
+                }
+                // In short pieces, so that leaving does not take long.
+                while start.elapsed() < EVERY && !its_stop.load(Relaxed) {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        })?;
+        Ok(Checks { desk, stop, thread: Some(thread) })
+    }
+
+    /// Checks these from now on. What was found since the last time comes back.
+    pub fn exchange(&self, targets: Vec<(IpAddr, u16)>) -> BTreeMap<(IpAddr, u16), Outcome> {
+        let mut desk = lock(&self.desk);
+        desk.targets = targets;
+        std::mem::take(&mut desk.outcomes)
+    }
+}
+
+impl Drop for Checks {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Connects to all at once.
+fn check(targets: &[(IpAddr, u16)], patience: Duration) -> Vec<((IpAddr, u16), Outcome)> {
+    let deadline = Instant::now() + patience;
+    let mut out = Vec::new();
+    let mut waiting: Vec<((IpAddr, u16), OwnedFd)> = Vec::new();
+    for &target in targets {
+        match begin(target) {
+            Ok(None) => out.push((target, Outcome::Answered)),
+            Ok(Some(socket)) => waiting.push((target, socket)),
+            Err(errno) => out.push((target, outcome(errno))),
+        }
+    }
+    while !waiting.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut polled: Vec<PollFd<'_>> =
+            waiting.iter().map(|(_, socket)| PollFd::new(socket.as_fd(), PollFlags::POLLOUT)).collect();
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        let any = poll(&mut polled, timeout).unwrap_or(0);
+        let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let mut ready = ready.into_iter();
+        waiting.retain(|(target, socket)| {
+            if !ready.next().unwrap_or(false) {
+                return true;
+            }
+            let error = getsockopt(socket, sockopt::SocketError).unwrap_or(0);
+            let found = if error == 0 { Outcome::Answered } else { outcome(Errno::from_raw(error)) };
+            out.push((*target, found));
+            false
+        });
+        if any == 0 && Instant::now() >= deadline {
+            out.extend(waiting.drain(..).map(|(target, _)| (target, Outcome::Failed)));
+        }
+    }
+    out
+}
+
+fn outcome(errno: Errno) -> Outcome {
+    match errno {
+        Errno::ECONNREFUSED | Errno::EHOSTUNREACH | Errno::ETIMEDOUT | Errno::ECONNRESET => Outcome::Failed,
+        errno => Outcome::NoWay(errno),
+    }
+}
+
+/// Begins a connection; none when it is there already.
+fn begin((ip, port): (IpAddr, u16)) -> Result<Option<OwnedFd>, Errno> {
+    let family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    // Closed with a reset: no connection is left waiting on either side.
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&socket, sockopt::Linger, &linger)?;
+    match connect(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(ip, port))) {
+        Ok(()) => Ok(None),
+        Err(Errno::EINPROGRESS) => Ok(Some(socket)),
+        Err(errno) => Err(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn who_listens_is_told_from_who_does_not() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = (open.0, gone.local_addr().unwrap().port());
+        drop(gone);
+        let found: BTreeMap<_, _> = check(&[open, closed], EVERY).into_iter().collect();
+        assert_eq!(found, BTreeMap::from([(open, Outcome::Answered), (closed, Outcome::Failed)]));
+    }
+
+    #[test]
+    fn the_thread_reports_what_it_was_given() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
+        let checks = Checks::start().unwrap();
+        checks.exchange(vec![open]);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while checks.exchange(vec![open]).get(&open) != Some(&Outcome::Answered) {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
