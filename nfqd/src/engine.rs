@@ -9,7 +9,7 @@ use nfqd_rules::packet::{Fragment, IPV6_LEN, Ip, Packet, Ports};
 use nfqd_rules::pool::{Member, Pools, can_serve};
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::service::Service;
-use nfqd_rules::slots::SlotKey;
+use nfqd_rules::slots::{SlotKey, own_slot};
 use nfqd_rules::{Filtered, Middlebox, Policy};
 use nfqd_shmctl::{Action, MacAddr, Method, OnDead, OnEmpty, Protocol, RuleId, Vip};
 use std::net::IpAddr;
@@ -202,8 +202,8 @@ pub enum Judgement {
     },
     /// It is a backend's own; the kernel may remember that.
     Direct,
-    /// It is of a connection that the middlebox has itself; the kernel may remember that.
-    Pass,
+    /// It is of a connection that the middlebox has itself, in the service of this slot; the kernel may remember that.
+    Pass(u32),
     /// It is a later piece of a datagram whose first piece has not come: it waits for that.
     Hold,
 }
@@ -252,7 +252,7 @@ impl Judgement {
         match &self {
             Judgement::Drop(_) | Judgement::Reject(_) | Judgement::Hold => None,
             Judgement::Direct => Some(mark::with(old, Operation::ReplyLearn, false, 0)),
-            Judgement::Pass => Some(mark::with(old, Operation::Pass, false, 0)),
+            Judgement::Pass(slot) => Some(mark::with(old, Operation::Pass, false, *slot)),
             Judgement::Redirect(to) | Judgement::Error { to: Some(to), .. } => {
                 Some(mark::with(old, redirect(to), to.port, to.slot))
             }
@@ -556,10 +556,10 @@ impl Look<'_> {
             },
             // A connection that was there before the service was, or that nobody knows any more.
             None if ip.protocol == Protocol::TCP && event != Event::Opens => {
-                return if self.learnable() && event == Event::GoesOn {
-                    Judgement::Pass
-                } else {
-                    Judgement::Accept(Reason::NoMatch)
+                let own = self.snapshot.desired.slots.get(&own_slot(self.packet.link.destination, vip));
+                return match own.filter(|_| self.learnable() && event == Event::GoesOn) {
+                    Some(own) => Judgement::Pass(own.index),
+                    None => Judgement::Accept(Reason::NoMatch),
                 };
             }
             None => {}
@@ -833,7 +833,9 @@ mod tests {
     #[test]
     fn connections_from_before_are_the_middlebox_own() {
         let (snapshot, memory) = (snapshot(&[POOL]), Memory::new(1000));
-        assert_eq!(judged(&snapshot, &memory, &ack(1000), 0), Judgement::Pass);
+        let passed = judged(&snapshot, &memory, &ack(1000), 0);
+        let Judgement::Pass(slot) = passed else { panic!("{passed:?}") };
+        assert_eq!(snapshot.desired().slots.key_of(slot).unwrap().backend.to_string(), "10.0.0.2:80");
         let fin = tcp(CLIENT, VM, (1, 2), (1000, 80), flag::FIN | flag::ACK);
         assert_eq!(judged(&snapshot, &memory, &fin, 0), Judgement::Accept(Reason::NoMatch));
         assert!(memory.flows.is_empty());

@@ -180,7 +180,7 @@ impl Replay {
                 .to_string();
             }
             Judgement::Direct => line.reason = "a backend's own traffic".to_string(),
-            Judgement::Pass => line.reason = "a connection of the middlebox itself".to_string(),
+            Judgement::Pass(_) => line.reason = "a connection of the middlebox itself".to_string(),
             Judgement::Hold => return None,
             Judgement::Drop(why) | Judgement::Reject(why) => {
                 line.verdict = "drop";

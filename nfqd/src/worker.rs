@@ -215,7 +215,7 @@ impl Counts {
             Judgement::Drop(_) | Judgement::Reject(_) => sums.dropped += 1,
             Judgement::Redirect(_) | Judgement::Error { to: Some(_), .. } => sums.redirected += 1,
             Judgement::Reply(_) | Judgement::Error { .. } => sums.replies += 1,
-            Judgement::Accept(_) | Judgement::Direct | Judgement::Pass | Judgement::Hold => {}
+            Judgement::Accept(_) | Judgement::Direct | Judgement::Pass(_) | Judgement::Hold => {}
         }
     }
 }

@@ -37,7 +37,7 @@ pub enum Operation {
     ReplyLearn = 6 << 28,
     /// The same, and forget the flow.
     ReplyClose = 7 << 28,
-    /// Rewrite nothing, and remember that the flow is the middlebox' own.
+    /// Rewrite nothing, and remember that the flow is the middlebox' own, which has a slot like a backend.
     Pass = 8 << 28,
 }
 

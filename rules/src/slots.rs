@@ -270,15 +270,40 @@ fn fnv(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// What packets of a slot depend on besides its key. Where all packets of a service go to one backend, that is all
-/// services of the middlebox; flows of a pool keep their backend, whatever else is registered.
-fn fingerprint(mac: MacAddr, middlebox: &Middlebox, service: &Service) -> u32 {
-    if service.method().is_pool() {
-        return fnv(if service.terms().dsr { "dsr" } else { "nat" });
+/// What packets of a service's slots depend on besides their keys. A change gives them new numbers, so that what the kernel
+/// remembers misses.
+struct Fingerprints {
+    /// Of the middlebox' services, all of them.
+    all: u32,
+    /// Of those that are no pools: what they take they take at once.
+    fixed: String,
+}
+
+impl Fingerprints {
+    fn new(mac: MacAddr, middlebox: &Middlebox) -> Fingerprints {
+        let text = |pools: bool| {
+            let services =
+                middlebox.services().iter().filter(|(_, service)| pools || !service.method().is_pool());
+            let commands = services.flat_map(|(vip, service)| service.commands(mac, *vip));
+            commands.map(|command| command.to_string()).collect::<Vec<_>>().join("\n")
+        };
+        Fingerprints { all: fnv(&text(true)), fixed: text(false) }
     }
-    let commands = middlebox.services().iter().flat_map(|(vip, service)| service.commands(mac, *vip));
-    let text: Vec<String> = commands.map(|command| command.to_string()).collect();
-    fnv(&text.join("\n"))
+
+    /// Where all packets of a service go to one backend, that depends on all services of the middlebox; flows of a pool keep
+    /// their backend, whatever other pools there are.
+    fn of(&self, service: &Service) -> u32 {
+        match (service.method().is_pool(), service.terms().dsr) {
+            (false, _) => self.all,
+            (true, true) => fnv(&format!("dsr {}", self.fixed)),
+            (true, false) => fnv(&format!("nat {}", self.fixed)),
+        }
+    }
+}
+
+/// The slot that stands for the middlebox itself, in a pool: for connections that it has itself.
+pub fn own_slot(middlebox: MacAddr, vip: Vip) -> SlotKey {
+    SlotKey { middlebox, vip, backend: BackendName { ip: vip.ip, port: vip.port } }
 }
 
 /// How long a number rests: longer than anything that the kernel remembers under it.
@@ -358,8 +383,13 @@ impl Slots {
         }
         let mut wanted: BTreeMap<Edition, (Seen, bool)> = BTreeMap::new();
         if let Some(middlebox) = middlebox {
+            let fingerprints = Fingerprints::new(mac, middlebox);
             for (vip, service) in middlebox.services() {
-                let (fingerprint, dsr) = (fingerprint(mac, middlebox, service), service.terms().dsr);
+                let (fingerprint, dsr) = (fingerprints.of(service), service.terms().dsr);
+                if service.method().is_pool() {
+                    let own = Edition { key: own_slot(mac, *vip), fingerprint: fingerprints.all };
+                    wanted.insert(own, (Seen { mac: Some(mac), alive: true }, true));
+                }
                 for (name, backend) in service.backends() {
                     let seen = seen(vip, service, name);
                     if seen.alive || service.terms().on_dead == OnDead::Keep {
@@ -477,6 +507,10 @@ mod tests {
         Seen::NOTHING
     }
 
+    fn first_vip(policy: &Policy) -> Vip {
+        *policy.get(MacAddr([2, 0, 0, 0, 0, 1])).unwrap().services().keys().next().unwrap()
+    }
+
     fn indexes(slots: &Slots) -> Vec<u32> {
         slots.iter().map(|(_, slot)| slot.index).collect()
     }
@@ -503,7 +537,13 @@ mod tests {
         let mut slots = Slots::default();
         let now = Instant::now();
         slots.follow(&policy, nothing, now);
-        assert_eq!(indexes(&slots), [1, 2]);
+        let of_backends = |slots: &Slots| -> Vec<(String, u32)> {
+            let backends = slots.iter().filter(|(key, _)| key.backend.ip != key.vip.ip);
+            backends.map(|(key, slot)| (format!("{} -> {}", key.vip, key.backend), slot.index)).collect()
+        };
+        let first = of_backends(&slots);
+        assert_eq!(first.len(), 2);
+        let own = slots.get(&own_slot(MacAddr([2, 0, 0, 0, 0, 1]), first_vip(&policy))).unwrap().index;
         for line in [
             "B 2:0:0:0:0:1 + 10.0.0.4*5",
             "B 2:0:0:0:0:1 = 10.0.0.2 drain",
@@ -512,27 +552,22 @@ mod tests {
             policy.apply_line(line).unwrap();
             slots.follow(&policy, nothing, now);
         }
-        let all: Vec<(String, u32)> =
-            slots.iter().map(|(key, slot)| (key.to_string().split_off(18), slot.index)).collect();
-        let all: Vec<(&str, u32)> = all.iter().map(|(key, index)| (key.as_str(), *index)).collect();
-        let expected = [
-            ("10.0.0.1 -> 10.0.0.2", 4),
-            ("10.0.0.1:80 -> 10.0.0.2:80", 1),
-            ("10.0.0.1:80 -> 10.0.0.3:8080", 2),
-            ("10.0.0.1:80 -> 10.0.0.4:80", 3),
-        ];
-        assert_eq!(all, expected);
-        let key = slots.key_of(2).unwrap();
-        assert_eq!((key.ports(), slots.key_of(1).unwrap().ports()), (Some((80, 8080)), None));
+        let all = of_backends(&slots);
+        assert!(all.len() == 4 && first.iter().all(|slot| all.contains(slot)), "{first:?} {all:?}");
+        assert_eq!(slots.key_of(own), None, "what was the middlebox' own is asked again");
+        let index = first.iter().find(|(name, _)| name.ends_with(":8080")).unwrap().1;
+        let other = first.iter().find(|(name, _)| name.ends_with(":80")).unwrap().1;
+        let key = slots.key_of(index).unwrap();
+        assert_eq!((key.ports(), slots.key_of(other).unwrap().ports()), (Some((80, 8080)), None));
         // A dead backend has none, and gets another when it lives again.
         let dead = |_: &Vip, _: &Service, name: &BackendName| Seen {
             mac: None,
             alive: name.ip != IpAddr::from([10, 0, 0, 3]),
         };
         slots.follow(&policy, dead, now);
-        assert_eq!((slots.get(&key), slots.key_of(2)), (None, None));
+        assert_eq!((slots.get(&key), slots.key_of(index)), (None, None));
         slots.follow(&policy, nothing, now);
-        assert_eq!(slots.get(&key).unwrap().index, 5);
+        assert!(slots.get(&key).unwrap().index > index);
     }
 
     #[test]

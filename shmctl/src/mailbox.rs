@@ -3,10 +3,11 @@
 //! Guarantee: whatever bytes the guest writes, the host copies them out once, does bounded work, and answers each
 //! frame once. The layout is in the [crate]'s documentation.
 
+use crate::balance::BackendName;
 use crate::parse::MAX_COMMAND;
 use crate::region::Region;
 use crate::value::MacAddr;
-use std::net::IpAddr;
+
 use std::time::{Duration, Instant};
 
 /// Bytes for commands, from offset 0.
@@ -148,7 +149,7 @@ impl HostMailbox {
 }
 
 /// Where the mark that closes a frame stands in its body. A `@` between an IP address and a MAC belongs to a destination
-/// (`10.0.0.3@02:00:00:00:00:03`), and so does one that only wants to: glued to an IP address and to more text, with
+/// (`10.0.0.3:80@02:00:00:00:00:03`), and so does one that only wants to: glued to an IP address and to more text, with
 /// another mark behind it. One before what may become a MAC when the writer goes on leaves the frame open.
 fn closing(body: &[(usize, u8)]) -> Option<usize> {
     let mut from = 0;
@@ -161,7 +162,7 @@ fn closing(body: &[(usize, u8)]) -> Option<usize> {
         let reversed = before.iter().rev().map(|&(_, byte)| byte).take_while(|&byte| is_text(byte));
         let mut host: Vec<u8> = reversed.collect();
         host.reverse();
-        let host = std::str::from_utf8(&host).ok().and_then(|text| text.parse::<IpAddr>().ok());
+        let host = std::str::from_utf8(&host).ok().and_then(|text| text.parse::<BackendName>().ok());
         if !glued || host.is_none() {
             return Some(mark);
         }
@@ -322,6 +323,12 @@ mod tests {
         let command = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3";
         region.write(0, format!("@{command}@@X 2:0:0:0:0:1@").as_bytes());
         assert_eq!(texts(&mailbox.take(&region, Instant::now())), [command, "X 2:0:0:0:0:1"]);
+        let pool =
+            "R L 2:0:0:0:0:1 [2001:db8::1]:80 rr [2001:db8::2]:81@2:0:0:0:0:2*3 2001:db8::3@2:0:0:0:0:3 dsr";
+        region.write(0, &[0; COMMAND_SIZE]);
+        let other = "B 2:0:0:0:0:1 + 10.0.0.4:80@2:0:0:0:0:4*2";
+        region.write(0, format!("@{pool}@@{other}@").as_bytes());
+        assert_eq!(texts(&mailbox.take(&region, Instant::now())), [pool, other]);
         // Nor does one that is mistyped: the command is refused, not cut.
         let mistyped = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:zz";
         region.write(0, &[0; COMMAND_SIZE]);

@@ -66,76 +66,128 @@ fn checksum(header: &[u8]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-/// A packet of a conversation with a balanced address, there or back, or an ICMP error about one: few enough of them that
-/// they meet. Checksums are right, as the other random ones are not.
-fn conversation() -> impl Strategy<Value = ([u8; 6], [u8; 6], u16, Vec<u8>)> {
-    let flags = select(vec![2_u8, 2, 0x12, 0x10, 0x10, 0x18, 0x11, 4]);
-    let ends = (select(vec![4_u8, 1, 3]), select(vec![2_u8, 9]), select(vec![3_u8, 4]));
-    let ports = (select(vec![1000_u16, 81]), select(vec![80_u16, 81, 53]));
-    // There, back, an error from the client's side, one from the backend's, one from a router before the backend.
-    let what = (0..9_u8, any::<bool>(), any::<bool>(), any::<bool>());
-    (ends, ports, flags, what, 0..40_usize).prop_map(
-        |((client, vip, backend), (cport, port), flags, (what, v6, udp, first), more)| {
+/// Who talks with whom in a conversation with a balanced address.
+#[derive(Clone, Copy, Debug)]
+struct Talk {
+    middlebox: u8,
+    client: u8,
+    vip: u8,
+    cport: u16,
+    port: u16,
+    v6: bool,
+    udp: bool,
+}
+
+/// What is sent in a conversation.
+#[derive(Clone, Copy, Debug)]
+enum Said {
+    There,
+    Back,
+    /// An ICMP error from the client's side.
+    ErrorThere,
+    /// The same from the backend's, or from a router before it.
+    ErrorBack(bool),
+}
+
+/// One packet of a conversation. The backend, its port and TCP's flags are guesses; checksums of TCP, UDP and ICMP are made
+/// up.
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    said: Said,
+    backend: u8,
+    own_port: bool,
+    flags: u8,
+    more: usize,
+}
+
+fn said(talk: Talk, word: Word) -> Vec<u8> {
+    let Talk { middlebox, client, vip, cport, port, v6, udp } = talk;
+    let Word { said, backend, own_port, flags, more } = word;
+    let transport = |source: u16, destination: u16| -> Vec<u8> {
+        let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
+        if udp {
+            let len = (8 + more as u16).to_be_bytes();
+            [ports, len.to_vec(), vec![0x12, 0x34], vec![9; more]].concat()
+        } else {
+            let numbers = vec![0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 1, 0, 0x12, 0x34, 0, 0];
+            [ports, numbers, vec![7; more]].concat()
+        }
+    };
+    let ip = |source: u8, destination: u8, protocol: u8, body: &[u8]| -> Vec<u8> {
+        let mut out;
+        if v6 {
+            let address = |last: u8| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
+            out = vec![0x60, 0, 0, 0];
+            out.extend((body.len() as u16).to_be_bytes());
+            out.extend([protocol, 64]);
+            out.extend(address(source));
+            out.extend(address(destination));
+        } else {
+            out = vec![0x45, 0];
+            out.extend((20 + body.len() as u16).to_be_bytes());
+            out.extend([0, 7, 0x40, 0, 64, protocol, 0, 0]);
+            out.extend([10, 0, 0, source, 10, 0, 0, destination]);
+            let sum = checksum(&out);
+            out[10..12].copy_from_slice(&sum);
+        }
+        out.extend(body);
+        out
+    };
+    let (protocol, icmp) = (if udp { 17 } else { 6 }, if v6 { 58 } else { 1 });
+    let error = |quoted: Vec<u8>| -> Vec<u8> {
+        let head = if v6 { [2, 0, 0x55, 0xaa] } else { [3, 4, 0x55, 0xaa] };
+        [&head[..], &[0, 0, 5, 0], quoted.get(..28 + more).unwrap_or(&quoted)].concat()
+    };
+    let backends = if own_port { 81 } else { port };
+    let there = |to: u8, port: u16| ip(client, to, protocol, &transport(cport, port));
+    let host = |last: u8| [2, 0, 0, 0, 0, last];
+    let (to, from, payload) = match said {
+        Said::There => (host(middlebox), host(0x0c), there(vip, port)),
+        Said::Back => {
+            let back = ip(backend, client, protocol, &transport(backends, cport));
+            (host(0x0c), host(0xb0 + backend - 2), back)
+        }
+        Said::ErrorThere => {
+            let quoted = ip(vip, client, protocol, &transport(port, cport));
+            (host(middlebox), host(0x0c), ip(client, vip, icmp, &error(quoted)))
+        }
+        Said::ErrorBack(router) => {
+            let source = if router { 1 } else { backend };
+            let body = ip(source, client, icmp, &error(there(backend, backends)));
+            (host(0x0c), host(0xb0 + backend - 2), body)
+        }
+    };
+    let mut out = [to, from].concat();
+    out.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
+    out.extend(payload);
+    out.resize(out.len().max(60), 0);
+    out
+}
+
+/// Some packets of a conversation, that begins as one does.
+fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
+    let rarely = || prop::bool::weighted(0.25);
+    let ends = (prop::bool::weighted(0.85), select(vec![4_u8, 4, 4, 1, 3]), select(vec![2_u8, 2, 2, 9]));
+    let ports = (select(vec![1000_u16, 1000, 81]), select(vec![80_u16, 80, 80, 80, 81, 53]));
+    let talk =
+        (ends, ports, rarely(), any::<bool>()).prop_map(|((first, client, vip), (cport, port), v6, udp)| {
             let vip = if v6 { 2 } else { vip };
-            let transport = |source: u16, destination: u16| -> Vec<u8> {
-                let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-                if udp {
-                    let len = (8 + more as u16).to_be_bytes();
-                    [ports, len.to_vec(), vec![0x12, 0x34], vec![9; more]].concat()
-                } else {
-                    [ports, vec![0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 1, 0, 0x12, 0x34, 0, 0], vec![7; more]]
-                        .concat()
-                }
-            };
-            let ip = |source: u8, destination: u8, protocol: u8, body: &[u8]| -> Vec<u8> {
-                let mut out;
-                if v6 {
-                    let address = |last: u8| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
-                    out = vec![0x60, 0, 0, 0];
-                    out.extend((body.len() as u16).to_be_bytes());
-                    out.extend([protocol, 64]);
-                    out.extend(address(source));
-                    out.extend(address(destination));
-                } else {
-                    out = vec![0x45, 0];
-                    out.extend((20 + body.len() as u16).to_be_bytes());
-                    out.extend([0, 7, 0x40, 0, 64, protocol, 0, 0]);
-                    out.extend([10, 0, 0, source, 10, 0, 0, destination]);
-                    let sum = checksum(&out);
-                    out[10..12].copy_from_slice(&sum);
-                }
-                out.extend(body);
-                out
-            };
-            let protocol = if udp { 17 } else { 6 };
-            let error = |quoted: Vec<u8>| -> Vec<u8> {
-                let head = if v6 { [2, 0, 0x55, 0xaa] } else { [3, 4, 0x55, 0xaa] };
-                [&head[..], &[0, 0, 5, 0], quoted.get(..28 + more).unwrap_or(&quoted)].concat()
-            };
-            let icmp = if v6 { 58 } else { 1 };
-            let there = || ip(client, vip, protocol, &transport(cport, port));
-            let back = |from: u8| ip(from, client, protocol, &transport(port, cport));
-            let host = |last: u8| [2, 0, 0, 0, 0, last];
-            let (middlebox, at) = (host(if first { 1 } else { 2 }), host(0xb0 + backend - 2));
-            let ether_type = if v6 { 0x86dd } else { 0x0800 };
-            let (to, from, payload) = match what {
-                0..=3 => (middlebox, host(0x0c), there()),
-                4..=5 => (host(0x0c), at, back(backend)),
-                6 => (middlebox, host(0x0c), ip(client, vip, icmp, &error(back(vip)))),
-                7 => (
-                    host(0x0c),
-                    at,
-                    ip(backend, client, icmp, &error(ip(client, backend, protocol, &transport(cport, port)))),
-                ),
-                _ => (
-                    host(0x0c),
-                    at,
-                    ip(1, client, icmp, &error(ip(client, backend, protocol, &transport(cport, port)))),
-                ),
-            };
-            (to, from, ether_type, payload)
-        },
-    )
+            Talk { middlebox: if first { 1 } else { 2 }, client, vip, cport, port, v6, udp }
+        });
+    let what = prop_oneof![
+        4 => Just(Said::There),
+        4 => Just(Said::Back),
+        1 => Just(Said::ErrorThere),
+        2 => any::<bool>().prop_map(Said::ErrorBack),
+    ];
+    let flags = select(vec![2_u8, 0x12, 0x10, 0x10, 0x10, 0x18, 0x11, 4]);
+    let word = (what, select(vec![3_u8, 4]), any::<bool>(), flags, 0..40_usize)
+        .prop_map(|(said, backend, own_port, flags, more)| Word { said, backend, own_port, flags, more });
+    (talk, proptest::collection::vec(word, 1..8)).prop_map(|(talk, words)| {
+        let opening = Word { said: Said::There, backend: 3, own_port: false, flags: 2, more: 0 };
+        let answer = Word { flags: 0x10, ..opening };
+        [opening, answer].into_iter().chain(words).map(|word| said(talk, word)).collect()
+    })
 }
 
 fn ipv4(base: u16) -> impl Strategy<Value = (u16, Vec<u8>)> {
@@ -263,17 +315,9 @@ fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
 /// Frames that go one after the other: any at all, and those of conversations. Pieces of datagrams wait for each other, so
 /// those of one case are no others'.
 pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Value = Vec<Vec<u8>>> {
-    let talk = || {
-        conversation().prop_map(|(to, from, ether_type, payload)| {
-            let mut out = [to, from].concat();
-            out.extend(ether_type.to_be_bytes());
-            out.extend(payload);
-            out.resize(out.len().max(60), 0);
-            out
-        })
-    };
     (any::<u16>(), count).prop_flat_map(move |(base, count)| {
-        proptest::collection::vec(prop_oneof![1 => any_frame(base), 1 => talk()], count)
+        let some = prop_oneof![4 => any_frame(base).prop_map(|frame| vec![frame]), 1 => conversation()];
+        proptest::collection::vec(some, count / 2).prop_map(|some| some.concat())
     })
 }
 
@@ -374,6 +418,18 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         "= 10.0.0.4 drain",
         "10.0.0.2:80 = 10.0.0.4 up",
     ]);
+    let mostly = select(vec![MIDDLEBOXES[0], MIDDLEBOXES[0], MIDDLEBOXES[0], MIDDLEBOXES[1]]);
+    let pool = (mostly, vips, pools, options)
+        .prop_map(|(mac, vip, pool, option)| {
+            let (port, v6) = (vip.ends_with(":80") || vip.contains('/'), vip.contains("2001"));
+            let pool = if port { pool.to_string() } else { pool.replace(":81", "").replace(":53", "") };
+            let pool = if v6 { pool.replace("10.0.0.", "2001:db8::") } else { pool };
+            let pool = if v6 && port { bracketed(&pool) } else { pool };
+            format!("R L {mac} {vip} {pool}{option}")
+        })
+        .boxed();
+    let edit = (middlebox(), edits).prop_map(|(mac, edit)| format!("B {mac} {edit}")).boxed();
+    let balancing = proptest::collection::vec(prop_oneof![4 => pool.clone(), 1 => edit.clone()], 3..10);
     let command = prop_oneof![
         12 => (middlebox(), select(vec!['#', '#', '+']), 1..6_u16, filter)
             .prop_map(|(mac, sign, n, filter)| format!("A {mac} {sign}{n} {filter}")),
@@ -382,26 +438,20 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
             .prop_map(|(mac, vip, (ip, at))| format!("R L {mac} {vip} 0 {ip}@{at}")),
         1 => (middlebox(), vip4, ip(), backend)
             .prop_map(|(mac, vip, from, (ip, at))| format!("R L {mac} {vip} 1 {from} {ip}@{at}")),
-        4 => (middlebox(), vips, pools, options)
-            .prop_map(|(mac, vip, pool, option)| {
-                let (port, v6) = (vip.ends_with(":80") || vip.contains("/"), vip.contains("2001"));
-                let pool = if port { pool.to_string() } else { pool.replace(":81", "").replace(":53", "") };
-                let pool = if v6 { pool.replace("10.0.0.", "2001:db8::") } else { pool };
-                let pool = if v6 && port { bracketed(&pool) } else { pool };
-                format!("R L {mac} {vip} {pool}{option}")
-            }),
-        2 => (middlebox(), edits).prop_map(|(mac, edit)| format!("B {mac} {edit}")),
+        4 => pool.clone(),
+        2 => edit.clone(),
         1 => (middlebox(), backend6)
             .prop_map(|(mac, (ip, at))| format!("R L {mac} 2001:db8::2 0 {ip}@{at}")),
     ];
     let closed = (prop::bool::weighted(0.2), prop::bool::weighted(0.2));
-    (closed, proptest::collection::vec(command, 0..16)).prop_map(|((a, b), commands)| {
+    let mixed = (closed, proptest::collection::vec(command, 0..16)).prop_map(|((a, b), commands)| {
         let register = |(mac, closed): (&str, bool)| {
             let default = if closed { " deny" } else { "" };
             format!("R F {mac} 10.0.0.2{default}")
         };
         MIDDLEBOXES.into_iter().zip([a, b]).map(register).chain(commands).collect()
-    })
+    });
+    prop_oneof![mixed, balancing]
 }
 
 /// IPv6 addresses that have a port in brackets.

@@ -65,7 +65,7 @@ fn a_packet_costs_no_allocation() {
             verdicts[match judged.judgement {
                 Judgement::Drop(_) | Judgement::Reject(_) | Judgement::Hold => 0,
                 Judgement::Redirect(_) | Judgement::Reply(_) | Judgement::Error { .. } => 1,
-                Judgement::Accept(_) | Judgement::Direct | Judgement::Pass => 2,
+                Judgement::Accept(_) | Judgement::Direct | Judgement::Pass(_) => 2,
             }] += 1;
         }
     };

@@ -167,6 +167,7 @@ struct Tally {
     errors: usize,
     /// Later pieces that had to wait.
     held: usize,
+    reasons: std::collections::BTreeMap<String, usize>,
     /// Frames that have no one answer by br_netfilter.
     skipped: usize,
 }
@@ -241,6 +242,9 @@ impl Oracles {
                     _ => &mut self.tally.redirected,
                 } += 1;
                 let balanced = line.to.is_some() || line.from.is_some();
+                let kind =
+                    format!("{} {}", line.verdict, line.reason.split(" service").next().unwrap_or_default());
+                *self.tally.reasons.entry(kind).or_default() += 1;
                 self.tally.errors += usize::from(line.reason.contains("about a flow"));
                 self.tally.replies += usize::from(balanced && line.from.is_some());
                 expected.extend(self.lab.expected(leaves.clone()));

@@ -383,6 +383,18 @@ fn of_protocol(ip: Ip, transport: Transport, then: Statement) -> Vec<Statement> 
     vec![ip.is(), is_protocol(transport), then]
 }
 
+/// Remembers a packet's slot.
+fn remember(
+    key: fn(Ip) -> Vec<Field>,
+    map: &str,
+    ports: Ports,
+    ip: Ip,
+    transport: Transport,
+    timeout: Option<u32>,
+) -> Statement {
+    Statement::Learn { key: key(ip), map: transport.map(map, ports, ip), timeout }
+}
+
 /// The beginning of the comment of a rule that counts what could not be remembered.
 pub(super) const FULL: &str = "full: ";
 
@@ -505,10 +517,6 @@ impl Frame<'_> {
             let direct = cache(reply_key(ip), None, DIRECT_TIMEOUT, "a backend's own flows");
             self.set(&transport.name("direct", ip), direct);
         }
-        for ip in IPS {
-            let passed = cache(flow_key(ip), None, FLOW_TIMEOUT, "a middlebox' own connections");
-            self.set(&TCP.name("passed", ip), passed);
-        }
     }
 
     /// The chain that steers, and what it leads to.
@@ -601,10 +609,6 @@ impl Frame<'_> {
                 let known = known(flow_key(ip), flows, ip.redirect_writes(ports));
                 redirect.push(commented([goes_on(), known].concat(), "a known flow; the mark is put back"));
             }
-            if transport.protocol == Protocol::TCP {
-                let passed = Statement::In(flow_key(ip), transport.name("passed", ip));
-                redirect.push(rule([goes_on(), vec![passed, accept()]].concat()));
-            }
         }
         redirect.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
         self.chain("balance", redirect);
@@ -648,16 +652,14 @@ impl Frame<'_> {
         let finish = vec![Statement::SetMark { keep: !OURS, set: 0 }, accept()];
         self.chain("finish", vec![commented(finish, "no bit of ours leaves")]);
         PORTS.into_iter().for_each(|ports| self.carry_out(ports));
-        let remember = |key: fn(Ip) -> Vec<Field>, set: &str| {
-            each(set, "finish", |ip, transport| Statement::Remember {
-                key: key(ip),
-                set: transport.name(set, ip),
-            })
-        };
-        let learn_direct = remember(reply_key, "direct");
+        let learn_direct = each("direct", "finish", |ip, transport| Statement::Remember {
+            key: reply_key(ip),
+            set: transport.name("direct", ip),
+        });
         self.chain("learn_direct", learn_direct);
-        let tcp = |rule: &Rule| !rule.statements.iter().any(|part| *part == is_protocol(UDP));
-        let pass = remember(flow_key, "passed").into_iter().filter(tcp).collect();
+        let pass = each("flows", "finish", |ip, transport| {
+            remember(flow_key, "flows", Ports::Kept, ip, transport, None)
+        });
         self.chain("pass", pass);
         self.static_chains();
     }
@@ -679,35 +681,40 @@ impl Frame<'_> {
         self.chain(&name("to_backend"), writing(Ip::redirect_writes));
         self.chain(&name("from_backend"), writing(Ip::reply_writes));
         let learn = |key: fn(Ip) -> Vec<Field>, map: &str, timeout: Option<u32>, then: &str| {
-            each(&name(map), then, |ip, transport| Statement::Learn {
+            each(&name(map), then, |ip, transport| remember(key, map, ports, ip, transport, timeout))
+        };
+        let each_protocol = |statement: &dyn Fn(Ip, Transport) -> Statement| -> Vec<Rule> {
+            flows()
+                .map(|(ip, transport)| rule(of_protocol(ip, transport, statement(ip, transport))))
+                .collect()
+        };
+        // A flow has one kind of ports: a rule that finds it in the maps of the other writes half of what it should.
+        let other = if ports == Ports::Kept { Ports::Translated } else { Ports::Kept };
+        let forget = |key: fn(Ip) -> Vec<Field>, map: &'static str, ports: Ports| {
+            each_protocol(&|ip, transport| Statement::ForgetFlow {
                 key: key(ip),
                 map: transport.map(map, ports, ip),
-                timeout,
             })
         };
-        // What is a flow to a backend now was neither the middlebox' own nor the backend's.
-        let unpass = || {
-            IPS.map(|ip| {
-                let forget = Statement::Forget { key: flow_key(ip), set: TCP.name("passed", ip) };
-                rule(of_protocol(ip, TCP, forget))
-            })
-            .to_vec()
-        };
-        let undirect = || -> Vec<Rule> {
-            let forget = |ip: Ip, transport: Transport| Statement::Forget {
+        // What is a flow to a backend now was not the backend's own.
+        let undirect = || {
+            each_protocol(&|ip, transport| Statement::Forget {
                 key: reply_key_backwards(ip),
                 set: transport.name("direct", ip),
-            };
-            flows().map(|(ip, transport)| rule(of_protocol(ip, transport, forget(ip, transport)))).collect()
+            })
         };
         let to_backend = || vec![rule(vec![jump(&name("to_backend"))])];
         let finish = || vec![rule(vec![goto("finish")])];
 
-        self.chain(&name("redirected"), [unpass(), to_backend(), undirect(), finish()].concat());
+        // What was the middlebox' own before is not any more, though it is not learnt yet where it goes.
+        let unpass = forget(flow_key, "flows", Ports::Kept);
+        self.chain(&name("redirected"), [unpass, to_backend(), undirect(), finish()].concat());
         let learned = name("learned_flow");
-        self.chain(&name("learn_flow"), [unpass(), learn(flow_key, "flows", None, &learned)].concat());
+        let there = [forget(flow_key, "flows", other), learn(flow_key, "flows", None, &learned)];
+        self.chain(&name("learn_flow"), there.concat());
         let back = learn(reply_key_backwards, "replies", None, "finish");
-        self.chain(&learned, [to_backend(), undirect(), back].concat());
+        let unlearn = forget(reply_key_backwards, "replies", other);
+        self.chain(&learned, [to_backend(), undirect(), unlearn, back].concat());
         let closed = name("closed_flow");
         self.chain(&name("close_flow"), learn(flow_key, "flows", Some(CLOSE_TIMEOUT), &closed));
         let back = learn(reply_key_backwards, "replies", Some(CLOSE_TIMEOUT), "finish");
@@ -720,13 +727,10 @@ impl Frame<'_> {
             Ports::Kept => vec![rule(vec![none, goto("learn_direct")])],
             Ports::Translated => Vec::new(),
         };
-        self.chain(&name("learn_reply"), [direct, learn(reply_key, "replies", None, &replied)].concat());
-        let forget = |ip: Ip, transport: Transport| Statement::ForgetFlow {
-            key: reply_key(ip),
-            map: transport.map("replies", ports, ip),
-        };
-        let mut close: Vec<Rule> =
-            flows().map(|(ip, transport)| rule(of_protocol(ip, transport, forget(ip, transport)))).collect();
+        let back =
+            [forget(reply_key, "replies", other), learn(reply_key, "replies", None, &replied)].concat();
+        self.chain(&name("learn_reply"), [direct, back].concat());
+        let mut close = forget(reply_key, "replies", ports);
         close.push(rule(vec![goto(&replied)]));
         self.chain(&name("close_reply"), close);
     }
