@@ -691,7 +691,7 @@ fn seen<'a>(
 
 /// Takes over a flow that the kernel remembers.
 fn take_over(memory: &Memory, reply: &Reply) {
-    let Reply { source, destination: client, protocol, ports, index, slot } = *reply;
+    let Reply { source, destination: client, protocol, ports, index, slot, ends } = *reply;
     let vport = slot.ports().map_or(ports.source, |(own, _)| own);
     let forward = Forward {
         middlebox: slot.middlebox,
@@ -700,7 +700,11 @@ fn take_over(memory: &Memory, reply: &Reply) {
         protocol,
         ports: Ports { source: ports.destination, destination: vport },
     };
-    let state = if protocol == Protocol::TCP { FlowState::Established } else { FlowState::Datagram };
+    let state = match protocol {
+        Protocol::TCP if ends => FlowState::Closing,
+        Protocol::TCP => FlowState::Established,
+        _ => FlowState::Datagram,
+    };
     let backward = Backward { backend: source, client, protocol, ports };
     memory.flows.insert(forward, Some(backward), index, state, 0);
 }

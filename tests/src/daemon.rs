@@ -170,6 +170,13 @@ impl Daemon {
         nix::sys::signal::kill(pid, signal).expect("signal");
     }
 
+    /// The arguments that it gets when it is started again, besides its region.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        const REGION: usize = 2;
+        self.arguments.truncate(REGION);
+        self.arguments.extend(arguments.iter().map(ToString::to_string));
+    }
+
     /// Starts it again, with the same directory.
     ///
     /// # Panics

@@ -169,6 +169,18 @@ impl Connection {
         self.stream.write_all(chunk).expect("send");
     }
 
+    /// Sends something until the connection says that it has ended.
+    ///
+    /// # Errors
+    /// That it has, within a second.
+    pub fn try_send(&mut self, chunk: &[u8]) -> std::io::Result<()> {
+        for _ in 0..20 {
+            self.stream.write_all(chunk)?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
     /// Sends `total` bytes in large writes and checks the server's count and hash.
     ///
     /// # Panics

@@ -52,6 +52,16 @@ impl Host {
     /// # Panics
     /// When it cannot be made.
     pub fn attach(bridge: &str, port: &str, mac: &str, addresses: &[&str]) -> Host {
+        let host = Host::linked(port, mac, addresses);
+        run(&format!("ip link set {port} master {bridge}"));
+        host
+    }
+
+    /// The same, with a port that is on no bridge.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn linked(port: &str, mac: &str, addresses: &[&str]) -> Host {
         let before = std::fs::read_link("/proc/thread-self/ns/net").expect("ns");
         let holder = Command::new("unshare")
             .args(["--net", "sleep", "600"])
@@ -64,7 +74,7 @@ impl Host {
         }
         let host = Host { holder };
         run(&format!("ip link add {port} type veth peer name eth0 address {mac} netns {}", host.holder.id()));
-        run(&format!("ip link set {port} master {bridge} up"));
+        run(&format!("ip link set {port} up"));
         for which in ["all", "default", "eth0"] {
             host.run(&format!("sysctl -qw net.ipv6.conf.{which}.disable_ipv6=0"));
         }

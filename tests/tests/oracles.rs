@@ -167,7 +167,6 @@ struct Tally {
     errors: usize,
     /// Later pieces that had to wait.
     held: usize,
-    reasons: std::collections::BTreeMap<String, usize>,
     /// Frames that have no one answer by br_netfilter.
     skipped: usize,
 }
@@ -242,9 +241,6 @@ impl Oracles {
                     _ => &mut self.tally.redirected,
                 } += 1;
                 let balanced = line.to.is_some() || line.from.is_some();
-                let kind =
-                    format!("{} {}", line.verdict, line.reason.split(" service").next().unwrap_or_default());
-                *self.tally.reasons.entry(kind).or_default() += 1;
                 self.tally.errors += usize::from(line.reason.contains("about a flow"));
                 self.tally.replies += usize::from(balanced && line.from.is_some());
                 expected.extend(self.lab.expected(leaves.clone()));
@@ -387,9 +383,12 @@ fn random(fast_path: &'static str) {
             lab.daemon.status().steer,
             lab.daemon.judged()
         );
-        let least = tally.accepted.min(tally.dropped).min(tally.redirected).min(tally.replies);
+        let least = tally.accepted.min(tally.dropped).min(tally.redirected);
         assert!(least > policies as usize, "a verdict hardly came up: {tally:?}");
-        assert!(tally.held.min(tally.errors) > policies as usize / 4, "hardly came up: {tally:?}");
+        assert!(
+            tally.held.min(tally.errors).min(tally.replies) > policies as usize / 10,
+            "hardly came up: {tally:?}"
+        );
     });
 }
 

@@ -6,11 +6,11 @@ use super::delta::{Change, SLOT_MAPS, Step};
 use super::field::Value;
 use super::filters::mac_of_chain;
 use super::model::{Chain, Family, Rule, Set, Statement, TABLE_COMMENT, TABLE_NAME, Table};
-use super::ruleset::{FULL, Ruleset};
+use super::ruleset::{CLOSE_TIMEOUT, FULL, Ruleset};
 use super::sys::{Answers, Batch, FoundElement, Question, fd};
 use crate::mark;
 use crate::packet::Ports;
-use crate::slots::{Edition, SlotKey, Slots};
+use crate::slots::{Edition, SlotKey, Slots, own_slot};
 use mnl::{Bus, Socket};
 use nfqd_shmctl::{MacAddr, Protocol, RuleId};
 use nix::errno::Errno;
@@ -95,6 +95,8 @@ pub struct Reply {
     pub index: u32,
     /// Its slot.
     pub slot: SlotKey,
+    /// Whether it is at its end.
+    pub ends: bool,
 }
 
 /// The maps of flows: what their names end in, and their protocols.
@@ -119,7 +121,15 @@ fn reply(key: &[u8], protocol: Protocol, index: u32, slot: SlotKey) -> Option<Re
     let (source, destination) = addresses.split_at(addresses.len() / 2);
     let &[a, b, _, _, c, d, _, _] = ports else { return None };
     let ports = Ports { source: u16::from_be_bytes([a, b]), destination: u16::from_be_bytes([c, d]) };
-    Some(Reply { source: address(source)?, destination: address(destination)?, protocol, ports, index, slot })
+    Some(Reply {
+        source: address(source)?,
+        destination: address(destination)?,
+        protocol,
+        ports,
+        index,
+        slot,
+        ends: false,
+    })
 }
 
 /// Packets and bytes, from the IP header on.
@@ -324,6 +334,7 @@ impl Kernel {
         }
         for element in self.elements(Family::Bridge, "backend_mac")? {
             let key = index(&element.key).and_then(|index| out.by_index.get(&index));
+            let key = key.filter(|key| **key != own_slot(key.middlebox, key.vip));
             let mac: Option<[u8; 6]> = element.data.try_into().ok();
             out.macs.extend(key.map(|key| key.backend.ip).zip(mac.map(MacAddr)));
         }
@@ -340,7 +351,10 @@ impl Kernel {
                 let Some(index) = index(&element.data) else { continue };
                 out.slots.seen(index, now);
                 let key = out.by_index.get(&index).copied();
-                out.replies.extend(key.and_then(|key| reply(&element.key, protocol, index, key)));
+                // What is at its end is remembered for that long only.
+                let ends = element.left.is_some_and(|left| left <= u64::from(CLOSE_TIMEOUT) * 1000);
+                let found = key.and_then(|key| reply(&element.key, protocol, index, key));
+                out.replies.extend(found.map(|reply| Reply { ends, ..reply }));
             }
         }
         Ok(out)

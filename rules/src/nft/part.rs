@@ -4,12 +4,12 @@
 use super::field::{Field, Value};
 use super::filters::{filters, own_name};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
-use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule};
+use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule, verdict};
 use super::steps::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
 use crate::slots::{Slot, SlotKey, Slots};
-use nfqd_shmctl::{MacAddr, Method};
+use nfqd_shmctl::{MacAddr, Method, Protocol};
 use std::collections::BTreeMap;
 
 /// What one middlebox adds.
@@ -144,7 +144,19 @@ fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> 
             // Which backend is the engine's to say; it is not another service's packet.
             _ => {
                 let rank = (false, vip.port.is_none(), vip.protocol.is_none());
-                conditions.extend([to_vip, goto("finish")]);
+                conditions.push(to_vip);
+                // The middlebox would reset connections that it does not know. They wait for the engine instead: what is
+                // dropped is sent again. New ones go to the middlebox.
+                if vip.port.is_some() && vip.protocol != Some(Protocol::UDP) {
+                    let tcp = Statement::Is(Field::L4Protocol, Value::Protocol(Protocol::TCP));
+                    let tcp = Some(tcp).filter(|_| vip.protocol.is_none());
+                    const SYN: Value = Value::Flags(2);
+                    let goes_on =
+                        [Statement::Masked(Field::TcpFlags, SYN, Value::Flags(0)), verdict(Verdict::Drop)];
+                    let waits = conditions.iter().cloned().chain(tcp).chain(goes_on);
+                    ranked.push((rank, commented(waits.collect(), "until the engine answers")));
+                }
+                conditions.push(goto("finish"));
                 ranked.push((rank, rule(conditions)));
                 continue;
             }

@@ -44,6 +44,8 @@ pub struct FoundElement {
     pub comment: Option<String>,
     /// Packets and bytes, where elements count.
     pub counted: Option<(u64, u64)>,
+    /// Milliseconds that are left to it, where elements have a time.
+    pub left: Option<u64>,
 }
 
 /// How a set in the kernel is made.
@@ -277,7 +279,13 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
     let counted_out: *mut Option<(u64, u64)> = &mut counted;
     // SAFETY: needed to reach the counter; the element and `counted` are alive during the call.
     unsafe { sys::nftnl_set_elem_expr_foreach(pointer, Some(on_expression), counted_out.cast()) };
-    let found = FoundElement { key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(), data, comment, counted };
+    let left: Option<[u8; 8]> = if has(sys::NFTNL_SET_ELEM_EXPIRATION) {
+        get(sys::NFTNL_SET_ELEM_EXPIRATION).try_into().ok()
+    } else {
+        None
+    };
+    let left = left.map(u64::from_ne_bytes);
+    let found = FoundElement { key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(), data, comment, counted, left };
     // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the vector now.
     unsafe { (*out.cast::<Vec<FoundElement>>()).push(found) };
     0
