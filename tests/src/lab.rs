@@ -226,11 +226,11 @@ impl Connection {
 /// Waits until a condition holds.
 ///
 /// # Panics
-/// When it does not within ten seconds.
+/// When it does not within twenty seconds.
 pub fn wait_for(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
-        assert!(Instant::now() < deadline, "not within 10 s: {what}");
+        assert!(Instant::now() < deadline, "not within 20 s: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
