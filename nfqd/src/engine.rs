@@ -398,16 +398,19 @@ impl Look<'_> {
             Some(Route::Reply(slot)) => to(slot).map(Judgement::Reply),
             Some(Route::Plain) => Some(self.plain(false)),
             Some(Route::Nowhere) => Some(Judgement::Drop(DropReason::Piece)),
-            // Where all goes to one backend, the ports do not matter.
-            None if !self.snapshot.desired.slots.is_backend(ip.source) && self.takes_all() => None,
-            None => Some(Judgement::Hold),
+            None if self.snapshot.desired.slots.is_backend(ip.source) || self.needs_ports(ip) => {
+                Some(Judgement::Hold)
+            }
+            None => None,
         }
     }
 
-    /// Whether what the middlebox does with the packet does not depend on its ports.
-    fn takes_all(&self) -> bool {
+    /// Whether what the middlebox does with packets to this address depends on their ports.
+    fn needs_ports(&self, ip: &Ip) -> bool {
         let services = self.middlebox.into_iter().flat_map(Middlebox::services);
-        services.into_iter().all(|(vip, service)| vip.port.is_none() && !service.method().is_pool())
+        services.into_iter().any(|(vip, service)| {
+            vip.ip == ip.destination && (vip.port.is_some() || service.method().is_pool())
+        })
     }
 
     /// The flow that a packet from a backend's address comes back from.

@@ -8,8 +8,9 @@ use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto,
 use super::steps::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
+use crate::service::Service;
 use crate::slots::{Slot, SlotKey, Slots};
-use nfqd_shmctl::{MacAddr, Method, Protocol};
+use nfqd_shmctl::{MacAddr, Method, Protocol, Vip};
 use std::collections::BTreeMap;
 
 /// What one middlebox adds.
@@ -57,6 +58,7 @@ impl Part {
         if !middlebox.services().is_empty() {
             part.element("balanced", vec![Value::Mac(mac)], Element::default());
             part.own_chain("static_redirects", mac, None, static_rules(mac, middlebox, slots));
+            middlebox.services().iter().for_each(|(vip, service)| part.service(mac, vip, service));
         }
         slots.of(mac).for_each(|(key, slot)| part.backend(key, slot));
         part
@@ -95,6 +97,22 @@ impl Part {
         }
         self.sets.extend(filters.sets);
         self.chains.extend(filters.chains);
+    }
+
+    /// What the engine is asked about.
+    fn service(&mut self, mac: MacAddr, vip: &Vip, service: &Service) {
+        let ip = Ip::of(vip.ip);
+        let (mac, address) = (Value::Mac(mac), Value::Ip(vip.ip));
+        let whole = !service.method().is_pool() && !service.terms().dsr;
+        let mut add = |set: &str, key: Vec<Value>| self.element(&ip.name(set), key, Element::default());
+        match vip.port {
+            None if whole => add("service_all", vec![mac]),
+            None => add("service_addresses", vec![mac, address]),
+            Some(port) => {
+                add("service_ports", vec![mac, address, Value::Port(port)]);
+                add("service_pieces", vec![mac, address]);
+            }
+        }
     }
 
     /// Maps from a slot to addresses and ports.

@@ -473,6 +473,17 @@ impl Frame<'_> {
             set.elements = types.into_iter().map(|kind| (vec![kind], Element::default())).collect();
             self.set(name, set);
         }
+        for ip in IPS {
+            let keys = [Type::Mac, ip.address, Type::Port];
+            for (name, parts, comment) in [
+                ("service_all", 1, "middleboxes with a service that takes all packets"),
+                ("service_addresses", 2, "addresses with a service that takes all ports"),
+                ("service_ports", 3, "ports that a service takes"),
+                ("service_pieces", 2, "addresses of these: of pieces and ICMP the port is not known"),
+            ] {
+                self.set(&ip.name(name), set_of(&keys[..parts], None, comment));
+            }
+        }
         self.set("static_redirects", set_of(&mac, verdicts, "what happens without an engine"));
         if self.options.steer == Steer::BrNetfilter {
             self.set("ask", set_of(&mac, verdicts, "the mark by which the engine knows the middlebox"));
@@ -601,16 +612,32 @@ impl Frame<'_> {
         let known = |key: Vec<Field>, flows: String, writes: Vec<Write>| {
             vec![Statement::RewriteFlow { key, flows, writes }, accept()]
         };
-        let mut redirect = Vec::new();
+        let mut flow = Vec::new();
         for (ip, transport) in flows() {
             let goes_on = || transport.goes_on(ip, TURNS);
             for ports in PORTS {
                 let flows = transport.map("flows", ports, ip);
                 let known = known(flow_key(ip), flows, ip.redirect_writes(ports));
-                redirect.push(commented([goes_on(), known].concat(), "a known flow; the mark is put back"));
+                flow.push(commented([goes_on(), known].concat(), "a known flow; the mark is put back"));
             }
         }
-        redirect.extend(IPS.map(|ip| rule(vec![ip.is(), goto("engine")])));
+        self.chain("known", flow);
+        let mut redirect = vec![rule(vec![jump("known")])];
+        for ip in IPS {
+            let address = vec![Field::EtherDestination, ip.destination];
+            let port = [address.clone(), vec![Field::DestinationPort]].concat();
+            let asked = |key: Vec<Field>, set: &str| {
+                rule(vec![ip.is(), Statement::In(key, ip.name(set)), goto("engine")])
+            };
+            redirect.push(asked(vec![Field::EtherDestination], "service_all"));
+            redirect.push(asked(address.clone(), "service_addresses"));
+            for transport in TRANSPORTS {
+                let taken = Statement::In(port.clone(), ip.name("service_ports"));
+                redirect.push(rule([transport.is_whole(ip), vec![taken, goto("engine")]].concat()));
+                redirect.push(rule([transport.is_whole(ip), vec![accept()]].concat()));
+            }
+            redirect.push(asked(address, "service_pieces"));
+        }
         self.chain("balance", redirect);
         for ip in IPS {
             let mut reply = Vec::new();
@@ -627,9 +654,10 @@ impl Frame<'_> {
                 // What a backend says of itself to a balanced middlebox may still be redirected.
                 reply.push(rule([transport.is_whole(ip), vec![direct, verdict(Verdict::Return)]].concat()));
             }
+            // It may be a client itself.
             reply.push(rule(vec![
                 Statement::In(vec![Field::EtherDestination], "balanced".to_string()),
-                verdict(Verdict::Return),
+                jump("known"),
             ]));
             reply.push(rule(vec![goto("engine")]));
             self.chain(&ip.name("reply"), reply);
