@@ -6,6 +6,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getsockopt, setsockopt, socket, sockopt,
 };
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
@@ -16,8 +17,11 @@ use std::time::{Duration, Instant};
 
 /// How often each backend is checked, and how long an answer may take.
 const EVERY: Duration = Duration::from_secs(1);
-/// Connections at a time.
+/// Connections at a time. When there are more to check, all are checked less often.
 const AT_A_TIME: usize = 512;
+
+/// What is checked: an address and a port.
+pub type Target = (IpAddr, u16);
 
 /// What a check has found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,8 +36,9 @@ pub enum Outcome {
 
 #[derive(Default)]
 struct Desk {
-    targets: Vec<(IpAddr, u16)>,
-    outcomes: BTreeMap<(IpAddr, u16), Outcome>,
+    /// Each with the bridge that it is on; without one it cannot be checked.
+    targets: BTreeMap<Target, Option<String>>,
+    outcomes: BTreeMap<Target, Outcome>,
 }
 
 /// A thread that checks.
@@ -58,7 +63,7 @@ impl Checks {
         let thread = Builder::new().name("checks".to_string()).spawn(move || {
             while !its_stop.load(Relaxed) {
                 let start = Instant::now();
-                let targets = lock(&its_desk).targets.clone();
+                let targets: Vec<_> = lock(&its_desk).targets.clone().into_iter().collect();
                 for some in targets.chunks(AT_A_TIME) {
                     let outcomes = check(some, EVERY);
                     lock(&its_desk).outcomes.extend(outcomes);
@@ -72,8 +77,8 @@ impl Checks {
         Ok(Checks { desk, stop, thread: Some(thread) })
     }
 
-    /// Checks these from now on. What was found since the last time comes back.
-    pub fn exchange(&self, targets: Vec<(IpAddr, u16)>) -> BTreeMap<(IpAddr, u16), Outcome> {
+    /// Checks these from now on, each by way of its bridge and no other. What was found since the last time comes back.
+    pub fn exchange(&self, targets: BTreeMap<Target, Option<String>>) -> BTreeMap<Target, Outcome> {
         let mut desk = lock(&self.desk);
         desk.targets = targets;
         std::mem::take(&mut desk.outcomes)
@@ -88,15 +93,15 @@ impl Drop for Checks {
 }
 
 /// Connects to all at once.
-fn check(targets: &[(IpAddr, u16)], patience: Duration) -> Vec<((IpAddr, u16), Outcome)> {
+fn check(targets: &[(Target, Option<String>)], patience: Duration) -> Vec<(Target, Outcome)> {
     let deadline = Instant::now() + patience;
     let mut out = Vec::new();
-    let mut waiting: Vec<((IpAddr, u16), OwnedFd)> = Vec::new();
-    for &target in targets {
-        match begin(target) {
-            Ok(None) => out.push((target, Outcome::Answered)),
-            Ok(Some(socket)) => waiting.push((target, socket)),
-            Err(errno) => out.push((target, outcome(errno))),
+    let mut waiting: Vec<(Target, OwnedFd)> = Vec::new();
+    for (target, bridge) in targets {
+        match bridge.as_deref().ok_or(Errno::ENODEV).and_then(|bridge| begin(*target, bridge)) {
+            Ok(None) => out.push((*target, Outcome::Answered)),
+            Ok(Some(socket)) => waiting.push((*target, socket)),
+            Err(errno) => out.push((*target, outcome(errno))),
         }
     }
     while !waiting.is_empty() {
@@ -130,11 +135,13 @@ fn outcome(errno: Errno) -> Outcome {
     }
 }
 
-/// Begins a connection; none when it is there already.
-fn begin((ip, port): (IpAddr, u16)) -> Result<Option<OwnedFd>, Errno> {
+/// Begins a connection; none when it is there already. It goes by the bridge or not at all: guests name these addresses, and
+/// the host's other networks are none of theirs.
+fn begin((ip, port): Target, bridge: &str) -> Result<Option<OwnedFd>, Errno> {
     let family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(family, SockType::Stream, flags, None)?;
+    setsockopt(&socket, sockopt::BindToDevice, &OsString::from(bridge))?;
     // Closed with a reset: no connection is left waiting on either side.
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     setsockopt(&socket, sockopt::Linger, &linger)?;
@@ -157,8 +164,11 @@ mod tests {
         let gone = TcpListener::bind("127.0.0.1:0").unwrap();
         let closed = (open.0, gone.local_addr().unwrap().port());
         drop(gone);
-        let found: BTreeMap<_, _> = check(&[open, closed], EVERY).into_iter().collect();
+        let lo = || Some("lo".to_string());
+        let found: BTreeMap<_, _> = check(&[(open, lo()), (closed, lo())], EVERY).into_iter().collect();
         assert_eq!(found, BTreeMap::from([(open, Outcome::Answered), (closed, Outcome::Failed)]));
+        let nowhere = check(&[(open, None), (closed, Some("none such".to_string()))], EVERY);
+        assert!(nowhere.iter().all(|(_, outcome)| *outcome == Outcome::NoWay(Errno::ENODEV)), "{nowhere:?}");
     }
 
     #[test]
@@ -166,9 +176,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
         let checks = Checks::start().unwrap();
-        checks.exchange(vec![open]);
+        let targets = || BTreeMap::from([(open, Some("lo".to_string()))]);
+        checks.exchange(targets());
         let deadline = Instant::now() + Duration::from_secs(10);
-        while checks.exchange(vec![open]).get(&open) != Some(&Outcome::Answered) {
+        while checks.exchange(targets()).get(&open) != Some(&Outcome::Answered) {
             assert!(Instant::now() < deadline);
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -10,7 +10,7 @@ use crate::enforce::{Enforcer, rules};
 use crate::engine::{Memory, Snapshot};
 use crate::flows::{Backward, Forward, State as FlowState};
 use crate::health::{Health, Probe};
-use crate::neighbours::Neighbours;
+use crate::neighbours::{Found, Neighbours};
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
 use crate::status::{
@@ -31,7 +31,7 @@ use nfqd_rules::service::{Backend, Service};
 use nfqd_rules::slots::{Seen, SlotKey};
 use nfqd_shmctl::mailbox::Frame;
 use nfqd_shmctl::{
-    BackendName, Command, CommandError, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
+    BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
 };
 use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
@@ -106,6 +106,10 @@ pub struct Daemon {
     enforcer: Enforcer,
     desired: Desired,
     macs: BTreeMap<IpAddr, MacAddr>,
+    /// The bridges that backends are on.
+    bridges: BTreeMap<IpAddr, String>,
+    /// There were not enough numbers for all backends: tried again.
+    unnumbered: bool,
     neighbours: Neighbours,
     checks: Checks,
     health: Health,
@@ -168,6 +172,8 @@ impl Daemon {
             enforcer: Enforcer::new(kernel, options, shared)?,
             desired: Desired { policy, slots: heritage.slots },
             macs: heritage.macs,
+            bridges: BTreeMap::new(),
+            unnumbered: false,
             neighbours,
             checks: Checks::start().map_err(system("thread of checks"))?,
             health: Health::default(),
@@ -237,7 +243,7 @@ impl Daemon {
     /// numbers.
     fn follow(&mut self, before: &Policy) -> bool {
         let Desired { policy, slots } = &mut self.desired;
-        let (seen, now) = (seen(&self.macs, &self.health), Instant::now());
+        let (seen, now) = (seen(&self.macs, &self.health, &self.channels), Instant::now());
         let mut enough = true;
         for mac in policy.changed(before) {
             enough &= slots.update(mac, policy.get(mac), &seen, now);
@@ -247,8 +253,14 @@ impl Daemon {
 
     /// The same for all, when what is known of backends has changed.
     fn follow_all(&mut self) {
-        let seen = seen(&self.macs, &self.health);
-        self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
+        let seen = seen(&self.macs, &self.health, &self.channels);
+        let enough = self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
+        if !enough && !self.unnumbered {
+            log::error!(
+                "there are not enough numbers for all backends; some get no packets until others are free"
+            );
+        }
+        self.unnumbered = !enough;
     }
 
     /// Makes a changed policy hold, or puts the old one back, numbers included; the reply that then replaces each OK.
@@ -264,7 +276,7 @@ impl Daemon {
                 .enforce(&self.desired)
                 .map_err(|error| format!("ERR internal the host cannot enforce it: {error}"))
         } else {
-            Err("ERR quota the host has no numbers left for backends; try again in two minutes".to_string())
+            Err("ERR quota this middlebox has changed its services too often; numbers of its backends are free again two hours after each change".to_string())
         };
         match &result {
             Ok(()) => {
@@ -443,66 +455,82 @@ impl Daemon {
     }
 
     fn find_neighbours(&mut self, unknown: BTreeSet<IpAddr>, probes: &BTreeSet<Probe>, now: Instant) -> bool {
-        let asked = probes.iter().filter_map(|probe| match probe {
-            Probe::Neighbour(ip) => Some(*ip),
-            Probe::Tcp(..) => None,
-        });
-        let asked: BTreeSet<IpAddr> = asked.collect();
-        let wanted: BTreeSet<IpAddr> = unknown.union(&asked).copied().collect();
+        // Where a TCP check goes is known by the neighbour's bridge.
+        let wanted: BTreeSet<IpAddr> =
+            unknown.into_iter().chain(probes.iter().map(|probe| probe.ip())).collect();
         if wanted.is_empty() {
             self.macs.clear();
+            self.bridges.clear();
             return false;
         }
-        let probe = !asked.is_empty() && now.duration_since(self.probed) >= PROBING;
-        if probe {
+        let asked = probes.iter().filter(|probe| matches!(probe, Probe::Neighbour(_)));
+        let asked: BTreeSet<IpAddr> = asked.map(|probe| probe.ip()).collect();
+        let is_time = now.duration_since(self.probed) >= PROBING;
+        if is_time {
             self.probed = now;
         }
-        let found = match self.neighbours.resolve(&wanted, probe) {
+        let nobody = BTreeSet::new();
+        let found = match self.neighbours.resolve(&wanted, if is_time { &asked } else { &nobody }) {
             Ok(found) => found,
             Err(errno) => {
                 log::warn!("neighbour table: {errno}");
                 return false;
             }
         };
-        let mut any = false;
-        for (ip, found) in &found {
-            if self.macs.insert(*ip, found.mac) != Some(found.mac) {
-                log::info!("backend {ip} is at {}", found.mac);
-                any = true;
-            }
-        }
         // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
         self.macs.retain(|ip, _| wanted.contains(ip));
-        for ip in asked {
-            let answer = match found.get(&ip) {
-                Some(found) if found.answers => true,
-                None => false,
-                // Being asked.
-                Some(_) => continue,
-            };
-            any |= self.take_result(Probe::Neighbour(ip), answer, now);
+        self.bridges.retain(|ip, _| wanted.contains(ip));
+        let mut any = false;
+        for (ip, found) in found {
+            let probe = Probe::Neighbour(ip);
+            match found {
+                Found::At { mac, answers, bridge } => {
+                    if self.macs.insert(ip, mac) != Some(mac) {
+                        log::info!("backend {ip} is at {mac}");
+                        any = true;
+                    }
+                    self.bridges.insert(ip, bridge);
+                    if answers {
+                        any |= self.take_result(probe, true, now);
+                    }
+                }
+                Found::Silent => any |= self.take_result(probe, false, now),
+                Found::Ambiguous => {
+                    if self.macs.remove(&ip).is_some() {
+                        log::warn!("{ip} is on two bridges, with two MACs; it is redirected to no more");
+                        any = true;
+                    }
+                    self.bridges.remove(&ip);
+                }
+            }
         }
         any
     }
 
     fn take_checks(&mut self, now: Instant) -> bool {
         let targets = self.health.probes().filter_map(|probe| match probe {
-            Probe::Tcp(ip, port) => Some((ip, port)),
+            Probe::Tcp(ip, port) => Some(((ip, port), self.bridges.get(&ip).cloned())),
             Probe::Neighbour(_) => None,
         });
-        let targets: Vec<(IpAddr, u16)> = targets.collect();
-        self.no_way.retain(|target, _| targets.contains(target));
+        let targets: BTreeMap<_, _> = targets.collect();
+        self.no_way.retain(|target, _| targets.contains_key(target));
         let mut any = false;
         for ((ip, port), outcome) in self.checks.exchange(targets) {
+            let probe = Probe::Tcp(ip, port);
             match outcome {
+                // Who does not even answer ARP is not there.
+                Outcome::NoWay(Errno::ENODEV) if !self.bridges.contains_key(&ip) => {
+                    any |= self.take_result(probe, false, now);
+                }
                 Outcome::NoWay(errno) => {
                     if self.no_way.insert((ip, port), errno).is_none() {
-                        log::warn!("the host cannot check {ip} port {port}: {errno}; it is taken as alive");
+                        log::debug!("the host cannot check {ip} port {port}: {errno}; it is taken as alive");
+                        any |= self.health.forget(probe, now);
                     }
                 }
                 outcome => {
                     self.no_way.remove(&(ip, port));
-                    any |= self.take_result(Probe::Tcp(ip, port), outcome == Outcome::Answered, now);
+                    any |= self.take_result(probe, outcome == Outcome::Answered, now);
                 }
             }
         }
@@ -522,7 +550,7 @@ impl Daemon {
     }
 
     fn look_around(&mut self) {
-        if self.check_backends() {
+        if self.check_backends() || self.unnumbered {
             self.follow_all();
             self.enforcer.refresh();
         }
@@ -601,7 +629,7 @@ impl Daemon {
         let backend = |(name, backend): (&BackendName, &Backend)| {
             let key = SlotKey { middlebox, vip: *vip, backend: *name };
             let slot = self.desired.slots.get(&key);
-            let seen = seen(&self.macs, &self.health)(vip, service, name);
+            let seen = seen(&self.macs, &self.health, &self.channels)(middlebox, vip, service, name);
             let ((packets, bytes), (reply_packets, reply_bytes)) = self.enforcer.of_backend(&key);
             let mac = backend.mac.or(seen.mac);
             let unchecked = match Probe::of(service, name, backend) {
@@ -677,15 +705,28 @@ impl Daemon {
     }
 }
 
-/// What the host has seen of backends.
+/// What the host has seen of backends. A MAC that another channel speaks for is none: whoever has that address, it is no
+/// backend of this middlebox.
 fn seen<'a>(
     macs: &'a BTreeMap<IpAddr, MacAddr>,
     health: &'a Health,
-) -> impl Fn(&Vip, &Service, &BackendName) -> Seen + 'a {
-    |_, service, name| {
+    channels: &'a [Channel],
+) -> impl Fn(MacAddr, &Vip, &Service, &BackendName) -> Seen + 'a {
+    |middlebox, _, service, name| {
         let probe = service.backends().get(name).and_then(|backend| Probe::of(service, name, backend));
         let probe = probe.filter(|_| service.method().is_pool());
-        Seen { mac: macs.get(&name.ip).copied(), alive: probe.is_none_or(|probe| health.is_alive(probe)) }
+        let is_others = |mac: &MacAddr| {
+            let bound =
+                |mac: &MacAddr| channels.iter().filter(|channel| channel.spec().macs.contains(mac)).count();
+            let both = |channel: &&Channel| {
+                channel.spec().macs.contains(mac) && channel.spec().macs.contains(&middlebox)
+            };
+            bound(mac) != 0 && bound(&middlebox) != 0 && !channels.iter().any(|channel| both(&channel))
+        };
+        Seen {
+            mac: macs.get(&name.ip).copied().filter(|mac| !is_others(mac)),
+            alive: probe.is_none_or(|probe| health.is_alive(probe)),
+        }
     }
 }
 
@@ -725,7 +766,7 @@ fn open_channel(spec: &ShmSpec) -> Result<Channel, RegionError> {
 }
 
 /// Applies the file of `--commands`, all of it or nothing. `R F` of what is registered with that address already changes
-/// nothing: the rules that guests have added since stay.
+/// nothing, nor does `R L` of a pool that chooses in the same way: rules and backends that were added since stay.
 fn apply_commands(policy: &mut Policy, path: Option<&Path>) -> Result<(), StartError> {
     let Some(path) = path else { return Ok(()) };
     let text = std::fs::read_to_string(path)
@@ -735,6 +776,17 @@ fn apply_commands(policy: &mut Policy, path: Option<&Path>) -> Result<(), StartE
         Command::RegisterFirewall { mac, ip, default } => {
             let firewall = policy.get(*mac).and_then(|middlebox| middlebox.firewall());
             firewall.is_some_and(|firewall| firewall.ip() == *ip && firewall.default_action() == *default)
+        }
+        // A pool's backends may have been changed since.
+        Command::RegisterBalance { mac, vip, balance } if balance.method.is_pool() => {
+            let service = policy.get(*mac).and_then(|middlebox| middlebox.services().get(vip));
+            service.is_some_and(|service| {
+                service.method() == balance.method && *service.terms() == balance.terms
+            })
+        }
+        // What is to go has gone.
+        Command::EditBackends { edit: Edit::Remove(_), .. } => {
+            policy.clone().obey(command, "").is_err_and(|error| error.code == ErrorCode::UnknownBackend)
         }
         _ => false,
     });

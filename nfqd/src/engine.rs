@@ -164,6 +164,8 @@ pub enum Learn {
     Yes,
     /// That it ends.
     Close,
+    /// Nothing, and what it remembers of another flow with these addresses and ports is to be forgotten.
+    Forget,
 }
 
 /// How the packet that an ICMP error quotes is rewritten.
@@ -243,9 +245,10 @@ impl Judgement {
             Learn::No => Operation::Redirect,
             Learn::Yes => Operation::RedirectLearn,
             Learn::Close => Operation::RedirectClose,
+            Learn::Forget => Operation::RedirectOpen,
         };
         let reply = |to: &To| match to.learn {
-            Learn::No => Operation::Reply,
+            Learn::No | Learn::Forget => Operation::Reply,
             Learn::Yes => Operation::ReplyLearn,
             Learn::Close => Operation::ReplyClose,
         };
@@ -296,17 +299,33 @@ fn event(ip: &Ip) -> Event {
     match ip.tcp_flags {
         Some(flags) if flags & (flag::FIN | flag::RST) != 0 => Event::Closes,
         Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN => Event::Opens,
-        _ if ip.protocol == Protocol::TCP => Event::GoesOn,
+        _ if ip.protocol == Protocol::TCP => {
+            let numbers = ip.tcp_numbers;
+            Event::GoesOn {
+                acknowledges: numbers.map_or(0, |numbers| numbers.acknowledgement),
+                data: numbers.is_some_and(|numbers| numbers.length != 0),
+            }
+        }
         _ => Event::Datagram,
+    }
+}
+
+/// What a backend's packet does to its flow.
+fn answer(ip: &Ip) -> Event {
+    match ip.tcp_flags {
+        Some(flags) if flags & flag::RST != 0 => Event::Closes,
+        Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN | flag::ACK => {
+            Event::Accepts(ip.tcp_numbers.map_or(0, |numbers| numbers.sequence.wrapping_add(1)))
+        }
+        _ => Event::Answer,
     }
 }
 
 /// The state that a flow begins with.
 fn beginning(ip: &Ip, event: Event) -> State {
     match (ip.protocol, event) {
-        (Protocol::TCP, Event::Opens) => State::Opening,
         (Protocol::TCP, Event::Closes) => State::Closing,
-        (Protocol::TCP, _) => State::Established,
+        (Protocol::TCP, _) => State::Opening,
         (Protocol::UDP | Protocol::UDPLITE, _) => State::Datagram,
         _ => State::Other,
     }
@@ -421,14 +440,23 @@ impl Look<'_> {
             protocol: ip.protocol,
             ports: ip.ports.unwrap_or(NO_PORTS),
         };
-        let event = match ip.tcp_flags {
-            Some(flags) if flags & flag::RST != 0 => Event::Closes,
-            _ => Event::Answer,
-        };
-        let found = self.memory.flows.backward(&key, event, self.now)?;
-        let Some(slot) = self.key_of(found.slot) else {
-            // The service may be gone, and the flow with it: it does not come back when the service does.
-            self.memory.flows.remove_backward(&key);
+        let (flows, slots, event) = (&self.memory.flows, &self.snapshot.desired.slots, answer(ip));
+        let found = flows.backward(&key, event, self.now, |slot| slots.current(slot))?;
+        if matches!(event, Event::Accepts(_)) && found.state == State::Closing {
+            // The flow has ended; this begins one that the client has made with the backend itself.
+            flows.remove_backward(&key);
+            return None;
+        }
+        let Some((slot, key_now)) = found.current.and_then(|slot| Some((slot, self.key_of(slot)?))) else {
+            let former = slots.former_key_of(found.slot);
+            let service =
+                former.and_then(|key| self.snapshot.policy().get(key.middlebox)?.services().get(&key.vip));
+            // While its service is there, the client's next packet says what becomes of the flow.
+            if service.is_some() {
+                return Some(Judgement::Drop(DropReason::BackendGone));
+            }
+            // The service is gone, and the flow with it: it does not come back when the service does.
+            flows.remove_backward(&key);
             return None;
         };
         let learn = match (event, found.state) {
@@ -436,14 +464,15 @@ impl Look<'_> {
             (_, State::Opening | State::Closing) => Learn::No,
             _ => Learn::Yes,
         };
-        Some(Judgement::Reply(self.to(found.slot, slot, ip, learn)))
+        let learn = if found.learn { learn } else { Learn::No };
+        Some(Judgement::Reply(self.to(slot, key_now, ip, learn)))
     }
 
     /// An ICMP error about a packet of a flow (RFC 5508, section 4).
     fn error(&self, ip: &Ip) -> Option<Judgement> {
         let quoted = ip.quoted?;
         let ports = quoted.ports.unwrap_or(NO_PORTS);
-        let (flows, now) = (&self.memory.flows, self.now);
+        let (flows, slots, now) = (&self.memory.flows, &self.snapshot.desired.slots, self.now);
         // From the client's side: about what the backend sent, as the client saw it.
         if self.middlebox.is_some() {
             let key = Forward {
@@ -453,7 +482,7 @@ impl Look<'_> {
                 protocol: quoted.protocol,
                 ports: turned(ports),
             };
-            let slot = flows.slot_of(&key, now);
+            let slot = flows.slot_of(&key, now).and_then(|slot| slots.current(slot));
             let found = slot.and_then(|slot| Some((slot, self.key_of(slot)?)));
             if let Some((slot, key)) = found.filter(|(_, key)| self.snapshot.reaches(key)) {
                 let to = self.to(slot, key, ip, Learn::No);
@@ -472,7 +501,7 @@ impl Look<'_> {
             protocol: quoted.protocol,
             ports: turned(ports),
         };
-        let slot = flows.slot_of_backward(&key, now)?;
+        let slot = flows.slot_of_backward(&key, now).and_then(|slot| slots.current(slot))?;
         let key = self.key_of(slot)?;
         let port = key.ports().map(|(own, _)| own);
         let quote = Quote { side: Side::Destination, ip: key.vip.ip, port };
@@ -497,14 +526,17 @@ impl Look<'_> {
         if ip.fragment != Fragment::Later {
             let forward = self.forward_key(ip);
             let flows = &self.memory.flows;
-            let found = flows.forward(&forward, event, self.now).filter(|found| {
-                found.slot == slot.index && !(found.state == State::Closing && event == Event::Opens)
-            });
-            let state = match found {
-                Some(found) => found.state,
-                None => self.begin(&key, slot.index, ip, event),
+            let slots = &self.snapshot.desired.slots;
+            let found =
+                flows.forward(&forward, event, self.now, |slot| slots.current(slot)).filter(|found| {
+                    found.current == Some(slot.index)
+                        && !(found.state == State::Closing && event == Event::Opens)
+                });
+            learn = match found {
+                Some(found) if found.learn => learning(found.state, event),
+                Some(_) => Learn::No,
+                None => learning(self.begin(&key, slot.index, ip, event), event),
             };
-            learn = learning(state, event);
         }
         Some(Judgement::Redirect(self.to(slot.index, key, ip, learn)))
     }
@@ -532,7 +564,11 @@ impl Look<'_> {
     fn begin(&self, key: &SlotKey, slot: u32, ip: &Ip, event: Event) -> State {
         let state = beginning(ip, event);
         let (forward, backward) = (self.forward_key(ip), self.backward_key(key, ip));
-        self.memory.flows.insert(forward, backward, slot, state, self.now);
+        let flows = &self.memory.flows;
+        // A flow of another middlebox comes back the same way: it stays.
+        if !backward.is_some_and(|backward| flows.is_others(&backward, &forward, self.now)) {
+            flows.insert(forward, backward, slot, state, self.now);
+        }
         state
     }
 
@@ -541,12 +577,13 @@ impl Look<'_> {
         let event = event(ip);
         let forward = self.forward_key(ip);
         let flows = &self.memory.flows;
-        match flows.forward(&forward, event, self.now) {
-            Some(found) => match self.key_of(found.slot) {
+        let slots = &self.snapshot.desired.slots;
+        match flows.forward(&forward, event, self.now, |slot| slots.current(slot)) {
+            Some(found) => match found.current.and_then(|slot| Some((slot, self.key_of(slot)?))) {
                 Some(_) if found.state == State::Closing && event == Event::Opens => {}
-                Some(key) if self.snapshot.reaches(&key) => {
-                    let learn = learning(found.state, event);
-                    return Judgement::Redirect(self.to(found.slot, key, ip, learn));
+                Some((slot, key)) if self.snapshot.reaches(&key) => {
+                    let learn = if found.learn { learning(found.state, event) } else { Learn::No };
+                    return Judgement::Redirect(self.to(slot, key, ip, learn));
                 }
                 Some(_) => return Judgement::Drop(DropReason::BackendUnresolved),
                 None => {
@@ -560,7 +597,7 @@ impl Look<'_> {
             // A connection that was there before the service was, or that nobody knows any more.
             None if ip.protocol == Protocol::TCP && event != Event::Opens => {
                 let own = self.snapshot.desired.slots.get(&own_slot(self.packet.link.destination, vip));
-                return match own.filter(|_| self.learnable() && event == Event::GoesOn) {
+                return match own.filter(|_| self.learnable() && event != Event::Closes) {
                     Some(own) => Judgement::Pass(own.index),
                     None => Judgement::Accept(Reason::NoMatch),
                 };
@@ -623,6 +660,7 @@ impl Look<'_> {
 fn learning(state: State, event: Event) -> Learn {
     match (state, event) {
         (_, Event::Closes) | (State::Closing, _) => Learn::Close,
+        (State::Opening, Event::Opens) => Learn::Forget,
         (State::Opening, _) => Learn::No,
         _ => Learn::Yes,
     }
@@ -655,7 +693,7 @@ mod tests {
     /// What holds when a policy comes after another one.
     fn following(before: &Snapshot, policy: Policy, seen: impl Fn(&BackendName) -> Seen) -> Snapshot {
         let (mut slots, mut pools) = (before.desired().slots.clone(), Pools::default());
-        slots.follow(&policy, |_, _, name| seen(name), Instant::now());
+        slots.follow(&policy, |_, _, _, name| seen(name), Instant::now());
         for (mac, middlebox) in policy.middleboxes() {
             pools.update(*mac, Some(middlebox), &slots);
         }
@@ -692,13 +730,13 @@ mod tests {
         let (snapshot, flows) = (static_to_3(), Memory::new(100));
         let there = judged(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
         assert!(matches!(there, Judgement::Redirect(To { learn: Learn::Yes, .. })), "{there:?}");
-        assert_eq!(there.mark(0x7f), Some(0x3000_017f));
+        assert_eq!(there.mark(0x7f), Some(0x1800_017f));
         let back = judged(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1000)), 1);
         assert_eq!(vip_of(back), Some(IpAddr::from([10, 0, 0, 2])));
-        assert_eq!(back.mark(0), Some(0x6000_0100));
+        assert_eq!(back.mark(0), Some(0x3000_0100));
         // The backend's own conversation with the same client is left alone.
         let own = judged(&snapshot, &flows, &udp(BACKEND, CLIENT, (3, 1), (53, 1001)), 1);
-        assert_eq!((own, own.mark(1)), (Judgement::Direct, Some(0x6000_0001)));
+        assert_eq!((own, own.mark(1)), (Judgement::Direct, Some(0x3000_0001)));
         let other = judged(&snapshot, &flows, &udp(CLIENT, BACKEND, (1, 3), (53, 1001)), 1);
         assert_eq!(other, Judgement::Accept(Reason::NotOurs));
     }
@@ -782,6 +820,21 @@ mod tests {
         tcp(CLIENT, VM, (1, 2), (port, 80), flag::ACK)
     }
 
+    /// The backend accepts, and the client answers; what is said of that.
+    fn establish(snapshot: &Snapshot, memory: &Memory, port: u16, to_backend: To) -> To {
+        let IpAddr::V4(backend) = to_backend.key.backend.ip else { panic!("IPv6") };
+        let from = ([2, 0, 0, 0, 0, backend.octets()[3]], backend.octets()[3]);
+        let ports = (to_backend.key.backend.port.unwrap(), port);
+        let accept = tcp(from.0, CLIENT, (from.1, 1), ports, flag::SYN | flag::ACK);
+        assert!(matches!(judged(snapshot, memory, &accept, 1), Judgement::Reply(_)));
+        // It has said 1 and so expects 2.
+        let mut packet = ack(port);
+        if let Some(numbers) = packet.ip.as_mut().and_then(|ip| ip.tcp_numbers.as_mut()) {
+            numbers.acknowledgement = 2;
+        }
+        to(judged(snapshot, memory, &packet, 2))
+    }
+
     fn to(judgement: Judgement) -> To {
         match judgement {
             Judgement::Redirect(to) => to,
@@ -793,9 +846,9 @@ mod tests {
     fn a_pools_connection_keeps_its_backend_from_end_to_end() {
         let (before, memory) = (snapshot(&[POOL]), Memory::new(1000));
         let first = to(judged(&before, &memory, &syn(1000), 0));
-        assert_eq!(first.learn, Learn::No, "not before the client has answered");
-        assert_eq!(to(judged(&before, &memory, &syn(1000), 1)), first);
-        let second = to(judged(&before, &memory, &ack(1000), 2));
+        assert_eq!(first.learn, Learn::Forget, "nothing yet but that it is no other flow");
+        assert_eq!(to(judged(&before, &memory, &syn(1000), 1)).slot, first.slot);
+        let second = establish(&before, &memory, 1000, first);
         assert_eq!((second.slot, second.learn), (first.slot, Learn::Yes));
         // Others are added and drained; the flow stays, and a drained one gets no new ones.
         let mut policy = before.policy().clone();
@@ -822,12 +875,12 @@ mod tests {
         });
         let (port, there) = ported.unwrap();
         assert_eq!(there.key.backend.to_string(), "10.0.0.3:8080");
-        judged(&snapshot, &memory, &ack(port), 0);
+        establish(&snapshot, &memory, port, there);
         let back = tcp(BACKEND, CLIENT, (3, 1), (8080, port), flag::ACK);
-        let Judgement::Reply(from) = judged(&snapshot, &memory, &back, 1) else { panic!("no reply") };
+        let Judgement::Reply(from) = judged(&snapshot, &memory, &back, 9) else { panic!("no reply") };
         assert_eq!((from.slot, from.port, from.learn), (there.slot, true, Learn::Yes));
         let reset = tcp(BACKEND, CLIENT, (3, 1), (8080, port), flag::RST);
-        let Judgement::Reply(from) = judged(&snapshot, &memory, &reset, 1) else { panic!("no reply") };
+        let Judgement::Reply(from) = judged(&snapshot, &memory, &reset, 9) else { panic!("no reply") };
         assert_eq!(from.learn, Learn::Close);
         let other = tcp(BACKEND, CLIENT, (3, 1), (80, port), flag::ACK);
         assert_eq!(judged(&snapshot, &memory, &other, 1), Judgement::Direct, "another port is not its flow");
@@ -850,7 +903,7 @@ mod tests {
         for (option, expected) in [("", "moved"), (" on-dead=reset", "reset"), (" on-dead=keep", "kept")] {
             let (before, memory) = (snapshot(&[&format!("{POOL}{option}")]), Memory::new(1000));
             let first = to(judged(&before, &memory, &syn(1000), 0));
-            judged(&before, &memory, &ack(1000), 0);
+            establish(&before, &memory, 1000, first);
             let dead = first.key.backend;
             let seen = |name: &BackendName| Seen { mac: None, alive: *name != dead };
             let after = following(&before, before.policy().clone(), seen);

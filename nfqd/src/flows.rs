@@ -3,8 +3,9 @@
 //! It is shared by all workers and divided into shards, each behind a lock; a flow's two directions are in one shard. All
 //! memory is there from the start, and what an operation costs does not depend on how many flows there are: two hash
 //! tables of chains, one for each direction, and for each state a list in the order in which flows were seen last. So the
-//! oldest is always at hand, to be forgotten in time or given up in a full shard: first those that only opened, last those
-//! that are established. A flood of SYNs pushes out nothing but its own.
+//! oldest is always at hand, to be forgotten in time or given up in a full shard: first of those that have proven nothing, of
+//! which there are most; last those that are established. A flood of SYNs, or of UDP, pushes out nothing but its own.
+//! Established is a connection whose client has acknowledged what its backend has said.
 
 use crate::bounded::Seconds;
 use nfqd_rules::packet::Ports;
@@ -44,10 +45,10 @@ pub struct Backward {
     pub ports: Ports,
 }
 
-/// Where a flow is in its life. The order is that in which flows are given up.
+/// Where a flow is in its life.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum State {
-    /// TCP: the client has asked, and not yet answered the answer.
+    /// TCP: the client has spoken, and the backend not yet answered, or the client not yet answered that.
     Opening,
     /// TCP: one side has ended it.
     Closing,
@@ -91,9 +92,16 @@ pub enum Event {
     /// One with FIN or RST, or a backend's with RST.
     Closes,
     /// A client's TCP packet without them.
-    GoesOn,
+    GoesOn {
+        /// Its acknowledgement number.
+        acknowledges: u32,
+        /// Whether it brings something.
+        data: bool,
+    },
     /// A client's packet of another protocol.
     Datagram,
+    /// A backend's TCP packet with SYN and ACK: what its client must acknowledge.
+    Accepts(u32),
     /// A backend's packet that ends nothing.
     Answer,
 }
@@ -101,11 +109,22 @@ pub enum Event {
 /// A flow that was found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Found {
-    /// Its slot.
+    /// Its slot, as it was found.
     pub slot: u32,
+    /// The slot that it has now, if its backend still has one.
+    pub current: Option<u32>,
     /// Its state behind the packet.
     pub state: State,
+    /// Whether the kernel may be told of it: not again so soon.
+    pub learn: bool,
 }
+
+/// Seconds before the kernel is told again of the same direction of a flow: each time costs it an insertion, and who sends
+/// packets that change nothing shall not have them.
+const LEARN_AGAIN: Seconds = 5;
+
+/// How far behind what it must acknowledge a client's first acknowledgement may be.
+const WINDOW: u32 = 1 << 24;
 
 /// Seconds after which a UDP flow that is still there is a stream (RFC 4787 has no states; this is conntrack's idea, with
 /// what the engine sees).
@@ -162,6 +181,11 @@ struct Entry {
     state: State,
     born: Seconds,
     seen: Seconds,
+    /// What the client must acknowledge; none before the backend has answered.
+    expects: Option<Expects>,
+    /// When the kernel may be told next, of the way there and of the way back.
+    learn_forward: Seconds,
+    learn_backward: Seconds,
     /// The next in the chain of each hash.
     next_forward: u32,
     next_backward: u32,
@@ -170,11 +194,21 @@ struct Entry {
     newer: u32,
 }
 
+/// What shows that a client has heard the backend.
+#[derive(Clone, Copy)]
+enum Expects {
+    /// A number that only the backend has said.
+    Number(u32),
+    /// Anything: the beginning was not seen.
+    Anything,
+}
+
 /// The ends of the list of a state.
 #[derive(Clone, Copy)]
 struct List {
     oldest: u32,
     newest: u32,
+    len: usize,
 }
 
 struct Shard {
@@ -228,18 +262,31 @@ impl Flows {
         self.hash.hash_one(key)
     }
 
-    /// The flow of a packet from a client, which is seen by this.
-    pub fn forward(&self, key: &Forward, event: Event, now: Seconds) -> Option<Found> {
+    /// The flow of a packet from a client, which is seen by this. `current` says which slot stands for the backend of a
+    /// slot now; the flow has that from then on.
+    pub fn forward(
+        &self,
+        key: &Forward,
+        event: Event,
+        now: Seconds,
+        current: impl Fn(u32) -> Option<u32>,
+    ) -> Option<Found> {
         let mut shard = self.shard_of(key);
         let at = shard.find_forward(self.hash(key), key)?;
-        shard.see(at, event, now, &self.live)
+        shard.see(at, event, now, current, &self.live)
     }
 
     /// The flow of a packet from a backend.
-    pub fn backward(&self, key: &Backward, event: Event, now: Seconds) -> Option<Found> {
+    pub fn backward(
+        &self,
+        key: &Backward,
+        event: Event,
+        now: Seconds,
+        current: impl Fn(u32) -> Option<u32>,
+    ) -> Option<Found> {
         let mut shard = self.shard(key.client, key.ports.destination, key.protocol);
         let at = shard.find_backward(self.hash(key), key)?;
-        shard.see(at, event, now, &self.live)
+        shard.see(at, event, now, current, &self.live)
     }
 
     /// The slot of a flow that an ICMP error from the client's side is about; the flow is not seen by this.
@@ -264,6 +311,14 @@ impl Flows {
             .is_some_and(|entry| entry.forward != *forward && entry.state.is_live())
     }
 
+    /// Whether packets from a backend are those of another middlebox' live flow.
+    pub fn is_others(&self, backward: &Backward, forward: &Forward, now: Seconds) -> bool {
+        let shard = self.shard_of(forward);
+        let at = shard.find_backward(self.hash(backward), backward);
+        at.and_then(|at| shard.alive(at, now))
+            .is_some_and(|entry| entry.forward.middlebox != forward.middlebox && entry.state.is_live())
+    }
+
     /// Remembers a flow. Flows of the same keys are replaced; a full shard gives up another.
     pub fn insert(
         &self,
@@ -285,7 +340,7 @@ impl Flows {
             self.take(shard, at);
         }
         if shard.len == shard.capacity
-            && let Some((at, state)) = shard.oldest(now)
+            && let Some((at, state)) = shard.victim(now)
         {
             if !shard.is_over(at, now) {
                 self.evicted.fetch_add(1, Relaxed);
@@ -302,6 +357,9 @@ impl Flows {
             state,
             born: now,
             seen: now,
+            expects: None,
+            learn_forward: now.saturating_add(LEARN_AGAIN),
+            learn_backward: 0,
             next_forward: NONE,
             next_backward: NONE,
             older: NONE,
@@ -382,7 +440,7 @@ impl Shard {
             free: NONE,
             forward: vec![0; heads],
             backward: vec![0; heads],
-            lists: [List { oldest: NONE, newest: NONE }; STATES.len()],
+            lists: [List { oldest: NONE, newest: NONE, len: 0 }; STATES.len()],
             len: 0,
         }
     }
@@ -431,39 +489,72 @@ impl Shard {
         (oldest != NONE && self.is_over(oldest, now)).then_some(oldest)
     }
 
-    /// The flow to give up: one whose time is over, or the oldest in the first state that has one.
-    fn oldest(&self, now: Seconds) -> Option<(u32, State)> {
+    /// The flow to give up: one whose time is over; or the oldest of those that have proven nothing, of the state that has
+    /// most of them, so that a flood of one kind pushes out its own; or the oldest of the rest.
+    fn victim(&self, now: Seconds) -> Option<(u32, State)> {
         let over = STATES.into_iter().find_map(|state| Some((self.over(state, now)?, state)));
         over.or_else(|| {
-            let first = |state: State| (self.lists[state as usize].oldest, state);
-            STATES.into_iter().map(first).find(|(at, _)| *at != NONE)
+            let list = |state: State| self.lists[state as usize];
+            let unproven = STATES.into_iter().filter(|state| *state < State::Stream && list(*state).len != 0);
+            let most = unproven.max_by_key(|state| list(*state).len);
+            let rest = || [State::Stream, State::Established].into_iter().find(|state| list(*state).len != 0);
+            most.or_else(rest).map(|state| (list(state).oldest, state))
         })
     }
 
     /// A packet of a flow; none if its time is over.
-    fn see(&mut self, at: u32, event: Event, now: Seconds, live: &Live) -> Option<Found> {
+    fn see(
+        &mut self,
+        at: u32,
+        event: Event,
+        now: Seconds,
+        current: impl Fn(u32) -> Option<u32>,
+        live: &Live,
+    ) -> Option<Found> {
         if self.is_over(at, now) {
             return None;
         }
-        let entry = &self.entries[at as usize];
+        let entry = &mut self.entries[at as usize];
+        match event {
+            Event::Accepts(number) => entry.expects = Some(Expects::Number(number)),
+            Event::Answer => entry.expects = entry.expects.or(Some(Expects::Anything)),
+            _ => {}
+        }
+        let heard = |acknowledges: u32| match entry.expects {
+            Some(Expects::Number(number)) => acknowledges.wrapping_sub(number) < WINDOW,
+            Some(Expects::Anything) => true,
+            // Where backends answer clients themselves, nobody sees what they say.
+            None => entry.backward.is_none(),
+        };
         let before = entry.state;
         let after = match (before, event) {
             (State::Opening | State::Established, Event::Closes) => State::Closing,
-            (State::Opening, Event::GoesOn) => State::Established,
+            (State::Opening, Event::GoesOn { acknowledges, .. }) if heard(acknowledges) => State::Established,
+            // Whoever has said that it ends, it does not.
+            (State::Closing, Event::GoesOn { data: true, .. }) => State::Established,
             (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
             (before, _) => before,
         };
+        let is_back = matches!(event, Event::Accepts(_) | Event::Answer);
+        let next = if is_back { &mut entry.learn_backward } else { &mut entry.learn_forward };
+        // A turn is always told.
+        let learn = now >= *next || before != after;
+        if learn {
+            *next = now.saturating_add(LEARN_AGAIN);
+        }
         let slot = entry.slot;
+        let current = current(slot);
         self.unlink(at);
         let entry = &mut self.entries[at as usize];
         entry.state = after;
+        entry.slot = current.unwrap_or(slot);
         entry.seen = now.max(entry.seen);
         self.link(at);
-        if before.is_live() != after.is_live() {
+        if before.is_live() != after.is_live() || current.is_some_and(|current| current != slot) {
             live.count(slot, before, false);
-            live.count(slot, after, true);
+            live.count(current.unwrap_or(slot), after, true);
         }
-        Some(Found { slot, state: after })
+        Some(Found { slot, current, state: after, learn })
     }
 
     fn put(&mut self, mut entry: Entry, hashes: Hashes) {
@@ -527,6 +618,7 @@ impl Shard {
     /// Puts an entry at the newest end of its state's list.
     fn link(&mut self, at: u32) {
         let state = self.entries[at as usize].state as usize;
+        self.lists[state].len += 1;
         let newest = self.lists[state].newest;
         let entry = &mut self.entries[at as usize];
         (entry.older, entry.newer) = (newest, NONE);
@@ -541,6 +633,7 @@ impl Shard {
     fn unlink(&mut self, at: u32) {
         let Entry { state, older, newer, .. } = self.entries[at as usize];
         let list = &mut self.lists[state as usize];
+        list.len -= 1;
         if older == NONE {
             list.oldest = newer;
         }
@@ -581,6 +674,8 @@ mod tests {
         }
     }
 
+    const GOES_ON: Event = Event::GoesOn { acknowledges: 5, data: false };
+
     fn insert(flows: &Flows, client: u32, protocol: Protocol, state: State, now: Seconds) {
         flows.insert(forward(client, protocol), Some(backward(client, protocol)), 7, state, now);
     }
@@ -590,25 +685,33 @@ mod tests {
         let flows = Flows::new(100);
         let (there, back) = (forward(1, Protocol::TCP), backward(1, Protocol::TCP));
         insert(&flows, 1, Protocol::TCP, State::Opening, 0);
-        let state = |event: Event, now: Seconds| flows.forward(&there, event, now).map(|found| found.state);
+        let state =
+            |event: Event, now: Seconds| flows.forward(&there, event, now, Some).map(|found| found.state);
+        let back_at = |event: Event, now: Seconds| flows.backward(&back, event, now, Some).unwrap().state;
         assert_eq!(state(Event::Opens, 10), Some(State::Opening));
-        assert_eq!(flows.backward(&back, Event::Answer, 11).unwrap().state, State::Opening);
-        assert_eq!(state(Event::GoesOn, 12), Some(State::Established));
-        assert_eq!((state(Event::GoesOn, 7000), flows.live(7)), (Some(State::Established), 1));
+        assert_eq!(state(GOES_ON, 10), Some(State::Opening), "the backend has not answered");
+        assert_eq!(back_at(Event::Accepts(6), 11), State::Opening);
+        assert_eq!(state(GOES_ON, 11), Some(State::Opening), "not what the backend said");
+        assert_eq!(back_at(Event::Accepts(5), 11), State::Opening);
+        assert_eq!(state(GOES_ON, 12), Some(State::Established));
+        assert_eq!((state(GOES_ON, 7000), flows.live(7)), (Some(State::Established), 1));
         assert_eq!((state(Event::Closes, 7001), flows.live(7)), (Some(State::Closing), 0));
-        assert_eq!(state(Event::GoesOn, 7002), Some(State::Closing));
-        assert_eq!((state(Event::GoesOn, 7242), flows.len()), (None, 1), "over, not yet forgotten");
+        assert_eq!(state(GOES_ON, 7002), Some(State::Closing));
+        assert_eq!((state(GOES_ON, 7242), flows.len()), (None, 1), "over, not yet forgotten");
         flows.expire(7242);
         assert_eq!(flows.len(), 0);
         // Half open for too long; reset by the backend.
         insert(&flows, 1, Protocol::TCP, State::Opening, 0);
-        assert_eq!(state(Event::GoesOn, 240), None);
+        assert_eq!(state(GOES_ON, 240), None);
         insert(&flows, 1, Protocol::TCP, State::Established, 0);
-        assert_eq!(flows.backward(&back, Event::Closes, 1).unwrap().state, State::Closing);
+        assert_eq!(back_at(Event::Closes, 1), State::Closing);
+        // Whoever forged that: who goes on sending has not ended.
+        assert_eq!(state(Event::GoesOn { acknowledges: 5, data: true }, 2), Some(State::Established));
         // UDP that stays is a stream.
         insert(&flows, 2, Protocol::UDP, State::Datagram, 0);
-        let udp =
-            |now: Seconds| flows.forward(&forward(2, Protocol::UDP), Event::Datagram, now).unwrap().state;
+        let udp = |now: Seconds| {
+            flows.forward(&forward(2, Protocol::UDP), Event::Datagram, now, Some).unwrap().state
+        };
         assert_eq!((udp(10), udp(60), udp(61)), (State::Datagram, State::Stream, State::Stream));
     }
 
@@ -620,7 +723,10 @@ mod tests {
         }
         for client in 10_000..200_000 {
             insert(&flows, client, Protocol::TCP, State::Opening, 1);
-            assert!(flows.forward(&forward(client, Protocol::TCP), Event::Opens, 1).is_some(), "the newest");
+            assert!(
+                flows.forward(&forward(client, Protocol::TCP), Event::Opens, 1, Some).is_some(),
+                "the newest"
+            );
         }
         let kept =
             (0..2000).filter(|&client| flows.slot_of(&forward(client, Protocol::TCP), 2) == Some(7)).count();
@@ -634,6 +740,49 @@ mod tests {
     }
 
     #[test]
+    fn udp_does_not_push_out_those_that_open() {
+        let flows = Flows::new(6400);
+        for client in 0..20_000 {
+            insert(&flows, client, Protocol::UDP, State::Datagram, 0);
+            if client % 100 == 0 {
+                insert(&flows, 100_000 + client, Protocol::TCP, State::Opening, 0);
+            }
+        }
+        let opening = (0..20_000).step_by(100);
+        let kept =
+            opening.filter(|n| flows.slot_of(&forward(100_000 + n, Protocol::TCP), 1).is_some()).count();
+        assert_eq!(kept, 200);
+    }
+
+    #[test]
+    fn the_kernel_is_told_of_turns_and_otherwise_seldom() {
+        let flows = Flows::new(100);
+        insert(&flows, 1, Protocol::TCP, State::Opening, 0);
+        let there = |event: Event, now: Seconds| {
+            flows.forward(&forward(1, Protocol::TCP), event, now, Some).unwrap().learn
+        };
+        let back = |event: Event, now: Seconds| {
+            flows.backward(&backward(1, Protocol::TCP), event, now, Some).unwrap().learn
+        };
+        assert!(back(Event::Accepts(5), 0) && !back(Event::Answer, 1));
+        assert!(there(GOES_ON, 0), "it is established by this");
+        assert!(!there(GOES_ON, 1) && !there(Event::Opens, 4) && there(GOES_ON, 5));
+        assert!(there(Event::Closes, 6));
+        assert!((7..11).all(|now| !there(Event::Closes, now)), "nor does who closes again and again");
+    }
+
+    #[test]
+    fn a_flow_takes_the_slot_that_its_backend_has_now() {
+        let flows = Flows::new(100);
+        insert(&flows, 1, Protocol::TCP, State::Established, 0);
+        let there = forward(1, Protocol::TCP);
+        let found = flows.forward(&there, GOES_ON, 1, |slot| (slot == 7).then_some(9)).unwrap();
+        assert_eq!((found.slot, found.current, flows.live(7), flows.live(9)), (7, Some(9), 0, 1));
+        let found = flows.forward(&there, GOES_ON, 1, |_| None).unwrap();
+        assert_eq!((found.slot, found.current, flows.live(9)), (9, None, 1));
+    }
+
+    #[test]
     fn two_flows_cannot_come_back_the_same_way() {
         let flows = Flows::new(100);
         insert(&flows, 1, Protocol::TCP, State::Established, 0);
@@ -643,7 +792,7 @@ mod tests {
         assert!(flows.is_taken(&back, &other, 1));
         assert!(!flows.is_taken(&back, &forward(1, Protocol::TCP), 1), "it is the same");
         assert!(!flows.is_taken(&backward(1, Protocol::UDP), &other, 1), "another protocol");
-        flows.forward(&forward(1, Protocol::TCP), Event::Closes, 2);
+        flows.forward(&forward(1, Protocol::TCP), Event::Closes, 2, Some);
         assert!(!flows.is_taken(&back, &other, 3), "it is at its end");
         flows.insert(other, Some(back), 9, State::Opening, 3);
         assert_eq!((flows.slot_of_backward(&back, 3), flows.len()), (Some(9), 1));
@@ -667,7 +816,7 @@ mod tests {
                         model.insert(client, (client, now));
                     }
                     1 => {
-                        let found = flows.forward(&there, Event::Datagram, now).map(|found| found.slot);
+                        let found = flows.forward(&there, Event::Datagram, now, Some).map(|found| found.slot);
                         prop_assert_eq!(found, model.get(&client).map(|(slot, _)| *slot));
                         model.entry(client).and_modify(|(_, seen)| *seen = now);
                     }

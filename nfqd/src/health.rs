@@ -36,8 +36,15 @@ impl Probe {
     /// neighbour does not answer.
     fn fall(self) -> u32 {
         match self {
-            Probe::Neighbour(_) => 2,
+            Probe::Neighbour(_) => 1,
             Probe::Tcp(..) => 3,
+        }
+    }
+
+    /// The address.
+    pub fn ip(self) -> IpAddr {
+        match self {
+            Probe::Neighbour(ip) | Probe::Tcp(ip, _) => ip,
         }
     }
 }
@@ -108,6 +115,14 @@ impl Health {
         track.against = 0;
         track.since = now;
         true
+    }
+
+    /// Begins anew with a check that cannot be made any more. True when the backend was dead by it.
+    pub fn forget(&mut self, probe: Probe, now: Instant) -> bool {
+        let Some(track) = self.tracks.get_mut(&probe) else { return false };
+        let was_dead = !track.alive;
+        *track = Track { alive: true, against: 0, proven: false, since: now, death: track.death };
+        was_dead
     }
 
     /// Whether a backend is taken as alive.

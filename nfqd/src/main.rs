@@ -141,7 +141,7 @@ fn check(file: &Path) -> Result<(), Failure> {
 fn rules(arguments: &RulesArguments) -> Result<(), Failure> {
     let policy = arguments.commands.as_deref().map(read_policy).transpose()?.unwrap_or_default();
     let mut slots = Slots::default();
-    slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
+    slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
     let queues = Queues { first: arguments.queue.first, count: arguments.queue.count, bypass: true };
     let steer = match arguments.steer {
         SteerChoice::BrNetfilter => Steer::BrNetfilter,

@@ -16,7 +16,7 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -25,6 +25,7 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_GETNEIGH: u16 = 30;
 
+const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const NDA_DST: u16 = 1;
@@ -42,26 +43,39 @@ const ANSWERS: u16 = 0x02 | 0x80;
 const PROBABLE: u16 = 0x02 | 0x04 | 0x08;
 /// The kernel asks the neighbour by itself: three times, a second apart, before it gives up.
 const PROBE: u16 = 0x10;
+/// Flags of entries that others look after: `NTF_EXT_LEARNED`, `NTF_STICKY`.
+const FOREIGN: u8 = 0x10 | 0x40;
 /// The kernel has given up; it may be asked again.
 const FAILED: u16 = 0x20;
 const NTF_USE: u8 = 1;
 /// Addresses that are asked for in one call. Guests name them, and the kernel's table is bounded.
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 64;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_REPLACE: u16 = 0x100;
 
 /// What the kernel knows of a neighbour.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Found {
-    /// Its MAC.
-    pub mac: MacAddr,
-    /// Whether it has answered lately.
-    pub answers: bool,
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// It is there.
+    At {
+        /// Its MAC.
+        mac: MacAddr,
+        /// Whether it has answered lately; it may be asked just now.
+        answers: bool,
+        /// The bridge.
+        bridge: String,
+    },
+    /// It has not answered.
+    Silent,
+    /// Two bridges have two of them.
+    Ambiguous,
 }
 
 /// The host's neighbour table, over one socket.
 pub struct Neighbours {
     socket: OwnedFd,
+    /// Where the turns are of those that are asked.
+    turn: usize,
 }
 
 impl Neighbours {
@@ -78,51 +92,88 @@ impl Neighbours {
         )?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Neighbours { socket })
+        Ok(Neighbours { socket, turn: 0 })
     }
 
-    /// What the kernel knows on bridges of these addresses. It is asked to find those that it knows nothing of, a few at a
-    /// time; with `probe` also whether those still answer that it knows. An entry that an administrator has made is not
-    /// touched.
+    /// What the kernel knows on bridges of these addresses, as far as it knows something. It is asked to find those that it
+    /// knows nothing of, and whether those in `probe` still answer: a few at a time, each in its turn. What another program
+    /// has made is not touched.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
-    pub fn resolve(&self, wanted: &BTreeSet<IpAddr>, probe: bool) -> Result<HashMap<IpAddr, Found>, Errno> {
+    pub fn resolve(
+        &mut self,
+        wanted: &BTreeSet<IpAddr>,
+        probe: &BTreeSet<IpAddr>,
+    ) -> Result<HashMap<IpAddr, Found>, Errno> {
         let bridges = self.bridges()?;
-        let (mut found, mut known) = (HashMap::new(), BTreeSet::new());
-        let mut unsure = Vec::new();
+        let mut entries: HashMap<IpAddr, Vec<Neighbour>> = HashMap::new();
         self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
             let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
-            let entry = entry.filter(|n| bridges.contains(&n.link) && wanted.contains(&n.ip));
-            let Some(Neighbour { link, ip, state, mac }) = entry else { return };
-            if state & FAILED == 0 {
-                known.insert((link, ip));
-            }
-            let mac = mac.filter(|mac| state & KNOWN != 0 && mac.is_station());
-            let answers = state & ANSWERS != 0;
-            if let Some(mac) = mac {
-                found.insert(ip, Found { mac, answers });
-                if state & PROBABLE != 0 {
-                    unsure.push(state_message(link, ip, mac));
-                }
-            }
+            let entry = entry.filter(|n| bridges.contains_key(&n.link) && wanted.contains(&n.ip));
+            entry.into_iter().for_each(|entry| entries.entry(entry.ip).or_default().push(entry));
         })?;
-        let unknown = wanted.iter().filter(|ip| !found.contains_key(*ip));
-        for &ip in unknown.take(AT_A_TIME) {
-            for &bridge in bridges.iter().filter(|&&bridge| !known.contains(&(bridge, ip))) {
+        let mut found = HashMap::new();
+        for (ip, entries) in &entries {
+            let known: Vec<(&Neighbour, MacAddr)> = entries
+                .iter()
+                .filter(|n| n.state & KNOWN != 0)
+                .filter_map(|n| Some((n, n.mac.filter(|mac| mac.is_station())?)))
+                .collect();
+            let one = known.first().filter(|(_, mac)| known.iter().all(|(_, other)| other == mac));
+            let silent = entries.iter().all(|n| n.state & FAILED != 0);
+            match one {
+                Some((n, mac)) => {
+                    let bridge = bridges.get(&n.link).cloned().unwrap_or_default();
+                    let answers = n.state & ANSWERS != 0;
+                    found.insert(*ip, Found::At { mac: *mac, answers, bridge });
+                }
+                // On two bridges two hosts have it: nobody can tell which is meant.
+                None if !known.is_empty() => drop(found.insert(*ip, Found::Ambiguous)),
+                None if silent => drop(found.insert(*ip, Found::Silent)),
+                None => {}
+            }
+        }
+        let asked = |bridge: i32, ip: &IpAddr| {
+            let entries = entries.get(ip).into_iter().flatten();
+            entries.into_iter().any(|n| n.link == bridge && n.state & FAILED == 0)
+        };
+        let unknown: Vec<IpAddr> = wanted
+            .iter()
+            .filter(|ip| !matches!(found.get(*ip), Some(Found::At { .. } | Found::Ambiguous)))
+            .filter(|ip| bridges.keys().any(|bridge| !asked(*bridge, ip)))
+            .copied()
+            .collect();
+        for ip in self.some_of(&unknown) {
+            for &bridge in bridges.keys().filter(|bridge| !asked(**bridge, &ip)) {
                 // An address that cannot be resolved on this bridge is no reason to leave the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
         }
-        for message in unsure.iter().filter(|_| probe) {
-            let _ = self.request(message, |_, _| {});
+        let unsure: Vec<IpAddr> = probe.iter().filter(|ip| entries.contains_key(*ip)).copied().collect();
+        for ip in self.some_of(&unsure) {
+            for n in entries.get(&ip).into_iter().flatten() {
+                if let Some(mac) = n.mac.filter(|_| n.state & PROBABLE != 0 && n.flags & FOREIGN == 0) {
+                    let _ = self.request(&state_message(n.link, ip, mac), |_, _| {});
+                }
+            }
         }
         Ok(found)
     }
 
-    /// The bridges of this network namespace, by interface index.
-    fn bridges(&self) -> Result<BTreeSet<i32>, Errno> {
-        let mut out = BTreeSet::new();
+    /// A few, each time the next ones.
+    fn some_of(&mut self, all: &[IpAddr]) -> Vec<IpAddr> {
+        let start = self.turn.checked_rem(all.len()).unwrap_or(0);
+        self.turn = self.turn.wrapping_add(AT_A_TIME);
+        all.iter().cycle().skip(start).take(all.len().min(AT_A_TIME)).copied().collect()
+    }
+
+    /// The bridges of this network namespace: interface index and name.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn bridges(&self) -> Result<BTreeMap<i32, String>, Errno> {
+        let mut out = BTreeMap::new();
         self.request(&dump(RTM_GETLINK, LINK_HEADER), |kind, message| {
             out.extend((kind == RTM_NEWLINK).then(|| bridge(message)).flatten());
         })?;
@@ -197,13 +248,19 @@ fn entry_message(flags: u16, link: i32, ip: IpAddr, state: u16, entry_flags: u8)
     out
 }
 
-/// The interface index of a link message, when the link is a bridge.
-fn bridge(message: &[u8]) -> Option<i32> {
+/// The interface index and name of a link message, when the link is a bridge.
+fn bridge(message: &[u8]) -> Option<(i32, String)> {
     let index = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
     let (_, info) =
         attributes(message.get(HEADER + LINK_HEADER..)?).find(|(kind, _)| *kind == IFLA_LINKINFO)?;
     let (_, name) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND)?;
-    (name.split(|&byte| byte == 0).next() == Some(b"bridge")).then_some(index)
+    if name.split(|&byte| byte == 0).next() != Some(b"bridge") {
+        return None;
+    }
+    let (_, name) =
+        attributes(message.get(HEADER + LINK_HEADER..)?).find(|(kind, _)| *kind == IFLA_IFNAME)?;
+    let name = name.split(|&byte| byte == 0).next()?;
+    Some((index, String::from_utf8_lossy(name).into_owned()))
 }
 
 /// An entry of the neighbour table.
@@ -211,12 +268,14 @@ struct Neighbour {
     link: i32,
     ip: IpAddr,
     state: u16,
+    flags: u8,
     mac: Option<MacAddr>,
 }
 
 fn neighbour(message: &[u8]) -> Option<Neighbour> {
     let link = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
     let state = u16::from_ne_bytes(bytes_at(message, HEADER + 8)?);
+    let [flags] = bytes_at(message, HEADER + 10)?;
     let (mut ip, mut mac) = (None, None);
     for (kind, value) in attributes(message.get(HEADER + NEIGHBOUR_HEADER..)?) {
         match (kind, value.len()) {
@@ -226,5 +285,5 @@ fn neighbour(message: &[u8]) -> Option<Neighbour> {
             _ => {}
         }
     }
-    Some(Neighbour { link, ip: ip?, state, mac })
+    Some(Neighbour { link, ip: ip?, state, flags, mac })
 }

@@ -112,7 +112,7 @@ impl Replay {
         desired.policy = policy.clone();
         // Offline there is nobody to ask for a MAC, and none is needed; the pools want one.
         let mac = Some(UNKNOWN);
-        desired.slots.follow(policy, |_, _, _| Seen { mac, alive: true }, Instant::now());
+        desired.slots.follow(policy, |_, _, _, _| Seen { mac, alive: true }, Instant::now());
         let mut pools = self.snapshot.pools().clone();
         for mac in desired.changed(self.snapshot.desired()) {
             pools.update(mac, policy.get(mac), &desired.slots);
@@ -152,7 +152,8 @@ impl Replay {
             }
         }
         for (piece, (line, frame)) in self.held.released_by(&packet) {
-            out.extend(self.judge(line, &piece, &frame, now));
+            let outcome = self.judge(line.clone(), &piece, &frame, now);
+            out.push(outcome.unwrap_or_else(|| (given_up(line), None)));
         }
         out
     }

@@ -119,7 +119,12 @@ struct Desk {
     held: Held<Waiting>,
     /// None where nobody can be told that a packet is refused.
     injector: Option<Injector>,
+    /// The second in which senders were told last, and how many.
+    told: (Seconds, u32),
 }
+
+/// Senders that a worker tells in a second that their packets are refused; further ones find out by waiting.
+const TOLD_A_SECOND: u32 = 1000;
 
 /// What is needed to let a packet go that waits.
 struct Waiting {
@@ -140,11 +145,11 @@ impl Desk {
     fn new(shared: Arc<Shared>, counts: Arc<Counts>) -> Desk {
         let injector = Injector::open()
             .map_err(|errno| log::warn!("packet socket: {errno}; packets are refused without an answer"));
-        Desk { shared, counts, held: Held::default(), injector: injector.ok() }
+        Desk { shared, counts, held: Held::default(), injector: injector.ok(), told: (0, 0) }
     }
 
     fn serve(&mut self, queue: &mut Queue, buffers: &mut Buffers) -> Result<(), nix::errno::Errno> {
-        let Desk { shared, counts, held, injector } = self;
+        let Desk { shared, counts, held, injector, told } = self;
         let mut sums = Sums::default();
         let over = held.over(shared.now());
         // Loaded at the first packet, not before: the receive may have waited.
@@ -164,11 +169,16 @@ impl Desk {
                 held.push(&packet, waiting, *now).into_iter().for_each(|old| verdicts.drop(old.id));
                 return;
             }
+            if told.0 != *now {
+                *told = (*now, 0);
+            }
             if let Judgement::Reject(_) = judged.judgement
+                && told.1 < TOLD_A_SECOND
                 && let Some(injector) = injector
                 && let Some(frame) = refusal::answer(&packet, queued.payload)
                 && injector.send(queued.interface, &frame).is_ok()
             {
+                told.1 += 1;
                 counts.refused.fetch_add(1, Relaxed);
             }
             give(&judged.judgement, &packet, queued, verdicts);

@@ -2,8 +2,8 @@
 //!
 //! | bits | what |
 //! |---|---|
-//! | 28–31 | [`Operation`]; those that rewrite have [`PORT`] with them when the port changes, too |
-//! | 8–27 | index: of a middlebox on the way to the engine, of a slot (a backend of a service) on the way back |
+//! | 27–31 | [`Operation`]; those that rewrite have [`PORT`] with them when the port changes, too |
+//! | 8–26 | index: of a middlebox on the way to the engine, of a slot (a backend of a service) on the way back |
 //! | 0–7 | not ours: never changed |
 //!
 //! A frame carries our bits only between the two base chains of the bridge's prerouting hook.
@@ -11,9 +11,9 @@
 /// The bits that are ours.
 pub const OURS: u32 = 0xffff_ff00;
 /// The bits of the operation.
-pub const OPERATION: u32 = 0xf000_0000;
+pub const OPERATION: u32 = 0xf800_0000;
 /// The bits of the index.
-pub const INDEX: u32 = 0x0fff_ff00;
+pub const INDEX: u32 = 0x07ff_ff00;
 /// The largest index. Index 0 means none.
 pub const MAX_INDEX: u32 = INDEX >> INDEX_SHIFT;
 
@@ -24,30 +24,34 @@ const INDEX_SHIFT: u32 = 8;
 #[repr(u32)]
 pub enum Operation {
     /// On its way to the engine. A frame that comes back with it was let through without a verdict.
-    Ask = 1 << 28,
+    Ask = 1 << 27,
     /// Rewrite the destination to the slot's backend.
-    Redirect = 2 << 28,
+    Redirect = 2 << 27,
     /// The same, and remember the flow.
-    RedirectLearn = 3 << 28,
+    RedirectLearn = 3 << 27,
     /// The same, and remember it for a few seconds only: it is at its end.
-    RedirectClose = 4 << 28,
+    RedirectClose = 4 << 27,
     /// Rewrite the source to the address that the slot's clients know; nothing for slot 0.
-    Reply = 5 << 28,
+    Reply = 5 << 27,
     /// The same, and remember the flow.
-    ReplyLearn = 6 << 28,
+    ReplyLearn = 6 << 27,
     /// The same, and forget the flow.
-    ReplyClose = 7 << 28,
+    ReplyClose = 7 << 27,
     /// Rewrite nothing, and remember that the flow is the middlebox' own, which has a slot like a backend.
-    Pass = 8 << 28,
+    Pass = 8 << 27,
+    /// Rewrite the destination to the slot's backend, and forget what is remembered of another flow with these addresses and
+    /// ports.
+    RedirectOpen = 9 << 27,
 }
 
 /// With an operation that rewrites: the port, too.
-pub const PORT: u32 = 8 << 28;
+pub const PORT: u32 = 16 << 27;
 
 impl Operation {
     /// Those that rewrite.
-    pub const REWRITING: [Operation; 6] = [
+    pub const REWRITING: [Operation; 7] = [
         Operation::Redirect,
+        Operation::RedirectOpen,
         Operation::RedirectLearn,
         Operation::RedirectClose,
         Operation::Reply,
@@ -99,6 +103,6 @@ mod tests {
             Operation::REWRITING.iter().flat_map(|operation| [operation.bits(false), operation.bits(true)]);
         let all: std::collections::BTreeSet<u32> =
             bits.chain([Operation::Ask as u32, Operation::Pass as u32]).collect();
-        assert_eq!(all.len(), 14);
+        assert_eq!(all.len(), 16);
     }
 }

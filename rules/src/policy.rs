@@ -5,10 +5,10 @@
 use crate::classifier::Classifier;
 use crate::filter::{Conditions, Rule};
 use crate::packet::Packet;
-use crate::service::{Backend, Service};
+use crate::service::{Backend, MAX_BACKENDS, Service};
 use imbl::OrdMap;
 use nfqd_shmctl::{
-    Action, BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, RuleId, Services, Vip,
+    Action, BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, Method, RuleId, Services, Vip,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -175,6 +175,28 @@ impl Middlebox {
     }
 }
 
+/// The service of this name. A port without a protocol may stand for the one service that has both.
+fn named_service(services: &BTreeMap<Vip, Service>, vip: Vip) -> Option<(Vip, &Service)> {
+    if let Some(service) = services.get(&vip) {
+        return Some((vip, service));
+    }
+    let of_port = |(other, _): &(&Vip, &Service)| Vip { protocol: None, ..**other } == vip;
+    let mut found = services.iter().filter(of_port);
+    let (vip, service) = found.next()?;
+    found.next().is_none().then_some((*vip, service))
+}
+
+/// Most backends that one service, and all services of a middlebox together, may have.
+const TOO_MANY: &str = "too many backends: a service may have 255, all services of a middlebox together 512";
+/// Most backends that all services of one middlebox may have together.
+pub const MAX_MIDDLEBOX_BACKENDS: usize = 512;
+
+/// The index of the first backend that is one too many.
+fn too_many(others: usize, backends: usize) -> Option<usize> {
+    let most = MAX_BACKENDS.min(MAX_MIDDLEBOX_BACKENDS.saturating_sub(others));
+    (backends > most).then_some(most)
+}
+
 /// Stands for the index of the bit value, which is one further behind a rule number.
 const BITS: usize = usize::MAX;
 
@@ -259,6 +281,11 @@ impl Policy {
                         format!("one more than the {MAX_SERVICES} services that a middlebox may have");
                     return refuse(3, ErrorCode::Quota, expected);
                 }
+                let others = self.backends_of(*mac, vip);
+                if let Some(at) = too_many(others, balance.destinations.len()) {
+                    let source = usize::from(matches!(balance.method, Method::Source(_)));
+                    return refuse(5 + source + at, ErrorCode::Quota, TOO_MANY);
+                }
                 self.edit(*mac).services.insert(*vip, Service::new(*vip, balance));
                 Ok(())
             }
@@ -321,15 +348,21 @@ impl Policy {
         }
     }
 
+    /// How many backends the middlebox has in services other than this one.
+    fn backends_of(&self, mac: MacAddr, but: &Vip) -> usize {
+        let services = self.get(mac).into_iter().flat_map(Middlebox::services);
+        services.filter(|(vip, _)| *vip != but).map(|(_, service)| service.backends().len()).sum()
+    }
+
     fn edit_backends(&mut self, mac: MacAddr, named: Option<Vip>, edit: &Edit) -> Result<(), Refusal> {
         let services = self.get(mac).map(Middlebox::services).filter(|services| !services.is_empty());
         let Some(services) = services else {
             return refuse(1, ErrorCode::UnknownMac, "not registered for load balancing");
         };
         let (vip, service) = match (named, services.first_key_value()) {
-            (Some(vip), _) => match services.get(&vip) {
-                Some(service) => (vip, service),
-                None => return refuse(2, ErrorCode::UnknownMac, "no service of this middlebox"),
+            (Some(vip), _) => match named_service(services, vip) {
+                Some(found) => found,
+                None => return refuse(2, ErrorCode::Value, "no service of this middlebox; Q shows them"),
             },
             (None, Some((vip, service))) if services.len() == 1 => (*vip, service),
             _ => {
@@ -344,10 +377,14 @@ impl Policy {
             return refuse(if named.is_some() { 2 } else { 1 }, ErrorCode::Value, expected);
         }
         let mut changed = service.clone();
+        let others = self.backends_of(mac, &vip);
         let first = if named.is_some() { 4 } else { 3 };
         changed
             .edit(vip, edit)
             .or_else(|refused| refuse(first + refused.at, refused.code, refused.expected))?;
+        if too_many(others, changed.backends().len()).is_some() {
+            return refuse(first, ErrorCode::Quota, TOO_MANY);
+        }
         self.edit(mac).services.insert(vip, changed);
         Ok(())
     }
@@ -361,11 +398,13 @@ impl Policy {
             Services::Balance | Services::One(_) => (false, true),
             Services::All => (true, true),
         };
-        if let Services::One(vip) = services
-            && !middlebox.services.contains_key(&vip)
-        {
-            return refuse(3, ErrorCode::UnknownMac, "no service of this middlebox");
-        }
+        let one = match services {
+            Services::One(vip) => match named_service(&middlebox.services, vip) {
+                Some((vip, _)) => Some(vip),
+                None => return refuse(3, ErrorCode::Value, "no service of this middlebox; Q shows them"),
+            },
+            _ => None,
+        };
         let has = (middlebox.firewall.is_some(), !middlebox.services.is_empty());
         if !(firewall && has.0 || balance && has.1) {
             let service = if firewall { "firewall service" } else { "load balancing" };
@@ -375,10 +414,10 @@ impl Policy {
         if firewall {
             edited.firewall = None;
         }
-        match services {
-            Services::One(vip) => drop(edited.services.remove(&vip)),
-            _ if balance => edited.services.clear(),
-            _ => {}
+        match one {
+            Some(vip) => drop(edited.services.remove(&vip)),
+            None if balance => edited.services.clear(),
+            None => {}
         }
         if edited.firewall.is_none() && edited.services.is_empty() {
             self.middleboxes.remove(&mac);

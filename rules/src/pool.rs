@@ -32,7 +32,7 @@ pub struct Pool {
     affinity: bool,
     members: Vec<Member>,
     /// The table of consistent hashing, once a flow has asked for it.
-    table: OnceLock<Vec<u8>>,
+    table: Arc<OnceLock<Vec<u8>>>,
     /// What each member has saved up for its turn, for smooth weighted round robin.
     credits: Mutex<Vec<i64>>,
     /// Where the search for the least loaded begins, so that those alike take turns.
@@ -49,7 +49,7 @@ impl Pool {
             affinity: terms.affinity,
             credits: Mutex::new(vec![0; members.len()]),
             members,
-            table: OnceLock::new(),
+            table: Arc::default(),
             start: AtomicUsize::new(0),
         }
     }
@@ -75,22 +75,29 @@ impl Pool {
     }
 
     /// Smooth weighted round robin: everybody saves its weight, the richest has its turn and pays for all (nginx,
-    /// ngx_http_upstream_get_peer).
+    /// ngx_http_upstream_get_peer). Who does not fit is left out of the round.
     fn next_turn(&self, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         let mut credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut sum = 0;
-        let mut best: Option<usize> = None;
-        for (at, member) in self.members.iter().enumerate().filter(|(_, member)| fits(member)) {
-            let weight = i64::from(member.weight);
-            sum += weight;
-            credits[at] += weight;
-            if best.is_none_or(|best| credits[at] > credits[best]) {
-                best = Some(at);
+        let mut out: Vec<usize> = Vec::new();
+        loop {
+            let takes_part = |at: &usize| !out.contains(at);
+            let richest = (0..self.members.len())
+                .filter(takes_part)
+                .map(|at| (at, credits[at] + i64::from(self.members[at].weight)))
+                // The first of those alike.
+                .reduce(|best, other| if other.1 > best.1 { other } else { best });
+            let (best, _) = richest?;
+            if !fits(&self.members[best]) {
+                out.push(best);
+                continue;
             }
+            for at in (0..self.members.len()).filter(takes_part) {
+                let weight = i64::from(self.members[at].weight);
+                credits[at] += weight;
+                credits[best] -= weight;
+            }
+            return self.members.get(best).copied();
         }
-        let best = best?;
-        credits[best] -= sum;
-        self.members.get(best).copied()
     }
 
     /// The one with the fewest live flows for its weight, the new one counted.
@@ -98,12 +105,19 @@ impl Pool {
         let len = self.members.len().max(1);
         let start = self.start.fetch_add(1, Relaxed) % len;
         let (before, after) = self.members.split_at_checked(start)?;
-        let load = |member: &Member| u64::from(live(member.slot)) + 1;
-        let lighter = |a: &(Member, u64), b: &(Member, u64)| {
+        let lighter = |a: &(&Member, u64), b: &(&Member, u64)| {
             (a.1 * u64::from(b.0.weight)).cmp(&(b.1 * u64::from(a.0.weight)))
         };
-        let all = after.iter().chain(before).filter(|member| fits(member));
-        all.map(|member| (*member, load(member))).min_by(lighter).map(|(member, _)| member)
+        let mut out: Vec<BackendName> = Vec::new();
+        loop {
+            let all = after.iter().chain(before).filter(|member| !out.contains(&member.name));
+            let loads = all.map(|member| (member, u64::from(live(member.slot)) + 1));
+            let (best, _) = loads.min_by(lighter)?;
+            if fits(best) {
+                return Some(*best);
+            }
+            out.push(best.name);
+        }
     }
 
     /// By the table; where that leads to a member that does not fit, on from there by a step of its own.
@@ -131,6 +145,14 @@ impl Pool {
         if self.method == Method::Hash {
             self.table();
         }
+    }
+
+    /// Whether both have the same table of consistent hashing, whatever the numbers of their slots.
+    fn hashes_like(&self, other: &Pool) -> bool {
+        let names = |pool: &Pool| -> Vec<(BackendName, u16)> {
+            pool.members.iter().map(|member| (member.name, member.weight)).collect()
+        };
+        self.seed == other.seed && names(self) == names(other)
     }
 
     fn chooses_like(&self, other: &Pool) -> bool {
@@ -166,8 +188,11 @@ impl Pools {
                 let usable = slot.mac.is_some() && slot.alive && !backend.draining;
                 usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.index })
             };
-            let new = Pool::new(service, service.backends().iter().filter_map(member).collect());
+            let mut new = Pool::new(service, service.backends().iter().filter_map(member).collect());
             let old = before.as_ref().and_then(|before| before.get(vip));
+            if let Some(old) = old.filter(|old| old.hashes_like(&new)) {
+                new.table = Arc::clone(&old.table);
+            }
             (*vip, old.filter(|old| old.chooses_like(&new)).cloned().unwrap_or_else(|| Arc::new(new)))
         };
         let pools = middlebox.services().iter().map(pool).collect();

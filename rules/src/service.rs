@@ -101,7 +101,11 @@ impl Service {
         let refuse = |at: usize, code: ErrorCode, expected: &str| {
             Err(Refused { at, code, expected: expected.to_string() })
         };
-        let full = |name: &BackendName| BackendName { port: port(vip, name.port), ..*name };
+        // A port that the service has none of names no backend.
+        let full = |name: &BackendName| match vip.port {
+            Some(_) => BackendName { port: port(vip, name.port), ..*name },
+            None => *name,
+        };
         let unportable = |name: &BackendName| match (vip.port, name.port) {
             (None, Some(_)) => Some("a port, but the registered address has none"),
             (own, Some(port)) if self.terms.dsr && own != Some(port) => {

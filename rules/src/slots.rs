@@ -86,29 +86,18 @@ impl Seen {
 #[derive(Clone, Debug)]
 struct Numbers<K: Ord> {
     used: OrdMap<K, u32>,
-    /// Numbers given back, with the time from which they may be used again, and whose they were, when it is known.
-    resting: OrdMap<u32, (Instant, Option<MacAddr>)>,
+    /// Numbers given back, with the time from which they may be used again, and what they stood for, when it is known.
+    resting: OrdMap<u32, (Instant, Option<K>)>,
     /// How many numbers rest that were each middlebox'.
     resting_of: OrdMap<MacAddr, u32>,
+    /// How long a number rests.
+    rest: Duration,
     /// No number that rests is ready before this.
     ready: Option<Instant>,
     /// Numbers below `next` that are neither used nor rest.
     free: OrdSet<u32>,
     /// Numbers from here on were never used.
     next: u32,
-}
-
-impl<K: Ord> Default for Numbers<K> {
-    fn default() -> Numbers<K> {
-        Numbers {
-            used: OrdMap::new(),
-            resting: OrdMap::new(),
-            resting_of: OrdMap::new(),
-            ready: None,
-            free: OrdSet::new(),
-            next: 1,
-        }
-    }
 }
 
 /// Whose a number is.
@@ -129,6 +118,18 @@ impl Owned for Edition {
 }
 
 impl<K: Copy + Ord + Owned> Numbers<K> {
+    fn new(rest: Duration) -> Numbers<K> {
+        Numbers {
+            used: OrdMap::new(),
+            resting: OrdMap::new(),
+            resting_of: OrdMap::new(),
+            rest,
+            ready: None,
+            free: OrdSet::new(),
+            next: 1,
+        }
+    }
+
     fn adopt(&mut self, index: u32, key: K, now: Instant) {
         if index == 0 || index > MAX_INDEX || self.used.contains_key(&key) {
             return;
@@ -142,7 +143,7 @@ impl<K: Copy + Ord + Owned> Numbers<K> {
     /// The number rests no longer, if it did.
     fn take_up(&mut self, index: u32) -> bool {
         let Some((_, owner)) = self.resting.remove(&index) else { return false };
-        if let Some(owner) = owner {
+        if let Some(owner) = owner.map(|key| key.owner()) {
             match self.resting_of.get(&owner).copied().unwrap_or(0) {
                 0 | 1 => drop(self.resting_of.remove(&owner)),
                 count => drop(self.resting_of.insert(owner, count - 1)),
@@ -159,19 +160,19 @@ impl<K: Copy + Ord + Owned> Numbers<K> {
         self.next = self.next.max(index.saturating_add(1));
     }
 
-    fn lay_down(&mut self, index: u32, owner: Option<MacAddr>, now: Instant) {
-        let until = now + REST;
+    fn lay_down(&mut self, index: u32, owner: Option<K>, now: Instant) {
+        let until = now + self.rest;
         self.ready = Some(self.ready.map_or(until, |ready| ready.min(until)));
         self.resting.insert(index, (until, owner));
-        if let Some(owner) = owner {
-            *self.resting_of.entry(owner).or_default() += 1;
+        if let Some(key) = owner {
+            *self.resting_of.entry(key.owner()).or_default() += 1;
         }
     }
 
     /// Takes a number back.
     fn release(&mut self, key: &K, now: Instant) {
         if let Some(index) = self.used.remove(key) {
-            self.lay_down(index, Some(key.owner()), now);
+            self.lay_down(index, Some(*key), now);
         }
     }
 
@@ -211,18 +212,21 @@ impl<K: Copy + Ord + Owned> Numbers<K> {
         self.ready = self.resting.values().map(|(until, _)| *until).min();
     }
 
-    /// A number that others used for a moment: the kernel may have learnt it.
-    fn rest(&mut self, index: u32, now: Instant) {
+    /// A number that `key` used for a moment: the kernel may have learnt it.
+    fn lay_down_again(&mut self, index: u32, key: &K, now: Instant) {
         if self.free.remove(&index).is_some() {
-            self.lay_down(index, None, now);
+            self.lay_down(index, Some(*key), now);
         }
-        self.seen(index, now);
+        for index in self.next..=index.min(MAX_INDEX) {
+            self.lay_down(index, Some(*key), now);
+        }
+        self.next = self.next.max(index.saturating_add(1));
     }
 }
 
 /// The slots in use, and the numbers by which marks name middleboxes on the way to the engine. A clone costs nothing: both
 /// share what is the same.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Slots {
     numbers: Numbers<Edition>,
     current: OrdMap<SlotKey, Slot>,
@@ -271,34 +275,18 @@ fn fnv(text: &str) -> u32 {
 }
 
 /// What packets of a service's slots depend on besides their keys. A change gives them new numbers, so that what the kernel
-/// remembers misses.
-struct Fingerprints {
-    /// Of the middlebox' services, all of them.
-    all: u32,
-    /// Of those that are no pools: what they take they take at once.
-    fixed: String,
-}
-
-impl Fingerprints {
-    fn new(mac: MacAddr, middlebox: &Middlebox) -> Fingerprints {
-        let text = |pools: bool| {
-            let services =
-                middlebox.services().iter().filter(|(_, service)| pools || !service.method().is_pool());
-            let commands = services.flat_map(|(vip, service)| service.commands(mac, *vip));
-            commands.map(|command| command.to_string()).collect::<Vec<_>>().join("\n")
-        };
-        Fingerprints { all: fnv(&text(true)), fixed: text(false) }
-    }
-
-    /// Where all packets of a service go to one backend, that depends on all services of the middlebox; flows of a pool keep
-    /// their backend, whatever other pools there are.
-    fn of(&self, service: &Service) -> u32 {
-        match (service.method().is_pool(), service.terms().dsr) {
-            (false, _) => self.all,
-            (true, true) => fnv(&format!("dsr {}", self.fixed)),
-            (true, false) => fnv(&format!("nat {}", self.fixed)),
-        }
-    }
+/// remembers misses. Where all packets of a service go to one backend, that is all services of the middlebox. Flows of a
+/// pool keep their backend, whatever other pools there are; services to one backend take what they take at once, which for
+/// a pool are those with a port of its address.
+fn fingerprint(mac: MacAddr, middlebox: &Middlebox, vip: &Vip, service: &Service) -> u32 {
+    let is_pool = service.method().is_pool();
+    let counts = |(other, its): &(&Vip, &Service)| {
+        !is_pool || !its.method().is_pool() && other.ip == vip.ip && other.port.is_some()
+    };
+    let commands = middlebox.services().iter().filter(counts).flat_map(|(vip, its)| its.commands(mac, *vip));
+    let text = commands.map(|command| command.to_string()).collect::<Vec<_>>().join("\n");
+    let kind = if is_pool && service.terms().dsr { "dsr" } else { "nat" };
+    fnv(&format!("{kind} {text}"))
 }
 
 /// The slot that stands for the middlebox itself, in a pool: for connections that it has itself.
@@ -306,10 +294,26 @@ pub fn own_slot(middlebox: MacAddr, vip: Vip) -> SlotKey {
     SlotKey { middlebox, vip, backend: BackendName { ip: vip.ip, port: vip.port } }
 }
 
-/// How long a number rests: longer than anything that the kernel remembers under it.
+impl Default for Slots {
+    fn default() -> Slots {
+        Slots {
+            numbers: Numbers::new(REST),
+            current: OrdMap::new(),
+            by_slot: OrdMap::new(),
+            backends: OrdMap::new(),
+            middleboxes: Numbers::new(MIDDLEBOX_REST),
+            by_index: OrdMap::new(),
+        }
+    }
+}
+
+/// How long the number of a middlebox rests: longer than any packet is on its way to the engine.
+const MIDDLEBOX_REST: Duration = Duration::from_secs(60);
+
+/// How long a slot's number rests: longer than anything that the kernel remembers under it.
 pub const REST: Duration = Duration::from_secs(crate::nft::ruleset::LONGEST_MEMORY as u64 + 30);
 
-/// How many numbers may rest that were one middlebox'. Guests make and end services as they like; this keeps one from
+/// How many numbers of slots may rest that were one middlebox'. Guests make and end services as they like; this keeps one from
 /// using up what others need.
 pub const MOST_RESTING: u32 = 16_384;
 
@@ -327,8 +331,16 @@ impl Slots {
     /// Puts `old` back, in the place of slots that held for a moment: what these have used rests.
     pub fn put_back(&mut self, old: Slots, now: Instant) {
         let discarded = std::mem::replace(self, old);
-        discarded.numbers.used.values().for_each(|&index| self.numbers.rest(index, now));
-        discarded.middleboxes.used.values().for_each(|&index| self.middleboxes.rest(index, now));
+        for (edition, &index) in &discarded.numbers.used {
+            if !self.numbers.used.contains_key(edition) {
+                self.numbers.lay_down_again(index, edition, now);
+            }
+        }
+        for (mac, &index) in &discarded.middleboxes.used {
+            if !self.middleboxes.used.contains_key(mac) {
+                self.middleboxes.lay_down_again(index, mac, now);
+            }
+        }
     }
 
     /// Takes over the numbers of middleboxes that a table in the kernel still carries.
@@ -337,12 +349,12 @@ impl Slots {
     }
 
     /// Gives every backend and every middlebox of the policy a number, and takes back those that are gone. `seen` says what
-    /// the host has seen of a backend of a service; one that is dead has no number, unless its flows stay with it. False
+    /// the host has seen of a backend of a middlebox' service; one that is dead has no number, unless its flows stay with it. False
     /// when there are not enough numbers.
     pub fn follow(
         &mut self,
         policy: &Policy,
-        seen: impl Fn(&Vip, &Service, &BackendName) -> Seen,
+        seen: impl Fn(MacAddr, &Vip, &Service, &BackendName) -> Seen,
         now: Instant,
     ) -> bool {
         let known = self
@@ -366,14 +378,15 @@ impl Slots {
         &mut self,
         mac: MacAddr,
         middlebox: Option<&Middlebox>,
-        seen: impl Fn(&Vip, &Service, &BackendName) -> Seen,
+        seen: impl Fn(MacAddr, &Vip, &Service, &BackendName) -> Seen,
         now: Instant,
     ) -> bool {
         let mut enough = true;
         match middlebox {
             Some(_) => match self.middleboxes.give(mac, now) {
                 Some(index) => drop(self.by_index.insert(index, mac)),
-                None => enough = false,
+                // Without it nothing else is of use.
+                None => return false,
             },
             None => {
                 let index = self.middleboxes.used.get(&mac).copied();
@@ -383,15 +396,14 @@ impl Slots {
         }
         let mut wanted: BTreeMap<Edition, (Seen, bool)> = BTreeMap::new();
         if let Some(middlebox) = middlebox {
-            let fingerprints = Fingerprints::new(mac, middlebox);
             for (vip, service) in middlebox.services() {
-                let (fingerprint, dsr) = (fingerprints.of(service), service.terms().dsr);
+                let (fingerprint, dsr) = (fingerprint(mac, middlebox, vip, service), service.terms().dsr);
                 if service.method().is_pool() {
-                    let own = Edition { key: own_slot(mac, *vip), fingerprint: fingerprints.all };
+                    let own = Edition { key: own_slot(mac, *vip), fingerprint };
                     wanted.insert(own, (Seen { mac: Some(mac), alive: true }, true));
                 }
                 for (name, backend) in service.backends() {
-                    let seen = seen(vip, service, name);
+                    let seen = seen(mac, vip, service, name);
                     if seen.alive || service.terms().on_dead == OnDead::Keep {
                         let key = SlotKey { middlebox: mac, vip: *vip, backend: *name };
                         let seen = Seen { mac: backend.mac.or(seen.mac), ..seen };
@@ -460,6 +472,19 @@ impl Slots {
         self.by_slot.get(&index).copied()
     }
 
+    /// What a slot stood for that is in use no more, as long as something may remember it.
+    pub fn former_key_of(&self, index: u32) -> Option<SlotKey> {
+        self.numbers.resting.get(&index).and_then(|(_, edition)| *edition).map(|edition| edition.key)
+    }
+
+    /// The slot that stands now for what a slot stands or stood for.
+    pub fn current(&self, index: u32) -> Option<u32> {
+        if self.by_slot.contains_key(&index) {
+            return Some(index);
+        }
+        self.get(&self.former_key_of(index)?).map(|slot| slot.index)
+    }
+
     /// All slots in use.
     pub fn iter(&self) -> impl Iterator<Item = (SlotKey, Slot)> {
         self.current.iter().map(|(key, slot)| (*key, *slot))
@@ -503,7 +528,7 @@ mod tests {
         policy
     }
 
-    fn nothing(_: &Vip, _: &Service, _: &BackendName) -> Seen {
+    fn nothing(_: MacAddr, _: &Vip, _: &Service, _: &BackendName) -> Seen {
         Seen::NOTHING
     }
 
@@ -554,13 +579,19 @@ mod tests {
         }
         let all = of_backends(&slots);
         assert!(all.len() == 4 && first.iter().all(|slot| all.contains(slot)), "{first:?} {all:?}");
-        assert_eq!(slots.key_of(own), None, "what was the middlebox' own is asked again");
+        assert!(slots.key_of(own).is_some(), "what is the middlebox' own stays so");
+        policy.apply_line("R L 2:0:0:0:0:1 10.0.0.1:81 0 10.0.0.9").unwrap();
+        slots.follow(&policy, nothing, now);
+        assert!(slots.key_of(own).is_none(), "this may be a service's now");
+        policy.apply_line("X 2:0:0:0:0:1 L 10.0.0.1:81").unwrap();
+        slots.follow(&policy, nothing, now);
+        let first = of_backends(&slots);
         let index = first.iter().find(|(name, _)| name.ends_with(":8080")).unwrap().1;
         let other = first.iter().find(|(name, _)| name.ends_with(":80")).unwrap().1;
         let key = slots.key_of(index).unwrap();
         assert_eq!((key.ports(), slots.key_of(other).unwrap().ports()), (Some((80, 8080)), None));
         // A dead backend has none, and gets another when it lives again.
-        let dead = |_: &Vip, _: &Service, name: &BackendName| Seen {
+        let dead = |_: MacAddr, _: &Vip, _: &Service, name: &BackendName| Seen {
             mac: None,
             alive: name.ip != IpAddr::from([10, 0, 0, 3]),
         };
@@ -616,7 +647,7 @@ mod tests {
         let edition: Edition = slot.comment(key).parse().unwrap();
         let mut second = Slots::default();
         second.adopt([(7, edition)], now);
-        second.follow(&a, |_, _, _| Seen { mac: Some(MacAddr([2; 6])), alive: true }, now);
+        second.follow(&a, |_, _, _, _| Seen { mac: Some(MacAddr([2; 6])), alive: true }, now);
         let slot = second.get(&key).unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
         second.seen(9, now);

@@ -49,7 +49,7 @@ fn policy(lines: &[&str]) -> Policy {
 
 fn ruleset(policy: &Policy, options: &Options) -> Ruleset {
     let mut slots = Slots::default();
-    slots.follow(policy, |_, _, _| Seen::NOTHING, Instant::now());
+    slots.follow(policy, |_, _, _, _| Seen::NOTHING, Instant::now());
     build(policy, &slots, options)
 }
 
@@ -234,7 +234,7 @@ fn follow(
         let mut new = Desired { policy, slots: state.slots.clone() };
         // A backend whose MAC no command says is found in every other step.
         let mac = (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
-        let found = |_: &Vip, _: &Service, _: &BackendName| Seen { mac, alive: true };
+        let found = |_: MacAddr, _: &Vip, _: &Service, _: &BackendName| Seen { mac, alive: true };
         new.slots.follow(&new.policy, found, Instant::now());
         let change = standing.change(&state, &new);
         kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
@@ -305,15 +305,15 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         // Something else had the first numbers.
         slots.follow(
             &self::policy(&["R L 2:0:0:0:0:9 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3"]),
-            |_, _, _| Seen::NOTHING,
+            |_, _, _, _| Seen::NOTHING,
             Instant::now(),
         );
-        slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
+        slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
         let heritage = Kernel::open().unwrap().heritage().unwrap();
         assert_eq!(heritage.macs.len(), 7, "the MACs of backends");
         let mut found = heritage.slots;
-        found.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
+        found.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if steer == Steer::BrNetfilter {

@@ -153,8 +153,17 @@ impl HostMailbox {
 /// another mark behind it. One before what may become a MAC when the writer goes on leaves the frame open.
 fn closing(body: &[(usize, u8)]) -> Option<usize> {
     let mut from = 0;
+    // The first mark that stands before a MAC. What an earlier, longer command has left behind a new one's end may look like
+    // destinations that go on, but is followed by the earlier one's taken mark.
+    let mut first = None;
+    let left_behind = |first: usize, end: usize| {
+        body.get(first..end).is_some_and(|bytes| bytes.iter().any(|&(_, byte)| byte == TAKEN))
+    };
     loop {
-        let mark = from + body.get(from..)?.iter().position(|&(_, byte)| byte == OPEN)?;
+        let rest = body.get(from..)?;
+        let Some(mark) = rest.iter().position(|&(_, byte)| byte == OPEN).map(|at| from + at) else {
+            return first.filter(|&first| left_behind(first, body.len()));
+        };
         let (before, after) = (body.get(..mark)?, body.get(mark + 1..)?);
         let &(offset, _) = body.get(mark)?;
         let is_text = |byte: u8| byte.is_ascii_graphic() && byte != OPEN && byte != TAKEN;
@@ -163,21 +172,24 @@ fn closing(body: &[(usize, u8)]) -> Option<usize> {
         let mut host: Vec<u8> = reversed.collect();
         host.reverse();
         let host = std::str::from_utf8(&host).ok().and_then(|text| text.parse::<BackendName>().ok());
+        let closes = |mark: usize| match first {
+            Some(first) if left_behind(first, mark) => Some(first),
+            _ => Some(mark),
+        };
         if !glued || host.is_none() {
-            return Some(mark);
+            return closes(mark);
         }
         let word: String = after.iter().take(18).map(|&(_, byte)| char::from(byte)).collect();
         let digits = word.find(|c: char| !c.is_ascii_hexdigit() && c != ':').unwrap_or(word.len());
-        // What an earlier, longer command has left behind the new one's end is followed by that one's mark.
-        let left_behind = word.get(digits..).is_some_and(|rest| rest.starts_with(char::from(TAKEN)));
-        let is_mac = word.get(..digits).is_some_and(|text| text.parse::<MacAddr>().is_ok()) && !left_behind;
+        let is_mac = word.get(..digits).is_some_and(|text| text.parse::<MacAddr>().is_ok());
         let may_go_on = digits == after.len();
         let mut same_word =
             after.iter().map(|&(_, byte)| byte).take_while(|&byte| is_text(byte) || byte == OPEN);
         let another = same_word.any(|byte| byte == OPEN);
         if !(is_mac || may_go_on || another) {
-            return Some(mark);
+            return closes(mark);
         }
+        first = first.or(Some(mark));
         from = mark + 1;
     }
 }
@@ -353,6 +365,24 @@ mod tests {
         ] {
             for command in [long, short] {
                 // As the original wrote: no NUL behind it.
+                region.write(0, format!("@{command}@").as_bytes());
+                let frames = mailbox.take(&region, Instant::now());
+                assert_eq!(texts(&frames), [command]);
+                answer(&mut mailbox, &region, frames);
+            }
+        }
+    }
+
+    #[test]
+    fn backends_of_an_earlier_command_are_no_part_of_a_later_one() {
+        let (_dir, region) = region();
+        let mut mailbox = HostMailbox::default();
+        let (three, four) = ("10.0.0.3@02:00:00:00:00:03", "10.0.0.4@02:00:00:00:00:04");
+        let long = format!("B 2:0:0:0:0:1 + {three} {four}*7 10.0.0.5");
+        for short in
+            ["B 2:0:0:0:0:1 - 10.0.0.3", "B 2:0:0:0:0:1 + 10.0.0.9@02:00:00:00:00:03", "X 2:0:0:0:0:1"]
+        {
+            for command in [long.as_str(), short, &format!("B 2:0:0:0:0:1 + {four} {three}")] {
                 region.write(0, format!("@{command}@").as_bytes());
                 let frames = mailbox.take(&region, Instant::now());
                 assert_eq!(texts(&frames), [command]);

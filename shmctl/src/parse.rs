@@ -270,7 +270,9 @@ fn unicast(words: &mut Words<'_>) -> Result<IpAddr, CommandError> {
 
 fn check_unicast(word: Word<'_>, ip: IpAddr) -> Result<(), CommandError> {
     let broadcast = ip == IpAddr::from([255, 255, 255, 255]);
-    if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || broadcast {
+    // An IPv4 address in IPv6's clothes is on no wire.
+    let mapped = matches!(ip, IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some());
+    if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || broadcast || mapped {
         let expected = "not an address that one host on the bridge can have; write its unicast address";
         return Err(CommandError::new(ErrorCode::Value, word, expected));
     }

@@ -126,6 +126,7 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("B MB = 10.0.0.2 drain up", Syntax, "up", "complete before it"),
     ("B MB 10.0.0.1 + 10.0.0.1", Value, "10.0.0.1", "own address"),
     ("B MB + 10.0.0.2 2001:db8::1", Value, "2001:db8::1", "write an IPv4 address"),
+    ("R L MB 2001:db8::9 rr ::ffff:127.0.0.1", Value, "::ffff:127.0.0.1", "unicast"),
     ("B MB + 239.1.1.1", Value, "239.1.1.1", "unicast"),
     ("X MB L everything", Value, "everything", "not an address or a port"),
     ("X MB F 10.0.0.1", Syntax, "10.0.0.1", "complete before it"),

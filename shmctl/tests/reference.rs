@@ -22,7 +22,7 @@ fn every_example_of_the_reference_parses() {
         .filter_map(|line| line.strip_prefix("    "))
         .filter(|line| line.contains("12:13:"))
         .collect();
-    assert_eq!(examples.len(), 23);
+    assert_eq!(examples.len(), 32);
     for example in examples {
         let command = Command::parse(example).unwrap_or_else(|error| panic!("{example}: {error}"));
         assert_eq!(Command::parse(&command.to_string()), Ok(command), "{example}");

@@ -155,6 +155,12 @@ pub fn connect(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<Connecti
     Some(Connection { stream, server })
 }
 
+/// Whether somebody takes a connection.
+pub fn connect_plain(host: &Host, to: IpAddr, port: u16) -> bool {
+    let address = SocketAddr::new(to, port);
+    host.enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))).is_ok()
+}
+
 /// The name of who answers at an address.
 pub fn who(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<String> {
     connect(host, to, port).map(|connection| connection.server)

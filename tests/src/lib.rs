@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod captures;
+pub mod counting;
 pub mod crowd;
 pub mod daemon;
 pub mod frames;

@@ -1,5 +1,5 @@
 //! The engine allocates nothing for a packet, once it has seen the rules and the flow.
-#![allow(clippy::unwrap_used, unsafe_code)]
+#![allow(clippy::unwrap_used)]
 
 use nfqd::engine::{Filters, Judgement, Memory, Snapshot, judge};
 use nfqd_rules::Policy;
@@ -8,30 +8,8 @@ use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{Seen, Slots};
 use nfqd_tests::captures;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use nfqd_tests::counting::{Counting, allocations};
 use std::time::Instant;
-
-thread_local! {
-    /// Allocations of this thread.
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: needed to see allocations; every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -48,7 +26,7 @@ fn a_packet_costs_no_allocation() {
     // A rule that must be looked at whole.
     policy.apply_line("A 02:00:00:00:00:01 #99 M 1 s 2:0:0:0:0:9/ff:0:0:0:0:0f").unwrap();
     let (mut slots, mut pools) = (Slots::default(), Pools::default());
-    slots.follow(&policy, |_, _, _| Seen::NOTHING, Instant::now());
+    slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
     for (mac, middlebox) in policy.middleboxes() {
         pools.update(*mac, Some(middlebox), &slots);
     }
@@ -70,9 +48,47 @@ fn a_packet_costs_no_allocation() {
         }
     };
     judge_all();
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     assert!(before > 0);
     (0..3).for_each(|_| judge_all());
-    assert_eq!(ALLOCATIONS.get() - before, 0);
+    assert_eq!(allocations() - before, 0);
     assert!(verdicts.iter().all(|&count| count > 40), "{verdicts:?}");
+}
+
+#[test]
+fn a_new_flow_costs_no_allocation() {
+    for method in ["rr", "hash", "least", "rr affinity"] {
+        let (method, option) = method.split_once(' ').unwrap_or((method, ""));
+        let mut policy = Policy::default();
+        let line = format!(
+            "R L 2:0:0:0:0:1 10.0.0.1:80 {method} 10.0.0.2@2:0:0:0:0:2 10.0.0.3:81@2:0:0:0:0:3 {option}"
+        );
+        policy.apply_line(&line).unwrap();
+        let (mut slots, mut pools) = (Slots::default(), Pools::default());
+        slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
+        for (mac, middlebox) in policy.middleboxes() {
+            pools.update(*mac, Some(middlebox), &slots);
+        }
+        let snapshot = Snapshot::new(Desired { policy, slots }, pools);
+        let memory = Memory::new(1 << 12);
+        // More flows than there is room for, so that old ones are given up; clients come back with other ports.
+        let flows = |from: u16| {
+            for port in from..from + 10_000 {
+                let mut frame =
+                    vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0xee, 8, 0, 0x45, 0, 0, 40, 0, 0, 0, 0, 9, 6, 0, 0];
+                frame.extend([10, 0, 1, port as u8, 10, 0, 0, 1]);
+                frame.extend(port.to_be_bytes());
+                frame.extend([0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0]);
+                let packet = Packet::from_frame(&frame).unwrap();
+                let before = allocations();
+                let judged = judge(&snapshot, &memory, &packet, 0);
+                assert!(matches!(judged.judgement, Judgement::Redirect(_)), "{judged:?}");
+                if from != 0 {
+                    assert_eq!(allocations() - before, 0, "{method} {option}, port {port}");
+                }
+            }
+        };
+        flows(0);
+        flows(20_000);
+    }
 }

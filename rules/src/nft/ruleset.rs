@@ -22,8 +22,8 @@ pub const FLOW_TIMEOUT: u32 = 60;
 /// Seconds that it remembers the way back of TCP: as long as an established connection may be silent (RFC 5382, REQ-5), so
 /// that an engine that starts anew finds all there are. What ends is remembered shorter.
 pub const TCP_REPLY_TIMEOUT: u32 = 7440;
-/// The same of UDP (RFC 4787, REQ-5).
-pub const UDP_REPLY_TIMEOUT: u32 = 300;
+/// The same of UDP: shorter than the engine remembers a flow, so that answers alone keep it.
+pub const UDP_REPLY_TIMEOUT: u32 = 120;
 /// Seconds that it remembers that a backend's flow is its own.
 pub const DIRECT_TIMEOUT: u32 = 90;
 /// Seconds that it remembers a flow at its end; the engine remembers it longer.
@@ -353,8 +353,9 @@ impl Transport {
 }
 
 /// The chains that carry out what the engine says, for ports that stay and ports that are translated.
-const OPERATIONS: [(Operation, &str); 7] = [
+const OPERATIONS: [(Operation, &str); 8] = [
     (Operation::Redirect, "redirected"),
+    (Operation::RedirectOpen, "opened"),
     (Operation::RedirectLearn, "learn_flow"),
     (Operation::RedirectClose, "close_flow"),
     (Operation::Reply, "replied"),
@@ -646,7 +647,7 @@ impl Frame<'_> {
                     let replies = transport.map("replies", ports, ip);
                     let known = known(reply_key(ip), replies, ip.reply_writes(ports));
                     reply.push(commented(
-                        [transport.goes_on(ip, RST), known].concat(),
+                        [transport.goes_on(ip, SYN | RST), known].concat(),
                         "the way back; the mark is put back",
                     ));
                 }
@@ -686,7 +687,7 @@ impl Frame<'_> {
         });
         self.chain("learn_direct", learn_direct);
         let pass = each("flows", "finish", |ip, transport| {
-            remember(flow_key, "flows", Ports::Kept, ip, transport, None)
+            remember(flow_key, "flows", Ports::Kept, ip, transport, Some(CLOSE_TIMEOUT))
         });
         self.chain("pass", pass);
         self.static_chains();
@@ -734,9 +735,11 @@ impl Frame<'_> {
         let to_backend = || vec![rule(vec![jump(&name("to_backend"))])];
         let finish = || vec![rule(vec![goto("finish")])];
 
-        // What was the middlebox' own before is not any more, though it is not learnt yet where it goes.
-        let unpass = forget(flow_key, "flows", Ports::Kept);
-        self.chain(&name("redirected"), [unpass, to_backend(), undirect(), finish()].concat());
+        // What is remembered of these addresses and ports is of another flow, though this one is not learnt yet.
+        let there = PORTS.map(|ports| forget(flow_key, "flows", ports)).concat();
+        let back = PORTS.map(|ports| forget(reply_key_backwards, "replies", ports)).concat();
+        self.chain(&name("opened"), [there, to_backend(), undirect(), back, finish()].concat());
+        self.chain(&name("redirected"), [to_backend(), undirect(), finish()].concat());
         let learned = name("learned_flow");
         let there = [forget(flow_key, "flows", other), learn(flow_key, "flows", None, &learned)];
         self.chain(&name("learn_flow"), there.concat());

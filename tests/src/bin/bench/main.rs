@@ -1,10 +1,18 @@
 //! Benchmarks, each beside a peer in the same run: medians, quartiles, ratios.
 //!
-//! Run as root: `cargo build --release && target/release/bench [throughput] [scale] [classifier]`; all without a name.
+//! Run as root: `cargo build --release && target/release/bench [throughput] [balance] [maglev] [flows] [scale] [classifier]`; all without a name.
 
+mod balance;
 mod classifier;
+mod flows;
+mod maglev;
 mod scale;
 mod throughput;
+
+use nfqd_tests::counting::Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
 
 /// Prints the middle of some measurements and how far the quartiles are apart; the middle comes back.
 fn print(name: &str, values: &[f64], unit: &str) -> f64 {
@@ -16,11 +24,19 @@ fn print(name: &str, values: &[f64], unit: &str) -> f64 {
 }
 
 fn main() {
-    let all: [(&str, fn()); 3] =
-        [("throughput", throughput::run), ("scale", scale::run), ("classifier", classifier::run)];
+    let all: [(&str, fn()); 6] = [
+        ("throughput", throughput::run),
+        ("balance", balance::run),
+        ("maglev", maglev::run),
+        ("flows", flows::run),
+        ("scale", scale::run),
+        ("classifier", classifier::run),
+    ];
     let named: Vec<String> = std::env::args().skip(1).collect();
     if let Some(wrong) = named.iter().find(|name| all.iter().all(|(known, _)| known != name)) {
-        eprintln!("bench: '{wrong}': no such benchmark; there are throughput, scale and classifier");
+        eprintln!(
+            "bench: '{wrong}': no such benchmark; there are throughput, balance, maglev, flows, scale and classifier"
+        );
         std::process::exit(2);
     }
     for (name, run) in
