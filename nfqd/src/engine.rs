@@ -300,11 +300,7 @@ fn event(ip: &Ip) -> Event {
         Some(flags) if flags & (flag::FIN | flag::RST) != 0 => Event::Closes,
         Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN => Event::Opens,
         _ if ip.protocol == Protocol::TCP => {
-            let numbers = ip.tcp_numbers;
-            Event::GoesOn {
-                acknowledges: numbers.map_or(0, |numbers| numbers.acknowledgement),
-                data: numbers.is_some_and(|numbers| numbers.length != 0),
-            }
+            Event::GoesOn { acknowledges: ip.tcp_numbers.map_or(0, |numbers| numbers.acknowledgement) }
         }
         _ => Event::Datagram,
     }

@@ -84,7 +84,7 @@ impl State {
     }
 }
 
-/// What a packet does to its flow.
+/// What a packet does to its flow. Only what the kernel never hides from the engine changes a state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
     /// A client's TCP packet with SYN alone.
@@ -95,8 +95,6 @@ pub enum Event {
     GoesOn {
         /// Its acknowledgement number.
         acknowledges: u32,
-        /// Whether it brings something.
-        data: bool,
     },
     /// A client's packet of another protocol.
     Datagram,
@@ -529,9 +527,7 @@ impl Shard {
         let before = entry.state;
         let after = match (before, event) {
             (State::Opening | State::Established, Event::Closes) => State::Closing,
-            (State::Opening, Event::GoesOn { acknowledges, .. }) if heard(acknowledges) => State::Established,
-            // Whoever has said that it ends, it does not.
-            (State::Closing, Event::GoesOn { data: true, .. }) => State::Established,
+            (State::Opening, Event::GoesOn { acknowledges }) if heard(acknowledges) => State::Established,
             (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
             (before, _) => before,
         };
@@ -674,7 +670,7 @@ mod tests {
         }
     }
 
-    const GOES_ON: Event = Event::GoesOn { acknowledges: 5, data: false };
+    const GOES_ON: Event = Event::GoesOn { acknowledges: 5 };
 
     fn insert(flows: &Flows, client: u32, protocol: Protocol, state: State, now: Seconds) {
         flows.insert(forward(client, protocol), Some(backward(client, protocol)), 7, state, now);
@@ -705,8 +701,12 @@ mod tests {
         assert_eq!(state(GOES_ON, 240), None);
         insert(&flows, 1, Protocol::TCP, State::Established, 0);
         assert_eq!(back_at(Event::Closes, 1), State::Closing);
-        // Whoever forged that: who goes on sending has not ended.
-        assert_eq!(state(Event::GoesOn { acknowledges: 5, data: true }, 2), Some(State::Established));
+        assert_eq!(
+            state(GOES_ON, 240),
+            Some(State::Closing),
+            "it lives as long as it is seen, whoever forged that"
+        );
+        assert_eq!(state(GOES_ON, 479), Some(State::Closing));
         // UDP that stays is a stream.
         insert(&flows, 2, Protocol::UDP, State::Datagram, 0);
         let udp = |now: Seconds| {

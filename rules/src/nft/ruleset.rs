@@ -770,9 +770,21 @@ impl Frame<'_> {
     /// engine knows.
     fn static_chains(&mut self) {
         let to_static = || Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
-        let mut unanswered: Vec<Rule> = flows()
-            .map(|(ip, transport)| rule([transport.is_whole(ip), vec![to_static()]].concat()))
-            .collect();
+        let mut unanswered = Vec::new();
+        // An answer that begins or ends a connection would have gone to the engine.
+        for ip in IPS {
+            for ports in PORTS {
+                let back = Statement::RewriteFlow {
+                    key: reply_key(ip),
+                    flows: TCP.map("replies", ports, ip),
+                    writes: ip.reply_writes(ports),
+                };
+                unanswered.push(rule([TCP.is_whole(ip), vec![back, goto("finish")]].concat()));
+            }
+        }
+        unanswered.extend(
+            flows().map(|(ip, transport)| rule([transport.is_whole(ip), vec![to_static()]].concat())),
+        );
         unanswered.push(rule(vec![goto("finish")]));
         self.chain("unanswered", unanswered);
     }
