@@ -3,7 +3,8 @@
 # this kernel, user-mode Linux, a virtual machine, and the demo. Needs root on Debian 12 with Rust.
 #
 # Environment: NFQD_TESTS_POLICIES, how many random policies the three oracles are compared under, with 60 frames each (180
-# on this kernel, 60 in user-mode Linux, which is slower); NFQD_TESTS_SEED, the beginning of the randomness (1).
+# on this kernel, 60 in user-mode Linux, which is slower); NFQD_TESTS_CONNECTIONS, how many connections a pool holds at once
+# (10 000 and 500); NFQD_TESTS_SEED, the beginning of the randomness (1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -54,8 +55,9 @@ cargo build --quiet --workspace --locked
 NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-180} cargo test --quiet --workspace --locked
 
 step "user-mode Linux: the nft queue expression"
-NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
-    cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test oracles --test lab --test traffic -- --test-threads 1
+NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_CONNECTIONS=${NFQD_TESTS_CONNECTIONS:-500} \
+    NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
+    cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test oracles --test lab --test pools --test traffic -- --test-threads 1
 
 step "the demo"
 ./br-netfilter.sh demo
