@@ -367,7 +367,6 @@ impl Look<'_> {
     /// What nothing else takes.
     fn plain(&self, from_backend: bool) -> Judgement {
         match self.middlebox {
-            Some(middlebox) if !middlebox.services().is_empty() => Judgement::Accept(Reason::NoMatch),
             _ if from_backend && self.learnable() => Judgement::Direct,
             Some(_) => Judgement::Accept(Reason::NoMatch),
             None => Judgement::Accept(Reason::NotOurs),

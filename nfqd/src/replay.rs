@@ -489,6 +489,42 @@ mod tests {
         }
     }
 
+    /// A later piece whose first one comes after it, and is denied by its ports: nothing says where it goes.
+    #[test]
+    fn every_packet_has_its_line() {
+        let mut policy = Policy::default();
+        for line in [
+            "R L 2:0:0:0:0:2 10.0.0.2:53 rr 10.0.0.3@2:0:0:0:0:3 10.0.0.4@2:0:0:0:0:4",
+            "R F 2:0:0:0:0:2 10.0.0.2",
+            "A 2:0:0:0:0:2 U 1 s 99",
+        ] {
+            policy.apply_line(line).unwrap();
+        }
+        let piece = |id: u16, first: bool, sport: u8| {
+            let mut ip =
+                etherparse::Ipv4Header::new(16, 9, etherparse::IpNumber::UDP, [10, 0, 0, 1], [10, 0, 0, 2])
+                    .unwrap();
+            ip.identification = id;
+            ip.more_fragments = first;
+            ip.fragment_offset = if first { 0_u16 } else { 2 }.try_into().unwrap();
+            let mut out = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
+            ip.write(&mut out).unwrap();
+            out.extend([0, sport, 0, 53, 0, 40, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+            out
+        };
+        let mut replay = Replay::new(&policy);
+        let seen = |outcomes: Vec<Outcome>| -> Vec<(u64, &str)> {
+            outcomes.iter().map(|(line, _)| (line.packet, line.verdict)).collect()
+        };
+        assert_eq!(seen(replay.frame(&piece(1, false, 98), 0)), []);
+        assert_eq!(seen(replay.frame(&piece(1, true, 98), 0)), [(2, "redirect"), (1, "redirect")]);
+        assert_eq!(seen(replay.frame(&piece(2, false, 99), 0)), []);
+        assert_eq!(seen(replay.frame(&piece(2, true, 99), 0)), [(4, "drop"), (3, "drop")]);
+        assert_eq!(seen(replay.frame(&piece(3, false, 98), 0)), []);
+        assert_eq!(seen(replay.frame(&piece(4, false, 98), 9)), [(5, "drop")], "it has waited long enough");
+        assert_eq!(seen(replay.finish()), [(6, "drop")]);
+    }
+
     #[test]
     fn both_formats_give_the_contract_s_lines_and_frames() {
         let dir = tempfile::tempdir().unwrap();

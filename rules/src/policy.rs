@@ -535,6 +535,84 @@ mod tests {
         assert_eq!(error.code, ErrorCode::Quota, "rule 1 would be one more");
     }
 
+    const POOL: &str = "R L MB 10.0.0.9:80/tcp rr 10.0.0.1 10.0.0.2:8080*3 affinity";
+
+    #[test]
+    fn backends_come_and_go() {
+        let mut p = policy(&[POOL]);
+        for (line, now) in [
+            ("B MB + 10.0.0.3@2:0:0:0:0:3", "10.0.0.1 10.0.0.2:8080*3 10.0.0.3@02:00:00:00:00:03"),
+            ("B MB 10.0.0.9:80 + 10.0.0.1*7", "10.0.0.1*7 10.0.0.2:8080*3 10.0.0.3@02:00:00:00:00:03"),
+            ("B MB 10.0.0.9:80/tcp - 10.0.0.3:80 10.0.0.1", "10.0.0.2:8080*3"),
+        ] {
+            p.apply_line(&line.replace("MB", MAC)).unwrap_or_else(|error| panic!("{line}: {error}"));
+            assert_eq!(printed(&p), [format!("R L MB 10.0.0.9:80/tcp rr {now} affinity")]);
+        }
+        p.apply_line(&format!("B {MAC} = 10.0.0.2:8080 drain")).unwrap();
+        p.apply_line(&format!("B {MAC} + 10.0.0.2:8080")).unwrap();
+        assert_eq!(
+            printed(&p)[1..],
+            ["B MB 10.0.0.9:80/tcp = 10.0.0.2:8080 drain"],
+            "a new weight leaves it so"
+        );
+        p.apply_line(&format!("B {MAC} = 10.0.0.2:8080 up")).unwrap();
+        assert_eq!(printed(&p), ["R L MB 10.0.0.9:80/tcp rr 10.0.0.2:8080 affinity"]);
+        p.apply_line(&format!("X {MAC} L 10.0.0.9:80")).unwrap();
+        assert_eq!(p, Policy::default());
+    }
+
+    #[test]
+    fn a_refused_change_of_backends_changes_nothing() {
+        let before = policy(&[
+            POOL,
+            "R L MB 10.0.0.8 hash 10.0.0.1",
+            "R L 2:0:0:0:0:1 10.0.0.7 0 10.0.0.1",
+            "R L 2:0:0:0:0:2 10.0.0.7:80 hash 10.0.0.1 10.0.0.2 dsr",
+        ]);
+        for (line, code, column, words) in [
+            ("B MB + 10.0.0.3", ErrorCode::Value, 3, "name one before the sign: 10.0.0.8, 10.0.0.9:80/tcp"),
+            ("B MB 10.0.0.7 + 10.0.0.3", ErrorCode::Value, 21, "no service of this middlebox"),
+            ("B MB 10.0.0.9:80 - 10.0.0.1 10.0.0.5", ErrorCode::UnknownBackend, 44, "not a backend"),
+            ("B MB 10.0.0.9:80 - 10.0.0.1 10.0.0.2:8080", ErrorCode::Value, 44, "the last backend"),
+            ("B MB 10.0.0.9:80 = 10.0.0.2 drain", ErrorCode::UnknownBackend, 35, "not a backend"),
+            ("B MB 10.0.0.8 - 10.0.0.1:80", ErrorCode::Value, 32, "the registered address has none"),
+            ("B 2:0:0:0:0:1 + 10.0.0.3", ErrorCode::Value, 3, "which have one destination"),
+            ("B 2:0:0:0:0:2 + 10.0.0.7", ErrorCode::Value, 17, "own address"),
+            ("B 2:0:0:0:0:2 + 10.0.0.3 10.0.0.4:81", ErrorCode::Value, 26, "nothing but the MAC"),
+            ("B 2:0:0:0:0:2 + 2001:db8::1", ErrorCode::Value, 17, "not of the family"),
+            ("B 2:0:0:0:0:2 - 10.0.0.1:81", ErrorCode::UnknownBackend, 17, "not a backend"),
+            ("B 2:0:0:0:0:9 + 10.0.0.3", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
+            ("X MB L 10.0.0.7", ErrorCode::Value, 23, "no service of this middlebox"),
+        ] {
+            let mut after = before.clone();
+            let error = after.apply_line(&line.replace("MB", MAC)).expect_err(line);
+            assert_eq!((error.code, error.column), (code, column), "{line}: {error}");
+            assert!(error.message.contains(words), "{line}: {error}");
+            assert_eq!(after, before, "{line}");
+        }
+    }
+
+    #[test]
+    fn guests_cannot_have_backends_without_end() {
+        let mut p = Policy::default();
+        let all = |from: u32, count: u32| -> String {
+            (from..from + count).map(|n| format!(" 10.1.{}.{}", n / 256, n % 256)).collect()
+        };
+        p.apply_line(&format!("R L {MAC} 10.0.0.1 rr{}", all(0, 150))).unwrap();
+        p.apply_line(&format!("B {MAC} +{}", all(150, 105))).unwrap();
+        let error = p.apply_line(&format!("B {MAC} + 10.2.0.0")).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Quota, "{error}");
+        p.apply_line(&format!("R L {MAC} 10.0.0.2 rr{}", all(0, 150))).unwrap();
+        let error = p.apply_line(&format!("R L {MAC} 10.0.0.3 rr{}", all(0, 150))).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Quota, "{error}");
+        assert!(error.message.starts_with("'10.1.0.107'"), "the first that is too many: {error}");
+        let mut again = Policy::default();
+        for command in p.commands() {
+            again.apply_line(&command.to_string()).unwrap();
+        }
+        assert_eq!(again, p);
+    }
+
     #[test]
     fn what_is_blanked_may_not_leave_a_contradiction() {
         let mut p = policy(&["R F MB 10.0.0.9", "A MB I 3 s 2001:db8::1 d 2001:db8::2"]);

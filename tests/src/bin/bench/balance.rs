@@ -79,12 +79,14 @@ pub fn run() {
         let vm = lab.vm.as_ref().expect("a middlebox");
         lab.backend.run(&format!("ip addr add {PLAIN}/24 dev eth0"));
         let mut programs = Programs::default();
-        let web = "daemon off; master_process on; worker_processes 1; pid /dev/null; error_log /dev/null;
+        let web = "daemon off; master_process on; worker_processes 1; pid PATH/web.pid; error_log stderr;
             events { worker_connections 8192; }
-            http { access_log off; keepalive_requests 1000000000; client_body_temp_path PATH; proxy_temp_path PATH;
-                fastcgi_temp_path PATH; uwsgi_temp_path PATH; scgi_temp_path PATH;
+            http { access_log off; keepalive_requests 1000000000; client_body_temp_path PATH/b; proxy_temp_path PATH/p;
+                fastcgi_temp_path PATH/f; uwsgi_temp_path PATH/u; scgi_temp_path PATH/s;
                 server { listen 80 backlog=8192; location / { return 200 \"a short answer of forty bytes or nearly so\\n\"; } } }";
-        let web = web.replace("PATH", &dir.path().join("temp").display().to_string());
+        // Never /dev/null: nginx removes the file of its process id.
+        let temp = dir.path().display().to_string();
+        let web = web.replace("PATH", &temp);
         programs.start(&lab.backend, "nginx", &["-c", &file(dir.path(), "web.conf", &web)]);
         programs.start(&lab.backend, "iperf3", &["-s", "-p", &STREAM.to_string()]);
         let daemon = Daemon::start(&[]);
@@ -111,7 +113,7 @@ pub fn run() {
         let module = "/usr/lib/nginx/modules/ngx_stream_module.so";
         if std::path::Path::new(module).exists() {
             let text = format!(
-                "load_module {module}; daemon off; worker_processes 2; pid /dev/null; error_log /dev/null;
+                "load_module {module}; daemon off; worker_processes 2; pid {temp}/stream.pid; error_log stderr;
                  events {{ worker_connections 8192; }}
                  stream {{ server {{ listen 8002 backlog=8192; proxy_pass {BACKEND}:{WEB}; }}
                            server {{ listen 5302; proxy_pass {BACKEND}:{STREAM}; }} }}"
