@@ -494,7 +494,16 @@ impl Daemon {
                         any |= self.take_result(probe, true, now);
                     }
                 }
-                Found::Silent => any |= self.take_result(probe, false, now),
+                Found::Silent => {
+                    self.bridges.remove(&ip);
+                    any |= self.take_result(probe, false, now);
+                    // Who does not even answer ARP takes no connection.
+                    for probe in
+                        probes.iter().filter(|probe| matches!(probe, Probe::Tcp(other, _) if *other == ip))
+                    {
+                        any |= self.take_result(*probe, false, now);
+                    }
+                }
                 Found::Ambiguous => {
                     if self.macs.remove(&ip).is_some() {
                         log::warn!("{ip} is on two bridges, with two MACs; it is redirected to no more");
@@ -518,10 +527,8 @@ impl Daemon {
         for ((ip, port), outcome) in self.checks.exchange(targets) {
             let probe = Probe::Tcp(ip, port);
             match outcome {
-                // Who does not even answer ARP is not there.
-                Outcome::NoWay(Errno::ENODEV) if !self.bridges.contains_key(&ip) => {
-                    any |= self.take_result(probe, false, now);
-                }
+                // It has not been found yet, or is on two bridges: that says nothing.
+                Outcome::NoWay(Errno::ENODEV) => {}
                 Outcome::NoWay(errno) => {
                     if self.no_way.insert((ip, port), errno).is_none() {
                         log::debug!("the host cannot check {ip} port {port}: {errno}; it is taken as alive");

@@ -437,7 +437,7 @@ impl Look<'_> {
         };
         let (flows, slots, event) = (&self.memory.flows, &self.snapshot.desired.slots, answer(ip));
         let found = flows.backward(&key, event, self.now, |slot| slots.current(slot))?;
-        if matches!(event, Event::Accepts(_)) && found.state == State::Closing {
+        if found.is_another {
             // The flow has ended; this begins one that the client has made with the backend itself.
             flows.remove_backward(&key);
             return None;
@@ -530,7 +530,7 @@ impl Look<'_> {
             learn = match found {
                 Some(found) if found.learn => learning(found.state, event),
                 Some(_) => Learn::No,
-                None => learning(self.begin(&key, slot.index, ip, event), event),
+                None => self.begin(&key, slot.index, ip, event),
             };
         }
         Some(Judgement::Redirect(self.to(slot.index, key, ip, learn)))
@@ -555,16 +555,17 @@ impl Look<'_> {
         (!self.snapshot.is_dsr(key)).then_some(backward)
     }
 
-    /// Remembers a new flow; the state that it begins with.
-    fn begin(&self, key: &SlotKey, slot: u32, ip: &Ip, event: Event) -> State {
+    /// Remembers a new flow; what the kernel may.
+    fn begin(&self, key: &SlotKey, slot: u32, ip: &Ip, event: Event) -> Learn {
         let state = beginning(ip, event);
         let (forward, backward) = (self.forward_key(ip), self.backward_key(key, ip));
         let flows = &self.memory.flows;
-        // A flow of another middlebox comes back the same way: it stays.
-        if !backward.is_some_and(|backward| flows.is_others(&backward, &forward, self.now)) {
-            flows.insert(forward, backward, slot, state, self.now);
+        // A flow of another middlebox comes back the same way: it stays, here and in the kernel.
+        if backward.is_some_and(|backward| flows.is_others(&backward, &forward, self.now)) {
+            return Learn::No;
         }
-        state
+        flows.insert(forward, backward, slot, state, self.now);
+        learning(state, event)
     }
 
     /// A packet that a pool takes: to the backend of its flow, or to one that is chosen.
@@ -628,8 +629,8 @@ impl Look<'_> {
             self.memory.affinity.insert(client, member.slot, self.now);
         }
         let key = key(&member);
-        let state = self.begin(&key, member.slot, ip, event);
-        Judgement::Redirect(self.to(member.slot, key, ip, learning(state, event)))
+        let learn = self.begin(&key, member.slot, ip, event);
+        Judgement::Redirect(self.to(member.slot, key, ip, learn))
     }
 
     fn without_backend(&self, vip: Vip, service: &Service, members: &[Member], ip: &Ip) -> Judgement {
@@ -655,8 +656,8 @@ impl Look<'_> {
 fn learning(state: State, event: Event) -> Learn {
     match (state, event) {
         (_, Event::Closes) | (State::Closing, _) => Learn::Close,
-        (State::Opening, Event::Opens) => Learn::Forget,
-        (State::Opening, _) => Learn::No,
+        // Whatever the kernel remembers, the engine must see the backend's answer.
+        (State::Opening, _) => Learn::Forget,
         _ => Learn::Yes,
     }
 }

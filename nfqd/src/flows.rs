@@ -115,14 +115,16 @@ pub struct Found {
     pub state: State,
     /// Whether the kernel may be told of it: not again so soon.
     pub learn: bool,
+    /// Whether it has ended and the packet begins another one between the same two.
+    pub is_another: bool,
 }
 
 /// Seconds before the kernel is told again of the same direction of a flow: each time costs it an insertion, and who sends
 /// packets that change nothing shall not have them.
 const LEARN_AGAIN: Seconds = 5;
 
-/// How far behind what it must acknowledge a client's first acknowledgement may be.
-const WINDOW: u32 = 1 << 24;
+/// How far behind what it must acknowledge a client's acknowledgement may be: half of all numbers are behind (RFC 9293, 3.4).
+const WINDOW: u32 = 1 << 31;
 
 /// Seconds after which a UDP flow that is still there is a stream (RFC 4787 has no states; this is conntrack's idea, with
 /// what the engine sees).
@@ -269,9 +271,22 @@ impl Flows {
         now: Seconds,
         current: impl Fn(u32) -> Option<u32>,
     ) -> Option<Found> {
-        let mut shard = self.shard_of(key);
+        let mut guard = self.shard_of(key);
+        let shard = &mut *guard;
         let at = shard.find_forward(self.hash(key), key)?;
-        shard.see(at, event, now, current, &self.live)
+        let found = shard.see(at, event, now, current, &self.live);
+        self.make_room(shard);
+        found
+    }
+
+    /// Leaves room for flows that begin: without it each would push out the one before it. Those that have proven something
+    /// give way to others that have, the oldest first; no flood of packets that prove nothing does this.
+    fn make_room(&self, shard: &mut Shard) {
+        if let Some((at, state)) = shard.too_many_proven() {
+            self.evicted.fetch_add(1, Relaxed);
+            self.evicted_established.fetch_add(u64::from(state == State::Established), Relaxed);
+            self.take(shard, at);
+        }
     }
 
     /// The flow of a packet from a backend.
@@ -365,6 +380,7 @@ impl Flows {
         };
         shard.put(entry, hashes);
         self.live.count(slot, state, true);
+        self.make_room(shard);
     }
 
     /// Forgets a flow.
@@ -500,6 +516,15 @@ impl Shard {
         })
     }
 
+    /// The oldest of those that have proven something, when these leave less than a sixteenth of the room for others.
+    fn too_many_proven(&self) -> Option<(u32, State)> {
+        let lists = [State::Stream, State::Established].map(|state| (self.lists[state as usize], state));
+        let proven: usize = lists.iter().map(|(list, _)| list.len).sum();
+        let most = self.capacity - self.capacity / 16;
+        let longest = lists.iter().max_by_key(|(list, _)| list.len)?;
+        (proven > most).then_some((longest.0.oldest, longest.1))
+    }
+
     /// A packet of a flow; none if its time is over.
     fn see(
         &mut self,
@@ -513,6 +538,12 @@ impl Shard {
             return None;
         }
         let entry = &mut self.entries[at as usize];
+        // A backend that repeats what it has said begins nothing.
+        let is_another = match (entry.state, event, entry.expects) {
+            (State::Closing, Event::Accepts(number), Some(Expects::Number(said))) => number != said,
+            (State::Closing, Event::Accepts(_), _) => true,
+            _ => false,
+        };
         match event {
             Event::Accepts(number) => entry.expects = Some(Expects::Number(number)),
             Event::Answer => entry.expects = entry.expects.or(Some(Expects::Anything)),
@@ -550,7 +581,7 @@ impl Shard {
             live.count(slot, before, false);
             live.count(current.unwrap_or(slot), after, true);
         }
-        Some(Found { slot, current, state: after, learn })
+        Some(Found { slot, current, state: after, learn, is_another })
     }
 
     fn put(&mut self, mut entry: Entry, hashes: Hashes) {
@@ -737,6 +768,19 @@ mod tests {
             insert(&flows, client, Protocol::TCP, State::Established, 2);
         }
         assert!(flows.evicted().1 > 0 && flows.live(7) as usize == flows.len());
+    }
+
+    #[test]
+    fn a_table_full_of_connections_has_room_for_those_that_open() {
+        let flows = Flows::new(6400);
+        for client in 0..20_000 {
+            insert(&flows, client, Protocol::TCP, State::Established, 0);
+        }
+        for client in 100_000..100_100 {
+            insert(&flows, client, Protocol::TCP, State::Opening, 1);
+        }
+        let opening = (100_000..100_100).filter(|&n| flows.slot_of(&forward(n, Protocol::TCP), 1).is_some());
+        assert_eq!(opening.count(), 100);
     }
 
     #[test]

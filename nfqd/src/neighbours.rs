@@ -74,8 +74,9 @@ pub enum Found {
 /// The host's neighbour table, over one socket.
 pub struct Neighbours {
     socket: OwnedFd,
-    /// Where the turns are of those that are asked.
-    turn: usize,
+    /// Whose turn it is to be looked for, and to be asked whether it is there.
+    turn_to_find: usize,
+    turn_to_probe: usize,
 }
 
 impl Neighbours {
@@ -92,7 +93,7 @@ impl Neighbours {
         )?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Neighbours { socket, turn: 0 })
+        Ok(Neighbours { socket, turn_to_find: 0, turn_to_probe: 0 })
     }
 
     /// What the kernel knows on bridges of these addresses, as far as it knows something. It is asked to find those that it
@@ -144,14 +145,14 @@ impl Neighbours {
             .filter(|ip| bridges.keys().any(|bridge| !asked(*bridge, ip)))
             .copied()
             .collect();
-        for ip in self.some_of(&unknown) {
+        for ip in some_of(&unknown, &mut self.turn_to_find) {
             for &bridge in bridges.keys().filter(|bridge| !asked(**bridge, &ip)) {
                 // An address that cannot be resolved on this bridge is no reason to leave the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
         }
         let unsure: Vec<IpAddr> = probe.iter().filter(|ip| entries.contains_key(*ip)).copied().collect();
-        for ip in self.some_of(&unsure) {
+        for ip in some_of(&unsure, &mut self.turn_to_probe) {
             for n in entries.get(&ip).into_iter().flatten() {
                 if let Some(mac) = n.mac.filter(|_| n.state & PROBABLE != 0 && n.flags & FOREIGN == 0) {
                     let _ = self.request(&state_message(n.link, ip, mac), |_, _| {});
@@ -159,13 +160,6 @@ impl Neighbours {
             }
         }
         Ok(found)
-    }
-
-    /// A few, each time the next ones.
-    fn some_of(&mut self, all: &[IpAddr]) -> Vec<IpAddr> {
-        let start = self.turn.checked_rem(all.len()).unwrap_or(0);
-        self.turn = self.turn.wrapping_add(AT_A_TIME);
-        all.iter().cycle().skip(start).take(all.len().min(AT_A_TIME)).copied().collect()
     }
 
     /// The bridges of this network namespace: interface index and name.
@@ -201,6 +195,14 @@ impl Neighbours {
             }
         }
     }
+}
+
+/// A few of all, from the turn on; next time those behind them.
+fn some_of(all: &[IpAddr], turn: &mut usize) -> Vec<IpAddr> {
+    let start = turn.checked_rem(all.len()).unwrap_or(0);
+    let count = all.len().min(AT_A_TIME);
+    *turn = start + count;
+    all.iter().cycle().skip(start).take(count).copied().collect()
 }
 
 fn begin(kind: u16, flags: u16) -> Vec<u8> {
@@ -286,4 +288,22 @@ fn neighbour(message: &[u8]) -> Option<Neighbour> {
         }
     }
     Some(Neighbour { link, ip: ip?, state, flags, mac })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_has_a_turn() {
+        for count in [1, 63, 64, 96, 128, 200, 256] {
+            let all: Vec<IpAddr> =
+                (0..count).map(|n: u32| IpAddr::from((0x0a00_0000 + n).to_be_bytes())).collect();
+            let mut turn = 0;
+            let rounds = (count as usize).div_ceil(AT_A_TIME);
+            let asked: BTreeSet<IpAddr> = (0..rounds).flat_map(|_| some_of(&all, &mut turn)).collect();
+            assert_eq!(asked.len(), all.len(), "{count}");
+        }
+        assert!(some_of(&[], &mut 7).is_empty());
+    }
 }

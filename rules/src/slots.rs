@@ -214,7 +214,7 @@ impl<K: Copy + Ord + Owned> Numbers<K> {
 
     /// A number that `key` used for a moment: the kernel may have learnt it.
     fn lay_down_again(&mut self, index: u32, key: &K, now: Instant) {
-        if self.free.remove(&index).is_some() {
+        if self.free.remove(&index).is_some() || self.take_up(index) {
             self.lay_down(index, Some(*key), now);
         }
         for index in self.next..=index.min(MAX_INDEX) {

@@ -153,16 +153,17 @@ impl HostMailbox {
 /// another mark behind it. One before what may become a MAC when the writer goes on leaves the frame open.
 fn closing(body: &[(usize, u8)]) -> Option<usize> {
     let mut from = 0;
-    // The first mark that stands before a MAC. What an earlier, longer command has left behind a new one's end may look like
-    // destinations that go on, but is followed by the earlier one's taken mark.
-    let mut first = None;
+    // Marks that stand before MACs. What an earlier, longer command has left behind a new one's end may look like destinations
+    // that go on, but is followed by the earlier one's taken mark. Then the only such mark is the end; of several nobody can
+    // tell which, and the frame is never obeyed.
+    let (mut first, mut only) = (None, true);
     let left_behind = |first: usize, end: usize| {
         body.get(first..end).is_some_and(|bytes| bytes.iter().any(|&(_, byte)| byte == TAKEN))
     };
     loop {
         let rest = body.get(from..)?;
         let Some(mark) = rest.iter().position(|&(_, byte)| byte == OPEN).map(|at| from + at) else {
-            return first.filter(|&first| left_behind(first, body.len()));
+            return first.filter(|&first| only && left_behind(first, body.len()));
         };
         let (before, after) = (body.get(..mark)?, body.get(mark + 1..)?);
         let &(offset, _) = body.get(mark)?;
@@ -173,7 +174,7 @@ fn closing(body: &[(usize, u8)]) -> Option<usize> {
         host.reverse();
         let host = std::str::from_utf8(&host).ok().and_then(|text| text.parse::<BackendName>().ok());
         let closes = |mark: usize| match first {
-            Some(first) if left_behind(first, mark) => Some(first),
+            Some(first) if left_behind(first, mark) => Some(first).filter(|_| only),
             _ => Some(mark),
         };
         if !glued || host.is_none() {
@@ -189,6 +190,7 @@ fn closing(body: &[(usize, u8)]) -> Option<usize> {
         if !(is_mac || may_go_on || another) {
             return closes(mark);
         }
+        only = first.is_none();
         first = first.or(Some(mark));
         from = mark + 1;
     }
@@ -378,16 +380,29 @@ mod tests {
         let (_dir, region) = region();
         let mut mailbox = HostMailbox::default();
         let (three, four) = ("10.0.0.3@02:00:00:00:00:03", "10.0.0.4@02:00:00:00:00:04");
-        let long = format!("B 2:0:0:0:0:1 + {three} {four}*7 10.0.0.5");
-        for short in
-            ["B 2:0:0:0:0:1 - 10.0.0.3", "B 2:0:0:0:0:1 + 10.0.0.9@02:00:00:00:00:03", "X 2:0:0:0:0:1"]
-        {
-            for command in [long.as_str(), short, &format!("B 2:0:0:0:0:1 + {four} {three}")] {
+        let long = format!("B 2:0:0:0:0:1 + {three}*7 10.0.0.5");
+        for short in ["B 2:0:0:0:0:1 - 10.0.0.3", "X 2:0:0:0:0:1"] {
+            for command in [long.as_str(), short] {
                 region.write(0, format!("@{command}@").as_bytes());
                 let frames = mailbox.take(&region, Instant::now());
                 assert_eq!(texts(&frames), [command]);
                 answer(&mut mailbox, &region, frames);
             }
+        }
+        // Where nobody can tell, nothing is obeyed: the writer is told that its frame is torn.
+        let long = format!("B 2:0:0:0:0:1 + {three} {four}");
+        for short in ["B 2:0:0:0:0:1 - 10.0.0.3", "B 2:0:0:0:0:1 + 10.0.0.3@02:00:00:00:00:03 10.0.0.4"] {
+            region.write(0, &[0; COMMAND_SIZE]);
+            region.write(0, format!("@{long}@").as_bytes());
+            let frames = mailbox.take(&region, Instant::now());
+            assert_eq!(texts(&frames), [long.as_str()]);
+            answer(&mut mailbox, &region, frames);
+            region.write(0, format!("@{short}@").as_bytes());
+            let now = Instant::now();
+            assert_eq!(mailbox.take(&region, now), []);
+            let frames = mailbox.take(&region, now + TORN_AFTER * 2);
+            assert!(frames.iter().all(|frame| frame.text.is_err()), "{short}: {frames:?}");
+            answer(&mut mailbox, &region, frames);
         }
     }
 

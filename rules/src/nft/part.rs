@@ -4,13 +4,13 @@
 use super::field::{Field, Value};
 use super::filters::{filters, own_name};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
-use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule, verdict};
+use super::ruleset::{FastPath, Ip, Options, Steer, accept, ask, commented, goto, rule};
 use super::steps::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
 use crate::service::Service;
 use crate::slots::{Slot, SlotKey, Slots};
-use nfqd_shmctl::{MacAddr, Method, Protocol, Vip};
+use nfqd_shmctl::{MacAddr, Method, Vip};
 use std::collections::BTreeMap;
 
 /// What one middlebox adds.
@@ -163,17 +163,6 @@ fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> 
             _ => {
                 let rank = (false, vip.port.is_none(), vip.protocol.is_none());
                 conditions.push(to_vip);
-                // The middlebox would reset connections that it does not know. They wait for the engine instead: what is
-                // dropped is sent again. New ones go to the middlebox.
-                if vip.port.is_some() && vip.protocol != Some(Protocol::UDP) {
-                    let tcp = Statement::Is(Field::L4Protocol, Value::Protocol(Protocol::TCP));
-                    let tcp = Some(tcp).filter(|_| vip.protocol.is_none());
-                    const SYN: Value = Value::Flags(2);
-                    let goes_on =
-                        [Statement::Masked(Field::TcpFlags, SYN, Value::Flags(0)), verdict(Verdict::Drop)];
-                    let waits = conditions.iter().cloned().chain(tcp).chain(goes_on);
-                    ranked.push((rank, commented(waits.collect(), "until the engine answers")));
-                }
                 conditions.push(goto("finish"));
                 ranked.push((rank, rule(conditions)));
                 continue;

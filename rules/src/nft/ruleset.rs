@@ -635,7 +635,8 @@ impl Frame<'_> {
             for transport in TRANSPORTS {
                 let taken = Statement::In(port.clone(), ip.name("service_ports"));
                 redirect.push(rule([transport.is_whole(ip), vec![taken, goto("engine")]].concat()));
-                redirect.push(rule([transport.is_whole(ip), vec![accept()]].concat()));
+                // A known flow whose backend has gone has left its slot in the mark.
+                redirect.push(rule([transport.is_whole(ip), vec![goto("finish")]].concat()));
             }
             redirect.push(asked(address, "service_pieces"));
         }
