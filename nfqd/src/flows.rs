@@ -562,6 +562,12 @@ impl Shard {
             (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
             (before, _) => before,
         };
+        let slot = entry.slot;
+        let current = current(slot);
+        // What the kernel remembers of another slot is of no use any more.
+        if current.is_some_and(|current| current != slot) {
+            (entry.learn_forward, entry.learn_backward) = (0, 0);
+        }
         let is_back = matches!(event, Event::Accepts(_) | Event::Answer);
         let next = if is_back { &mut entry.learn_backward } else { &mut entry.learn_forward };
         // A turn is always told.
@@ -569,8 +575,6 @@ impl Shard {
         if learn {
             *next = now.saturating_add(LEARN_AGAIN);
         }
-        let slot = entry.slot;
-        let current = current(slot);
         self.unlink(at);
         let entry = &mut self.entries[at as usize];
         entry.state = after;
@@ -822,6 +826,8 @@ mod tests {
         let there = forward(1, Protocol::TCP);
         let found = flows.forward(&there, GOES_ON, 1, |slot| (slot == 7).then_some(9)).unwrap();
         assert_eq!((found.slot, found.current, flows.live(7), flows.live(9)), (7, Some(9), 0, 1));
+        assert!(found.learn, "the kernel remembers another slot");
+        assert!(flows.backward(&backward(1, Protocol::TCP), Event::Answer, 1, Some).unwrap().learn);
         let found = flows.forward(&there, GOES_ON, 1, |_| None).unwrap();
         assert_eq!((found.slot, found.current, flows.live(9)), (9, None, 1));
     }
