@@ -236,6 +236,8 @@ pub enum DropReason {
     BackendGone,
     /// The datagram that it is a piece of was dropped.
     Piece,
+    /// Another worker has looked at its flow by a newer snapshot than this one: it is to be judged by that.
+    Outdated,
 }
 
 impl Judgement {
@@ -394,6 +396,12 @@ impl Look<'_> {
         self.snapshot.desired.slots.key_of(slot)
     }
 
+    /// Whether this snapshot has never known a number, so that a later one has given it.
+    fn is_newer(&self, slot: u32) -> bool {
+        let slots = &self.snapshot.desired.slots;
+        slots.key_of(slot).is_none() && slots.former_key_of(slot).is_none()
+    }
+
     fn fragment(&self, ip: &Ip) -> FragmentKey {
         FragmentKey {
             to: self.packet.link.destination,
@@ -441,6 +449,9 @@ impl Look<'_> {
             // The flow has ended; this begins one that the client has made with the backend itself.
             flows.remove_backward(&key);
             return None;
+        }
+        if found.current.is_none() && self.is_newer(found.slot) {
+            return Some(Judgement::Drop(DropReason::Outdated));
         }
         let Some((slot, key_now)) = found.current.and_then(|slot| Some((slot, self.key_of(slot)?))) else {
             let former = slots.former_key_of(found.slot);
@@ -575,6 +586,9 @@ impl Look<'_> {
         let flows = &self.memory.flows;
         let slots = &self.snapshot.desired.slots;
         match flows.forward(&forward, event, self.now, |slot| slots.current(slot)) {
+            Some(found) if found.current.is_none() && self.is_newer(found.slot) => {
+                return Judgement::Drop(DropReason::Outdated);
+            }
             Some(found) => match found.current.and_then(|slot| Some((slot, self.key_of(slot)?))) {
                 Some(_) if found.state == State::Closing && event == Event::Opens => {}
                 Some((slot, key)) if self.snapshot.reaches(&key) => {

@@ -191,7 +191,9 @@ impl Replay {
                     (DropReason::BackendUnresolved, _) => "the backends' MACs are unknown".to_string(),
                     (DropReason::NoBackend, _) => "no backend can take it; refused".to_string(),
                     (DropReason::BackendGone, _) => "its backend is gone; ended".to_string(),
-                    (DropReason::Piece, _) => "a piece of a datagram that was dropped".to_string(),
+                    (DropReason::Piece | DropReason::Outdated, _) => {
+                        "a piece of a datagram that was dropped".to_string()
+                    }
                 };
                 line.rule = rule.filter(|_| why == DropReason::Filtered).map(|rule| rule.number.get());
                 return Some((line, None));

@@ -162,7 +162,10 @@ impl Desk {
                 (shared.snapshot.load(), shared.now())
             });
             let packet = with_middlebox(snapshot, queued);
-            let judged = judge(snapshot, &shared.memory, &packet, *now);
+            let mut judged = judge(snapshot, &shared.memory, &packet, *now);
+            if judged.judgement == Judgement::Drop(DropReason::Outdated) {
+                judged = judge(&shared.snapshot.load(), &shared.memory, &packet, *now);
+            }
             counts.add(&packet, &judged, queued.length, &mut sums);
             if judged.judgement == Judgement::Hold {
                 let waiting = Waiting { id: queued.id, mark: queued.mark, length: queued.length };
