@@ -960,6 +960,7 @@ mod tests {
             );
         }
         let alone = self::snapshot(&["R L 2:0:0:0:0:2 10.0.0.2:80 rr 10.0.0.3@2:0:0:0:0:3"]);
+        let memory = Memory::new(1000);
         let packet = tcp(BACKEND, VM, (3, 2), (1000, 80), flag::SYN);
         assert_eq!(judged(&alone, &memory, &packet, 0), Judgement::Accept(Reason::NoBackend));
     }

@@ -776,8 +776,8 @@ mod tests {
 
     #[test]
     fn a_table_full_of_connections_has_room_for_those_that_open() {
-        let flows = Flows::new(6400);
-        for client in 0..20_000 {
+        let flows = Flows::new(64_000);
+        for client in 0..90_000 {
             insert(&flows, client, Protocol::TCP, State::Established, 0);
         }
         for client in 100_000..100_100 {
