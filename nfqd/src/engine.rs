@@ -414,10 +414,15 @@ impl Look<'_> {
 
     /// A later piece goes where the first one went.
     fn later(&self, ip: &Ip) -> Option<Judgement> {
-        let to = |slot: u32| Some(self.to(slot, self.key_of(slot)?, ip, Learn::No));
+        // Without its backend the datagram is lost: its pieces alone would go anywhere.
+        let follow = |slot: u32, judgement: fn(To) -> Judgement| {
+            let current = self.snapshot.desired.slots.current(slot);
+            let to = current.and_then(|slot| Some(self.to(slot, self.key_of(slot)?, ip, Learn::No)));
+            Some(to.map_or(Judgement::Drop(DropReason::Piece), judgement))
+        };
         match self.memory.fragments.get(&self.fragment(ip), self.now) {
-            Some(Route::Redirect(slot)) => to(slot).map(Judgement::Redirect),
-            Some(Route::Reply(slot)) => to(slot).map(Judgement::Reply),
+            Some(Route::Redirect(slot)) => follow(slot, Judgement::Redirect),
+            Some(Route::Reply(slot)) => follow(slot, Judgement::Reply),
             Some(Route::Plain) => Some(self.plain(false)),
             Some(Route::Nowhere) => Some(Judgement::Drop(DropReason::Piece)),
             None if self.snapshot.desired.slots.is_backend(ip.source) || self.needs_ports(ip) => {
@@ -633,7 +638,7 @@ impl Look<'_> {
         let affine = service.terms().affinity && service.method() != Method::Hash;
         let client = (middlebox, vip, ip.source);
         let before = if affine { self.memory.affinity.get(&client, self.now) } else { None };
-        let kept = before.and_then(|slot| {
+        let kept = before.and_then(|slot| self.snapshot.desired.slots.current(slot)).and_then(|slot| {
             pool.members().iter().find(|member| member.slot == slot && fits(member)).copied()
         });
         let Some(member) = kept.or_else(|| pool.choose(ip, |slot| flows.live(slot), fits)) else {
@@ -1068,5 +1073,14 @@ mod tests {
             assert_eq!((later.slot, later.port), (first.slot, false));
             assert_eq!(first.port, first.key.backend.port == Some(5353));
         }
+        // Pieces of a datagram whose backend goes meanwhile go nowhere, and make no flow of their own.
+        let first = to(judged(&snapshot, &memory, &piece(20, true), 0));
+        let gone = following(&snapshot, snapshot.policy().clone(), |name| Seen {
+            mac: None,
+            alive: *name != first.key.backend,
+        });
+        let flows = memory.flows.len();
+        assert_eq!(judged(&gone, &memory, &piece(20, false), 0), Judgement::Drop(DropReason::Piece));
+        assert_eq!(memory.flows.len(), flows);
     }
 }
