@@ -3,14 +3,12 @@
 //! A command's way: mailbox, [`Channel::authorise`], [`Policy::apply_line`], [`Enforcer::enforce`], [`State::append`],
 //! reply. When the kernel refuses, the policy is put back and the reply says so.
 
+use crate::backends::Backends;
 use crate::channel::Channel;
-use crate::checks::{Checks, Outcome};
 use crate::config::{Config, FailChoice, Options as Flags, ShmSpec};
 use crate::enforce::{Enforcer, rules};
 use crate::engine::{Memory, Snapshot};
 use crate::flows::{Backward, Forward, State as FlowState};
-use crate::health::{Health, Probe};
-use crate::neighbours::{Found, Neighbours};
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
 use crate::status::{
@@ -28,16 +26,15 @@ use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::ruleset::{FastPath, Options};
 use nfqd_rules::packet::Ports;
 use nfqd_rules::service::{Backend, Service};
-use nfqd_rules::slots::{Seen, SlotKey};
+use nfqd_rules::slots::SlotKey;
 use nfqd_shmctl::mailbox::Frame;
 use nfqd_shmctl::{
     BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
 };
-use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -52,8 +49,6 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// How often neighbours are looked for after a command has named a new backend, and how many times.
 const SOON_TICK: Duration = Duration::from_millis(100);
 const SOON: u32 = 10;
-/// How often neighbours are asked whether they are still there.
-const PROBING: Duration = Duration::from_secs(3);
 /// The longest reply to `Q`; the mailbox has room for little more.
 const LONGEST_ANSWER: usize = 1900;
 /// Flows that the engine remembers.
@@ -105,18 +100,9 @@ pub struct Daemon {
     signals: Signals,
     enforcer: Enforcer,
     desired: Desired,
-    macs: BTreeMap<IpAddr, MacAddr>,
-    /// The bridges that backends are on.
-    bridges: BTreeMap<IpAddr, String>,
+    backends: Backends,
     /// There were not enough numbers for all backends: tried again.
     unnumbered: bool,
-    neighbours: Neighbours,
-    checks: Checks,
-    health: Health,
-    /// Checks that the host has no way to make, and why.
-    no_way: BTreeMap<(IpAddr, u16), Errno>,
-    /// When neighbours were last asked whether they are there.
-    probed: Instant,
     channels: Vec<Channel>,
     state: State,
     unsaved: Option<StateError>,
@@ -153,7 +139,6 @@ impl Daemon {
         let steer = steer(&mut kernel, config.steer, queues)?;
         let options = Options { steer, fast_path: config.fast_path, queues };
         let heritage = kernel.heritage()?;
-        let neighbours = Neighbours::open().map_err(|errno| system("neighbour table")(errno.into()))?;
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             memory: Memory::new(FLOWS),
@@ -171,20 +156,14 @@ impl Daemon {
             signals,
             enforcer: Enforcer::new(kernel, options, shared)?,
             desired: Desired { policy, slots: heritage.slots },
-            macs: heritage.macs,
-            bridges: BTreeMap::new(),
+            backends: Backends::start(heritage.macs).map_err(system("neighbour table and checks"))?,
             unnumbered: false,
-            neighbours,
-            checks: Checks::start().map_err(system("thread of checks"))?,
-            health: Health::default(),
-            no_way: BTreeMap::new(),
-            probed: Instant::now(),
             channels,
             state,
             unsaved: None,
             soon: 0,
         };
-        daemon.check_backends();
+        daemon.backends.look(&daemon.desired.policy);
         daemon.follow_all();
         daemon.enforcer.begin(&daemon.desired)?;
         for queue in open {
@@ -243,7 +222,7 @@ impl Daemon {
     /// numbers.
     fn follow(&mut self, before: &Policy) -> bool {
         let Desired { policy, slots } = &mut self.desired;
-        let (seen, now) = (seen(&self.macs, &self.health, &self.channels), Instant::now());
+        let (seen, now) = (self.backends.seen(&self.channels), Instant::now());
         let mut enough = true;
         for mac in policy.changed(before) {
             enough &= slots.update(mac, policy.get(mac), &seen, now);
@@ -253,7 +232,7 @@ impl Daemon {
 
     /// The same for all, when what is known of backends has changed.
     fn follow_all(&mut self) {
-        let seen = seen(&self.macs, &self.health, &self.channels);
+        let seen = self.backends.seen(&self.channels);
         let enough = self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
         if !enough && !self.unnumbered {
             log::error!(
@@ -437,127 +416,8 @@ impl Daemon {
         self.unsaved = result.err();
     }
 
-    /// Asks the kernel for the MACs of backends that no command gave one, and looks at what checks have found. True when
-    /// something is new.
-    fn check_backends(&mut self) -> bool {
-        let now = Instant::now();
-        let (mut unknown, mut probes) = (BTreeSet::new(), BTreeSet::new());
-        for (_, _, service, name, backend) in self.desired.policy.backends() {
-            if backend.mac.is_none() {
-                unknown.insert(name.ip);
-            }
-            probes.extend(Probe::of(service, name, backend).filter(|_| service.method().is_pool()));
-        }
-        self.health.watch(&probes, now);
-        let neighbours = self.find_neighbours(unknown, &probes, now);
-        let checked = self.take_checks(now);
-        neighbours | checked
-    }
-
-    fn find_neighbours(&mut self, unknown: BTreeSet<IpAddr>, probes: &BTreeSet<Probe>, now: Instant) -> bool {
-        // Where a TCP check goes is known by the neighbour's bridge.
-        let wanted: BTreeSet<IpAddr> =
-            unknown.into_iter().chain(probes.iter().map(|probe| probe.ip())).collect();
-        if wanted.is_empty() {
-            self.macs.clear();
-            self.bridges.clear();
-            return false;
-        }
-        let asked = probes.iter().filter(|probe| matches!(probe, Probe::Neighbour(_)));
-        let asked: BTreeSet<IpAddr> = asked.map(|probe| probe.ip()).collect();
-        let is_time = now.duration_since(self.probed) >= PROBING;
-        if is_time {
-            self.probed = now;
-        }
-        let nobody = BTreeSet::new();
-        let found = match self.neighbours.resolve(&wanted, if is_time { &asked } else { &nobody }) {
-            Ok(found) => found,
-            Err(errno) => {
-                log::warn!("neighbour table: {errno}");
-                return false;
-            }
-        };
-        // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
-        self.macs.retain(|ip, _| wanted.contains(ip));
-        self.bridges.retain(|ip, _| wanted.contains(ip));
-        let mut any = false;
-        for (ip, found) in found {
-            let probe = Probe::Neighbour(ip);
-            match found {
-                Found::At { mac, answers, bridge } => {
-                    if self.macs.insert(ip, mac) != Some(mac) {
-                        log::info!("backend {ip} is at {mac}");
-                        any = true;
-                    }
-                    self.bridges.insert(ip, bridge);
-                    if answers {
-                        any |= self.take_result(probe, true, now);
-                    }
-                }
-                Found::Silent => {
-                    self.bridges.remove(&ip);
-                    any |= self.take_result(probe, false, now);
-                    // Who does not even answer ARP takes no connection.
-                    for probe in
-                        probes.iter().filter(|probe| matches!(probe, Probe::Tcp(other, _) if *other == ip))
-                    {
-                        any |= self.take_result(*probe, false, now);
-                    }
-                }
-                Found::Ambiguous => {
-                    if self.macs.remove(&ip).is_some() {
-                        log::warn!("{ip} is on two bridges, with two MACs; it is redirected to no more");
-                        any = true;
-                    }
-                    self.bridges.remove(&ip);
-                }
-            }
-        }
-        any
-    }
-
-    fn take_checks(&mut self, now: Instant) -> bool {
-        let targets = self.health.probes().filter_map(|probe| match probe {
-            Probe::Tcp(ip, port) => Some(((ip, port), self.bridges.get(&ip).cloned())),
-            Probe::Neighbour(_) => None,
-        });
-        let targets: BTreeMap<_, _> = targets.collect();
-        self.no_way.retain(|target, _| targets.contains_key(target));
-        let mut any = false;
-        for ((ip, port), outcome) in self.checks.exchange(targets) {
-            let probe = Probe::Tcp(ip, port);
-            match outcome {
-                // It has not been found yet, or is on two bridges: that says nothing.
-                Outcome::NoWay(Errno::ENODEV) => {}
-                Outcome::NoWay(errno) => {
-                    if self.no_way.insert((ip, port), errno).is_none() {
-                        log::debug!("the host cannot check {ip} port {port}: {errno}; it is taken as alive");
-                        any |= self.health.forget(probe, now);
-                    }
-                }
-                outcome => {
-                    self.no_way.remove(&(ip, port));
-                    any |= self.take_result(probe, outcome == Outcome::Answered, now);
-                }
-            }
-        }
-        any
-    }
-
-    fn take_result(&mut self, probe: Probe, succeeded: bool, now: Instant) -> bool {
-        let turned = self.health.take(probe, succeeded, now);
-        if turned {
-            let state = if succeeded { "alive again" } else { "dead" };
-            match probe {
-                Probe::Neighbour(ip) => log::warn!("backend {ip} is {state}, by ARP or neighbour discovery"),
-                Probe::Tcp(ip, port) => log::warn!("backend {ip} is {state}, by TCP port {port}"),
-            }
-        }
-        turned
-    }
-
     fn look_around(&mut self) {
-        if self.check_backends() || self.unnumbered {
+        if self.backends.look(&self.desired.policy) || self.unnumbered {
             self.follow_all();
             self.enforcer.refresh();
         }
@@ -636,13 +496,9 @@ impl Daemon {
         let backend = |(name, backend): (&BackendName, &Backend)| {
             let key = SlotKey { middlebox, vip: *vip, backend: *name };
             let slot = self.desired.slots.get(&key);
-            let seen = seen(&self.macs, &self.health, &self.channels)(middlebox, vip, service, name);
+            let seen = self.backends.seen(&self.channels)(middlebox, vip, service, name);
             let ((packets, bytes), (reply_packets, reply_bytes)) = self.enforcer.of_backend(&key);
             let mac = backend.mac.or(seen.mac);
-            let unchecked = match Probe::of(service, name, backend) {
-                Some(Probe::Tcp(ip, port)) => self.no_way.get(&(ip, port)),
-                _ => None,
-            };
             BackendStatus {
                 backend: name.to_string(),
                 mac: mac.map(|mac| mac.to_string()),
@@ -658,7 +514,10 @@ impl Daemon {
                 bytes,
                 reply_packets,
                 reply_bytes,
-                unchecked: unchecked.map(|errno| errno.desc().to_string()),
+                unchecked: self
+                    .backends
+                    .unchecked(service, name, backend)
+                    .map(|errno| errno.desc().to_string()),
             }
         };
         ServiceStatus {
@@ -708,31 +567,6 @@ impl Daemon {
             repair_error: self.enforcer.broken().map(str::to_string),
             state: self.state.path().display().to_string(),
             state_error: self.unsaved.as_ref().map(ToString::to_string),
-        }
-    }
-}
-
-/// What the host has seen of backends. A MAC that another channel speaks for is none: whoever has that address, it is no
-/// backend of this middlebox.
-fn seen<'a>(
-    macs: &'a BTreeMap<IpAddr, MacAddr>,
-    health: &'a Health,
-    channels: &'a [Channel],
-) -> impl Fn(MacAddr, &Vip, &Service, &BackendName) -> Seen + 'a {
-    |middlebox, _, service, name| {
-        let probe = service.backends().get(name).and_then(|backend| Probe::of(service, name, backend));
-        let probe = probe.filter(|_| service.method().is_pool());
-        let is_others = |mac: &MacAddr| {
-            let bound =
-                |mac: &MacAddr| channels.iter().filter(|channel| channel.spec().macs.contains(mac)).count();
-            let both = |channel: &&Channel| {
-                channel.spec().macs.contains(mac) && channel.spec().macs.contains(&middlebox)
-            };
-            bound(mac) != 0 && bound(&middlebox) != 0 && !channels.iter().any(|channel| both(&channel))
-        };
-        Seen {
-            mac: macs.get(&name.ip).copied().filter(|mac| !is_others(mac)),
-            alive: probe.is_none_or(|probe| health.is_alive(probe)),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A packet's way: [`queue`], [`worker`], [`engine`], and back. A command's way: [`channel`], [`daemon`], [`enforce`] (the kernel
 //! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
 
+pub mod backends;
 pub mod bounded;
 pub mod channel;
 pub mod checks;
