@@ -17,6 +17,8 @@ const BACKEND: &str = "10.129.126.17";
 /// The same host by another address, for the plain bridge: a client that talks to a backend by its own address and through
 /// the balancer from one port would have one conversation too many with it.
 const PLAIN: &str = "10.129.126.27";
+/// And by a third, whose answers go back through IPVS.
+const BEHIND_IPVS: &str = "10.129.126.37";
 /// Where the backend serves requests and streams.
 const WEB: u16 = 80;
 const STREAM: u16 = 5201;
@@ -123,11 +125,14 @@ pub fn run() {
         } else {
             println!("SKIPPED: nginx stream, there is no {module}");
         }
+        vm.run("sysctl -qw net.ipv4.ip_forward=1");
+        vm.run("sysctl -qw net.ipv4.conf.all.send_redirects=0");
+        vm.run("sysctl -qw net.ipv4.conf.eth0.send_redirects=0");
         if nat(vm, dir.path()) {
             proxy("nft NAT", 3);
         }
-        if is_there("ipvsadm") && ipvs(vm) {
-            proxy("IPVS, masquerading", 4);
+        if is_there("ipvsadm") && ipvs(vm, &lab.backend) {
+            proxy("IPVS", 4);
         }
         for way in &ways {
             let to = way.to.parse().expect("an address");
@@ -155,9 +160,6 @@ fn nat(vm: &Host, dir: &std::path::Path) -> bool {
         }}"
     );
     let path = file(dir, "nat.nft", &text);
-    vm.run("sysctl -qw net.ipv4.ip_forward=1");
-    vm.run("sysctl -qw net.ipv4.conf.all.send_redirects=0");
-    vm.run("sysctl -qw net.ipv4.conf.eth0.send_redirects=0");
     let done = vm.command("nft").args(["-f", &path]).output().is_ok_and(|output| output.status.success());
     if !done {
         println!("SKIPPED: nft NAT, this kernel has none");
@@ -165,20 +167,23 @@ fn nat(vm: &Host, dir: &std::path::Path) -> bool {
     done
 }
 
-/// IPVS in the middlebox' place; answers come back because the source is masqueraded as for NAT.
-fn ipvs(vm: &Host) -> bool {
+/// IPVS in the middlebox' place, as its users set it up: the backend's way back leads through it.
+fn ipvs(vm: &Host, backend: &Host) -> bool {
     let add = |line: &str| {
         let words: Vec<&str> = line.split(' ').collect();
         vm.command("ipvsadm").args(words).output().is_ok_and(|output| output.status.success())
     };
     let done = [("8004", WEB), ("5304", STREAM)].iter().all(|(port, to)| {
-        add(&format!("-A -t {VM}:{port} -s rr")) && add(&format!("-a -t {VM}:{port} -r {BACKEND}:{to} -m"))
+        add(&format!("-A -t {VM}:{port} -s rr"))
+            && add(&format!("-a -t {VM}:{port} -r {BEHIND_IPVS}:{to} -m"))
     });
     if !done {
         println!("SKIPPED: IPVS, this kernel has none");
         return false;
     }
-    vm.run("sysctl -qw net.ipv4.vs.conntrack=1");
+    backend.run(&format!("ip addr add {BEHIND_IPVS}/32 dev eth0"));
+    backend.run(&format!("ip rule add from {BEHIND_IPVS} table 100"));
+    backend.run(&format!("ip route add default via {VM} dev eth0 table 100"));
     true
 }
 
