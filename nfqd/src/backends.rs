@@ -1,9 +1,13 @@
 //! What the host sees of backends: their MACs and bridges, and whether they are alive.
 
+mod checks;
+mod health;
+mod neighbours;
+
 use crate::channel::Channel;
-use crate::checks::{Checks, Outcome};
-use crate::health::{Health, Probe};
-use crate::neighbours::{Found, Neighbours};
+use checks::{Checks, Outcome};
+use health::{Health, Probe};
+use neighbours::{Found, Neighbours};
 use nfqd_rules::Policy;
 use nfqd_rules::service::{Backend, Service};
 use nfqd_rules::slots::Seen;

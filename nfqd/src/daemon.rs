@@ -7,8 +7,8 @@ use crate::backends::Backends;
 use crate::channel::Channel;
 use crate::config::{Config, FailChoice, Options as Flags, ShmSpec};
 use crate::enforce::{Enforcer, rules};
+use crate::engine::flows::{Backward, Forward, State as FlowState};
 use crate::engine::{Memory, Snapshot};
-use crate::flows::{Backward, Forward, State as FlowState};
 use crate::queue::{Queue, QueueError};
 use crate::state::{State, StateError, apply_file};
 use crate::status::{

@@ -2,8 +2,8 @@
 //!
 //! The kernel's tables are changed by the difference; what another program has done to them is noticed and repaired.
 
+use crate::engine::flows::Flows;
 use crate::engine::{Filters, Snapshot};
-use crate::flows::Flows;
 use crate::queue::Queue;
 use crate::watch::Watch;
 use crate::worker::{Shared, Worker};

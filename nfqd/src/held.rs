@@ -1,6 +1,6 @@
 //! Later pieces of datagrams that came before the first one, which says where they go.
 
-use crate::bounded::Seconds;
+use crate::engine::bounded::Seconds;
 use nfqd_rules::packet::{Fragment, Packet};
 use std::collections::VecDeque;
 

@@ -4,18 +4,13 @@
 //! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
 
 pub mod backends;
-pub mod bounded;
 pub mod channel;
-pub mod checks;
 pub mod config;
 pub mod daemon;
 pub mod enforce;
 pub mod engine;
-pub mod flows;
-pub mod health;
 pub mod held;
 pub mod inject;
-pub mod neighbours;
 pub mod netlink;
 pub mod queue;
 pub mod refusal;

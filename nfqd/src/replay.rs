@@ -1,7 +1,8 @@
 //! Runs a capture through the engine, without root or kernel: the third oracle beside the fast path and the daemon.
 
-use crate::bounded::Seconds;
-use crate::engine::{DropReason, Judged, Judgement, Memory, Reason, Snapshot, To, judge};
+use crate::engine::bounded::Seconds;
+use crate::engine::judgement::{DropReason, Judged, Judgement, Reason, To};
+use crate::engine::{Memory, Snapshot, judge};
 use crate::held::Held;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};

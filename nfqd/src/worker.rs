@@ -1,7 +1,8 @@
 //! A thread that serves one queue.
 
-use crate::bounded::Seconds;
-use crate::engine::{DropReason, Judged, Judgement, Memory, Snapshot, judge};
+use crate::engine::bounded::Seconds;
+use crate::engine::judgement::{DropReason, Judged, Judgement};
+use crate::engine::{Memory, Snapshot, judge};
 use crate::held::Held;
 use crate::inject::Injector;
 use crate::queue::{Buffers, Queue, Queued, Verdicts};

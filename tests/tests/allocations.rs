@@ -1,7 +1,8 @@
 //! The engine allocates nothing for a packet, once it has seen the rules and the flow.
 #![allow(clippy::unwrap_used)]
 
-use nfqd::engine::{Filters, Judgement, Memory, Snapshot, judge};
+use nfqd::engine::judgement::Judgement;
+use nfqd::engine::{Filters, Memory, Snapshot, judge};
 use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::packet::Packet;

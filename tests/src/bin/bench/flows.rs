@@ -1,8 +1,9 @@
 //! What a new flow costs the engine, by how many flows there are: time and allocations.
 
 use crate::print;
-use nfqd::engine::{Judgement, Memory, Snapshot, judge};
-use nfqd::flows::Forward;
+use nfqd::engine::flows::Forward;
+use nfqd::engine::judgement::Judgement;
+use nfqd::engine::{Memory, Snapshot, judge};
 use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::packet::Packet;
