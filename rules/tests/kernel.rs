@@ -259,7 +259,9 @@ fn a_change_makes_what_a_load_makes() {
         for steer in steers(&mut kernel) {
             let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
             let ends = (0..=RICH.len()).chain((0..RICH.len()).rev());
-            follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |_| true);
+            // Where user-mode Linux is, nft takes a second for a listing.
+            let every = if steer == Steer::Native { 5 } else { 1 };
+            follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |step| step % every == 0);
         }
     });
 }
