@@ -170,7 +170,8 @@ mod flag {
 /// What a client's packet does to its flow.
 fn event(ip: &Ip) -> Event {
     match ip.tcp_flags {
-        Some(flags) if flags & (flag::FIN | flag::RST) != 0 => Event::Closes,
+        Some(flags) if flags & flag::RST != 0 => Event::Resets,
+        Some(flags) if flags & flag::FIN != 0 => Event::Closes,
         Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN => Event::Opens,
         _ if ip.protocol == Protocol::TCP => {
             Event::GoesOn { acknowledges: ip.tcp_numbers.map_or(0, |numbers| numbers.acknowledgement) }
@@ -182,7 +183,7 @@ fn event(ip: &Ip) -> Event {
 /// What a backend's packet does to its flow.
 fn answer(ip: &Ip) -> Event {
     match ip.tcp_flags {
-        Some(flags) if flags & flag::RST != 0 => Event::Closes,
+        Some(flags) if flags & flag::RST != 0 => Event::Resets,
         Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN | flag::ACK => {
             Event::Accepts(ip.tcp_numbers.map_or(0, |numbers| numbers.sequence.wrapping_add(1)))
         }
@@ -193,7 +194,7 @@ fn answer(ip: &Ip) -> Event {
 /// The state that a flow begins with.
 fn beginning(ip: &Ip, event: Event) -> State {
     match (ip.protocol, event) {
-        (Protocol::TCP, Event::Closes) => State::Closing,
+        (Protocol::TCP, event) if event.ends() => State::Closing,
         (Protocol::TCP, _) => State::Opening,
         (Protocol::UDP | Protocol::UDPLITE, _) => State::Datagram,
         _ => State::Other,
@@ -342,7 +343,7 @@ impl Look<'_> {
             return None;
         };
         let learn = match (event, found.state) {
-            (Event::Closes, _) => Learn::Close,
+            (event, _) if event.ends() => Learn::Close,
             (_, State::Opening | State::Closing) => Learn::No,
             _ => Learn::Yes,
         };
@@ -483,7 +484,7 @@ impl Look<'_> {
             // A connection that was there before the service was, or that nobody knows any more.
             None if ip.protocol == Protocol::TCP && event != Event::Opens => {
                 let own = self.snapshot.desired.slots.get(&own_slot(self.packet.link.destination, vip));
-                return match own.filter(|_| self.learnable() && event != Event::Closes) {
+                return match own.filter(|_| self.learnable() && !event.ends()) {
                     Some(own) => Judgement::Pass(own.index),
                     None => Judgement::Accept(Reason::NoMatch),
                 };
@@ -545,7 +546,8 @@ impl Look<'_> {
 /// What the kernel may remember of a flow in this state, whose packet does this.
 fn learning(state: State, event: Event) -> Learn {
     match (state, event) {
-        (_, Event::Closes) | (State::Closing, _) => Learn::Close,
+        (_, event) if event.ends() => Learn::Close,
+        (State::Closing, _) => Learn::Close,
         // Whatever the kernel remembers, the engine must see the backend's answer.
         (State::Opening, _) => Learn::Forget,
         _ => Learn::Yes,

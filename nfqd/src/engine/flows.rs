@@ -12,7 +12,7 @@ mod shard;
 use super::bounded::Seconds;
 use nfqd_rules::packet::Ports;
 use nfqd_shmctl::{MacAddr, Protocol};
-use shard::{Entry, Hashes, NONE, Shard};
+use shard::{Entry, Hashes, NONE, Sender, Shard};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
 use std::net::IpAddr;
@@ -92,8 +92,10 @@ impl State {
 pub enum Event {
     /// A client's TCP packet with SYN alone.
     Opens,
-    /// One with FIN or RST, or a backend's with RST.
+    /// One with FIN.
     Closes,
+    /// A TCP packet with RST, of either side.
+    Resets,
     /// A client's TCP packet without them.
     GoesOn {
         /// Its acknowledgement number.
@@ -105,6 +107,13 @@ pub enum Event {
     Accepts(u32),
     /// A backend's packet that ends nothing.
     Answer,
+}
+
+impl Event {
+    /// Whether it says that the flow ends.
+    pub fn ends(self) -> bool {
+        matches!(self, Event::Closes | Event::Resets)
+    }
 }
 
 /// A flow that was found.
@@ -212,7 +221,7 @@ impl Flows {
         let mut guard = self.shard_of(key);
         let shard = &mut *guard;
         let at = shard.find_forward(self.hash(key), key)?;
-        let found = shard.see(at, event, now, current, &self.live);
+        let found = shard.see(at, Sender::Client, event, now, current, &self.live);
         self.make_room(shard);
         found
     }
@@ -237,7 +246,7 @@ impl Flows {
     ) -> Option<Found> {
         let mut shard = self.shard(key.client, key.ports.destination, key.protocol);
         let at = shard.find_backward(self.hash(key), key)?;
-        shard.see(at, event, now, current, &self.live)
+        shard.see(at, Sender::Backend, event, now, current, &self.live)
     }
 
     /// The slot of a flow that an ICMP error from the client's side is about; the flow is not seen by this.
@@ -309,6 +318,7 @@ impl Flows {
             born: now,
             seen: now,
             expects: None,
+            reset_by: None,
             learn_forward: now.saturating_add(LEARN_AGAIN),
             learn_backward: 0,
             next_forward: NONE,
@@ -438,13 +448,21 @@ mod tests {
         insert(&flows, 1, Protocol::TCP, State::Opening, 0);
         assert_eq!(state(GOES_ON, 240), None);
         insert(&flows, 1, Protocol::TCP, State::Established, 0);
-        assert_eq!(back_at(Event::Closes, 1), State::Closing);
-        assert_eq!(
-            state(GOES_ON, 240),
-            Some(State::Closing),
-            "it lives as long as it is seen, whoever forged that"
-        );
+        assert_eq!(back_at(Event::Resets, 1), State::Closing);
+        assert_eq!(state(GOES_ON, 240), Some(State::Closing), "it lives as long as it is seen");
         assert_eq!(state(GOES_ON, 479), Some(State::Closing));
+        // Who goes on has not sent the RST.
+        assert_eq!((back_at(Event::Answer, 480), flows.live(7)), (State::Established, 1));
+        assert_eq!((state(Event::Resets, 481), flows.live(7)), (Some(State::Closing), 0));
+        assert_eq!(back_at(Event::Answer, 482), State::Closing);
+        assert_eq!((state(GOES_ON, 483), flows.live(7)), (Some(State::Established), 1));
+        assert_eq!(state(Event::Closes, 484), Some(State::Closing));
+        assert_eq!(
+            (state(GOES_ON, 485), back_at(Event::Answer, 485)),
+            (Some(State::Closing), State::Closing)
+        );
+        assert_eq!(state(Event::Resets, 486), Some(State::Closing));
+        assert_eq!(state(GOES_ON, 487), Some(State::Closing), "it was at its end before");
         // UDP that stays is a stream.
         insert(&flows, 2, Protocol::UDP, State::Datagram, 0);
         let udp = |now: Seconds| {

@@ -200,6 +200,17 @@ fn a_pools_connection_keeps_its_backend_from_end_to_end() {
 }
 
 #[test]
+fn a_connection_outlives_a_forged_reset() {
+    let (snapshot, memory) = (snapshot(&[POOL]), Memory::new(1000));
+    let first = to(judged(&snapshot, &memory, &syn(1000), 0));
+    establish(&snapshot, &memory, 1000, first);
+    let reset = tcp(CLIENT, VM, (1, 2), (1000, 80), flag::RST);
+    assert_eq!(to(judged(&snapshot, &memory, &reset, 3)).learn, Learn::Close);
+    let goes_on = to(judged(&snapshot, &memory, &ack(1000), 9));
+    assert_eq!((goes_on.slot, goes_on.learn), (first.slot, Learn::Yes), "the kernel has it again");
+}
+
+#[test]
 fn what_a_backend_answers_comes_from_the_address_and_its_port() {
     let (snapshot, memory) = (snapshot(&[POOL]), Memory::new(1000));
     let ported = (1000..1100).find_map(|port| {

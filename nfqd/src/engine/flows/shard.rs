@@ -23,6 +23,8 @@ pub(super) struct Entry {
     pub(super) seen: Seconds,
     /// What the client must acknowledge; none before the backend has answered.
     pub(super) expects: Option<Expects>,
+    /// Who has reset it, when it was established.
+    pub(super) reset_by: Option<Sender>,
     /// When the kernel may be told next, of the way there and of the way back.
     pub(super) learn_forward: Seconds,
     pub(super) learn_backward: Seconds,
@@ -32,6 +34,13 @@ pub(super) struct Entry {
     /// Neighbours in the list of its state: seen longer ago, and later.
     pub(super) older: u32,
     pub(super) newer: u32,
+}
+
+/// Who sends a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sender {
+    Client,
+    Backend,
 }
 
 /// What shows that a client has heard the backend.
@@ -154,6 +163,7 @@ impl Shard {
     pub(super) fn see(
         &mut self,
         at: u32,
+        sender: Sender,
         event: Event,
         now: Seconds,
         current: impl Fn(u32) -> Option<u32>,
@@ -182,10 +192,20 @@ impl Shard {
         };
         let before = entry.state;
         let after = match (before, event) {
-            (State::Opening | State::Established, Event::Closes) => State::Closing,
+            (State::Opening | State::Established, event) if event.ends() => State::Closing,
+            // Sequence numbers are not known here, so anybody can forge a RST; but who has reset a connection says nothing
+            // more on it.
+            (State::Closing, Event::GoesOn { .. } | Event::Answer) if entry.reset_by == Some(sender) => {
+                State::Established
+            }
             (State::Opening, Event::GoesOn { acknowledges }) if heard(acknowledges) => State::Established,
             (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
             (before, _) => before,
+        };
+        entry.reset_by = match event {
+            Event::Resets if before == State::Established || entry.reset_by.is_some() => Some(sender),
+            Event::Closes => None,
+            _ => entry.reset_by.filter(|_| after == State::Closing),
         };
         let slot = entry.slot;
         let current = current(slot);
@@ -193,8 +213,10 @@ impl Shard {
         if current.is_some_and(|current| current != slot) {
             (entry.learn_forward, entry.learn_backward) = (0, 0);
         }
-        let is_back = matches!(event, Event::Accepts(_) | Event::Answer);
-        let next = if is_back { &mut entry.learn_backward } else { &mut entry.learn_forward };
+        let next = match sender {
+            Sender::Client => &mut entry.learn_forward,
+            Sender::Backend => &mut entry.learn_backward,
+        };
         // A turn is always told.
         let learn = now >= *next || before != after;
         if learn {
