@@ -245,7 +245,7 @@ demo_clean() {
     done
     # shellcheck disable=SC2086
     wait $pids 2> /dev/null || true
-    for namespace in client other vm backend host; do
+    for namespace in client other vm backend second host; do
         ip netns del "$lab-$namespace" 2> /dev/null || true
     done
     rm -rf "$work"
@@ -289,7 +289,7 @@ demo_programs() {
 }
 
 demo_lab() {
-    for namespace in host client other vm backend; do
+    for namespace in host client other vm backend second; do
         ip netns add "$lab-$namespace"
         in_ns "$namespace" ip link set lo up
     done
@@ -302,9 +302,10 @@ demo_lab() {
     attach other 02:00:00:00:00:02 10.129.126.2
     attach vm "$VM_MAC" 10.129.126.15
     attach backend 02:00:00:00:00:17 10.129.126.17
+    attach second 02:00:00:00:00:18 10.129.126.18
     say "a lab of network namespaces; in its host: br-netfilter.sh up"
-    in_ns host env BRIDGE=kvmbr0 PORTS="client other vm backend" RECORD="$work/record" "$self" up | sed 's/^/    /'
-    for namespace in vm backend; do
+    in_ns host env BRIDGE=kvmbr0 PORTS="client other vm backend second" RECORD="$work/record" "$self" up | sed 's/^/    /'
+    for namespace in vm backend second; do
         start "$namespace" "$work/$namespace" socat TCP-LISTEN:80,fork,reuseaddr "SYSTEM:echo $namespace"
     done
     start backend "$work/sink" socat -u TCP-LISTEN:81,fork,reuseaddr CREATE:/dev/null
@@ -325,7 +326,17 @@ who() {
     echo "${answer:--}"
 }
 
-# One line of the table: the command, and who must answer the client and the other host afterwards.
+# Who answers the client and the other host.
+both() {
+    printf '%-8s %s' "$(who client)" "$(who other)"
+}
+
+# Who answers six connections of the client, and how many of them.
+six() {
+    for _ in 1 2 3 4 5 6; do who client; done | sort | uniq -c | awk '{ printf "%s%s %s", comma, $1, $2; comma = ", " }'
+}
+
+# One line of the table: the VM writes the command, and then it must be so that $2 prints $3.
 step() {
     command=$1
     if [ -n "$command" ]; then
@@ -335,19 +346,22 @@ step() {
     fi
     # A backend's MAC is found within a second, but machines are slow at times.
     for _ in $(seq 12); do
-        client=$(who client)
-        other=$(who other)
-        [ "$client $other" != "$2 $3" ] || break
+        found=$("$2")
+        [ "$found" != "$3" ] || break
         sleep 0.3
     done
-    if [ "$client $other" = "$2 $3" ] && [[ $reply = OK* || $reply = - ]]; then
+    if [ "$found" = "$3" ] && [[ $reply = OK* || $reply = - ]]; then
         result=yes
     else
         result=NO
         failed=1
     fi
-    printf '%-55s %-8s %-8s %s\n' "${command:-(nothing)}" "$client" "$other" "$result"
+    row "${command:-(nothing)}" "$found" "$result"
     [[ $reply = OK* || $reply = - ]] || say "    $reply"
+}
+
+row() {
+    printf '%-72s %-20s %s\n' "$@"
 }
 
 engine_packets() {
@@ -360,7 +374,7 @@ demo() {
     self=$(readlink -f "$0")
     source=$(dirname "$self")
     [ -e "$source/nfqd/Cargo.toml" ] || source=""
-    work=$(mktemp -d /tmp/nfqd-demo.XXXXXX)
+    work=$(mktemp -d -t nfqd-demo.XXXXXX)
     lab=nfqd-demo-$$
     pids=""
     failed=0
@@ -372,23 +386,25 @@ demo() {
     say ""
     say "who answers at the middlebox' address 10.129.126.15, after each command that its VM writes:"
     say ""
-    printf '%-55s %-8s %-8s %s\n' command client other "as it must"
-    step "" vm vm
-    step "R L $VM_MAC 10.129.126.15 0 10.129.126.17" backend backend
-    step "R F $VM_MAC 10.129.126.15" backend backend
-    step "A $VM_MAC M 5 s 1:2:3:4:5:6 p 8" backend backend
-    step "A $VM_MAC M 5 s $CLIENT_MAC p 8" - backend
-    step "D $VM_MAC M 4 s" - -
-    step "X $VM_MAC F" backend backend
+    row command "client   other" "as it must"
+    step "" both "vm       vm"
+    step "R L $VM_MAC 10.129.126.15 0 10.129.126.17" both "backend  backend"
+    step "R F $VM_MAC 10.129.126.15" both "backend  backend"
+    step "A $VM_MAC M 5 s 1:2:3:4:5:6 p 8" both "backend  backend"
+    step "A $VM_MAC M 5 s $CLIENT_MAC p 8" both "-        backend"
+    step "D $VM_MAC M 4 s" both "-        -"
+    step "X $VM_MAC F" both "backend  backend"
     before=$(engine_packets)
     head -c 268435456 /dev/zero | in_ns client socat -u - TCP:10.129.126.15:81,connect-timeout=2 || failed=1
     packets=$(($(engine_packets) - before))
     [ "$packets" -lt 100 ] || failed=1
-    printf '%-55s %-17s %s\n' "(256 MiB to the backend by TCP)" "$packets packets" "went to the engine"
+    row "(256 MiB to the backend by TCP)" "$packets packets" "went to the engine"
+    step "R L $VM_MAC 10.129.126.15:80 rr 10.129.126.17 10.129.126.18" six "3 backend, 3 second"
+    step "B $VM_MAC 10.129.126.15:80 = 10.129.126.17 drain" six "6 second"
     say ""
     in_ns host nft list table bridge nfqd
     say ""
-    step "X $VM_MAC" vm vm
+    step "X $VM_MAC" both "vm       vm"
     if [ "$failed" != 0 ]; then
         cat "$work/log" >&2
         die 1 "a line did not come out as it must"
