@@ -494,6 +494,14 @@ mod tests {
         assert_eq!(printed(&p), ["R L MB 10.0.0.8 0 10.0.0.3", "R L MB 10.0.0.9 1 10.0.0.5 10.0.0.2"]);
     }
 
+    fn assert_refused(before: &Policy, line: &str, place: (ErrorCode, usize), words: &str) {
+        let mut after = before.clone();
+        let error = after.apply_line(&line.replace("MB", MAC)).expect_err(line);
+        assert_eq!((error.code, error.column), place, "{line}: {error}");
+        assert!(error.message.contains(words), "{line}: {error}");
+        assert_eq!(&after, before, "{line}");
+    }
+
     #[test]
     fn a_refused_command_changes_nothing() {
         let before =
@@ -512,11 +520,7 @@ mod tests {
             ("A 2:0:0:0:0:1 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:01 IP first"),
             ("A 2:0:0:0:0:9 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:09 IP first"),
         ] {
-            let mut after = before.clone();
-            let error = after.apply_line(&line.replace("MB", MAC)).expect_err(line);
-            assert_eq!((error.code, error.column), (code, column), "{line}: {error}");
-            assert!(error.message.contains(words), "{line}: {error}");
-            assert_eq!(after, before, "{line}");
+            assert_refused(&before, line, (code, column), words);
         }
     }
 
@@ -584,11 +588,7 @@ mod tests {
             ("B 2:0:0:0:0:9 + 10.0.0.3", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
             ("X MB L 10.0.0.7", ErrorCode::Value, 23, "no service of this middlebox"),
         ] {
-            let mut after = before.clone();
-            let error = after.apply_line(&line.replace("MB", MAC)).expect_err(line);
-            assert_eq!((error.code, error.column), (code, column), "{line}: {error}");
-            assert!(error.message.contains(words), "{line}: {error}");
-            assert_eq!(after, before, "{line}");
+            assert_refused(&before, line, (code, column), words);
         }
     }
 
