@@ -282,32 +282,16 @@ impl Daemon {
                 continue;
             }
             let start = cpu_time();
-            let before = self.desired.clone();
-            let (mut answered, mut obeyed): (Vec<(Frame, String)>, Vec<Command>) = (Vec::new(), Vec::new());
-            for frame in frames {
-                let reply = match self.command(at, &frame) {
-                    Ok(Command::Query { mac }) => self.answer(at, mac),
-                    Ok(command) => {
-                        let reply = format!("OK {command}");
-                        obeyed.push(command);
-                        reply
-                    }
-                    Err(reply) => reply,
-                };
-                answered.push((frame, reply));
-            }
-            let adopted = if obeyed.is_empty() { Ok(()) } else { self.adopt(before) };
-            match adopted {
-                Ok(()) if obeyed.is_empty() => {}
-                Ok(()) => {
-                    let result = self.state.append(&obeyed, &self.desired.policy);
-                    self.saved(result);
+            let replies = match self.obey(at, &frames) {
+                Ok(replies) => replies,
+                Err(error) if frames.len() == 1 => vec![error],
+                // The one that cannot be made to hold does not take the others with it.
+                Err(_) => {
+                    let each = frames.iter().map(std::slice::from_ref);
+                    each.flat_map(|frame| self.obey(at, frame).unwrap_or_else(|error| vec![error])).collect()
                 }
-                Err(error) => {
-                    let accepted = answered.iter_mut().filter(|(_, reply)| reply.starts_with("OK"));
-                    accepted.for_each(|(_, reply)| reply.clone_from(&error));
-                }
-            }
+            };
+            let answered: Vec<(Frame, String)> = frames.into_iter().zip(replies).collect();
             if let Some(channel) = self.channels.get_mut(at) {
                 for (frame, reply) in &answered {
                     let text = frame.text.as_deref().unwrap_or("a frame that is no text");
@@ -319,6 +303,29 @@ impl Daemon {
                 channel.reply(&answered);
             }
         }
+    }
+
+    /// Makes commands hold, all at once, and gives the replies; an error if the host cannot enforce them, and then none holds.
+    fn obey(&mut self, channel: usize, frames: &[Frame]) -> Result<Vec<String>, String> {
+        let before = self.desired.clone();
+        let (mut replies, mut obeyed) = (Vec::new(), Vec::new());
+        for frame in frames {
+            replies.push(match self.command(channel, frame) {
+                Ok(Command::Query { mac }) => self.answer(channel, mac),
+                Ok(command) => {
+                    let reply = format!("OK {command}");
+                    obeyed.push(command);
+                    reply
+                }
+                Err(reply) => reply,
+            });
+        }
+        if !obeyed.is_empty() {
+            self.adopt(before)?;
+            let result = self.state.append(&obeyed, &self.desired.policy);
+            self.saved(result);
+        }
+        Ok(replies)
     }
 
     /// Applies one command to the policy; a refusal is the reply.

@@ -198,6 +198,10 @@ fn a_repair_that_fails_is_tried_again() {
         assert_eq!(scene.daemon.status().repairs, 0);
         let reply = scene.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
         assert!(reply.starts_with("ERR internal the host cannot enforce it"), "{reply}");
+        // Of two frames at once each gets its own answer.
+        let replies = scene.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15@@Q");
+        let (first, second) = replies.split_once('\n').expect("two replies");
+        assert!(first.starts_with("ERR internal") && second.starts_with("OK"), "{replies}");
         run("nft delete table bridge nfqd");
         wait_for("the repair", || scene.daemon.status().repair_error.is_none());
         assert_eq!(scene.daemon.status().repairs, 1);
