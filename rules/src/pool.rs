@@ -3,7 +3,7 @@
 use crate::maglev;
 use crate::packet::Ip;
 use crate::policy::Middlebox;
-use crate::service::Service;
+use crate::service::{MAX_BACKENDS, Service};
 use crate::slots::{SlotKey, Slots};
 use imbl::OrdMap;
 use nfqd_shmctl::{BackendName, MacAddr, Method, Vip};
@@ -22,6 +22,27 @@ pub struct Member {
     pub weight: u16,
     /// Its slot.
     pub slot: u32,
+}
+
+/// Some members of a pool, by their places.
+#[derive(Clone, Copy)]
+struct Subset([u64; MAX_BACKENDS.div_ceil(64)]);
+
+impl Subset {
+    const ALL: Subset = Subset([u64::MAX; MAX_BACKENDS.div_ceil(64)]);
+
+    fn of(members: &[Member], belongs: impl Fn(&Member) -> bool) -> Subset {
+        let mut out = Subset([0; MAX_BACKENDS.div_ceil(64)]);
+        for (members, bits) in members.chunks(64).zip(&mut out.0) {
+            let belong = members.iter().enumerate().filter(|(_, member)| belongs(member));
+            *bits = belong.fold(0, |bits, (at, _)| bits | 1 << at);
+        }
+        out
+    }
+
+    fn contains(self, at: usize) -> bool {
+        self.0.get(at / 64).is_some_and(|bits| bits >> (at % 64) & 1 != 0)
+    }
 }
 
 /// What a service chooses from, and where it is with choosing.
@@ -74,50 +95,61 @@ impl Pool {
         }
     }
 
+    /// The member that `pick` takes of those that fit, and these as far as they had to be known. Most often the best of all
+    /// fits; if not, each is asked once, so that a client whom nobody may serve does not cost more than that.
+    fn best(
+        &self,
+        pick: impl Fn(Subset) -> Option<usize>,
+        fits: impl Fn(&Member) -> bool,
+    ) -> Option<(usize, Subset)> {
+        let best = pick(Subset::ALL)?;
+        if self.members.get(best).is_some_and(&fits) {
+            return Some((best, Subset::ALL));
+        }
+        let fitting = Subset::of(&self.members, fits);
+        pick(fitting).map(|best| (best, fitting))
+    }
+
     /// Smooth weighted round robin: everybody saves its weight, the richest has its turn and pays for all (nginx,
     /// ngx_http_upstream_get_peer). Who does not fit is left out of the round.
     fn next_turn(&self, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         let mut credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut out: Vec<usize> = Vec::new();
-        loop {
-            let takes_part = |at: &usize| !out.contains(at);
-            let richest = (0..self.members.len())
-                .filter(takes_part)
-                .map(|at| (at, credits[at] + i64::from(self.members[at].weight)))
+        let richest = |among: Subset| {
+            let saved = self.members.iter().zip(credits.iter()).enumerate();
+            saved
+                .filter(|(at, _)| among.contains(*at))
+                .map(|(at, (member, credit))| (at, credit + i64::from(member.weight)))
                 // The first of those alike.
-                .reduce(|best, other| if other.1 > best.1 { other } else { best });
-            let (best, _) = richest?;
-            if !fits(&self.members[best]) {
-                out.push(best);
-                continue;
+                .reduce(|best, other| if other.1 > best.1 { other } else { best })
+                .map(|(at, _)| at)
+        };
+        let (best, round) = self.best(richest, fits)?;
+        let mut paid = 0;
+        for (at, (member, credit)) in self.members.iter().zip(credits.iter_mut()).enumerate() {
+            if round.contains(at) {
+                *credit += i64::from(member.weight);
+                paid += i64::from(member.weight);
             }
-            for at in (0..self.members.len()).filter(takes_part) {
-                let weight = i64::from(self.members[at].weight);
-                credits[at] += weight;
-                credits[best] -= weight;
-            }
-            return self.members.get(best).copied();
         }
+        credits.get_mut(best).into_iter().for_each(|credit| *credit -= paid);
+        self.members.get(best).copied()
     }
 
     /// The one with the fewest live flows for its weight, the new one counted.
     fn least(&self, live: impl Fn(u32) -> u32, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         let len = self.members.len().max(1);
         let start = self.start.fetch_add(1, Relaxed) % len;
-        let (before, after) = self.members.split_at_checked(start)?;
-        let lighter = |a: &(&Member, u64), b: &(&Member, u64)| {
-            (a.1 * u64::from(b.0.weight)).cmp(&(b.1 * u64::from(a.0.weight)))
+        let lighter = |a: &(usize, &Member, u64), b: &(usize, &Member, u64)| {
+            (a.2 * u64::from(b.1.weight)).cmp(&(b.2 * u64::from(a.1.weight)))
         };
-        let mut out: Vec<BackendName> = Vec::new();
-        loop {
-            let all = after.iter().chain(before).filter(|member| !out.contains(&member.name));
-            let loads = all.map(|member| (member, u64::from(live(member.slot)) + 1));
-            let (best, _) = loads.min_by(lighter)?;
-            if fits(best) {
-                return Some(*best);
-            }
-            out.push(best.name);
-        }
+        let lightest = |among: Subset| {
+            let from = |from: usize| self.members.iter().enumerate().skip(from);
+            let all = from(start).chain(from(0).take(start)).filter(|(at, _)| among.contains(*at));
+            let loads = all.map(|(at, member)| (at, member, u64::from(live(member.slot)) + 1));
+            loads.min_by(lighter).map(|(at, ..)| at)
+        };
+        let (best, _) = self.best(lightest, fits)?;
+        self.members.get(best).copied()
     }
 
     /// By the table; where that leads to a member that does not fit, on from there by a step of its own.
@@ -220,12 +252,17 @@ mod tests {
     use crate::packet::Packet;
     use etherparse::PacketBuilder;
     use nfqd_shmctl::Command;
+    use std::cell::Cell;
 
-    fn pool(line: &str) -> Pool {
+    fn service(line: &str) -> Service {
         let Ok(Command::RegisterBalance { vip, balance, .. }) = Command::parse(line) else {
             panic!("{line}")
         };
-        let service = Service::new(vip, &balance);
+        Service::new(vip, &balance)
+    }
+
+    fn pool(line: &str) -> Pool {
+        let service = service(line);
         let member = |(at, (name, backend)): (usize, (&BackendName, &crate::service::Backend))| Member {
             name: *name,
             weight: backend.weight,
@@ -255,6 +292,33 @@ mod tests {
             (0..4).map(|_| pool.choose(&packet(1), |_| 0, |member| member.slot != 1).unwrap().slot).collect();
         assert_eq!(without.iter().filter(|slot| **slot == 2).count(), 2);
         assert!(pool.choose(&packet(1), |_| 0, |_| false).is_none());
+    }
+
+    /// By counting, not by a clock: who may be served by nobody makes each member be asked once or twice, however many.
+    #[test]
+    fn a_client_that_nobody_may_serve_is_not_expensive() {
+        let name = |n: u8| BackendName { ip: IpAddr::from([10, 0, 1, n]), port: None };
+        let members: Vec<Member> =
+            (0..255).map(|n| Member { name: name(n), weight: 1, slot: u32::from(n) + 1 }).collect();
+        for method in ["rr", "least", "hash"] {
+            let service = service(&format!("R L 2:0:0:0:0:1 10.0.0.9 {method} 10.0.1.0"));
+            let pool = Pool::new(&service, members.clone());
+            let (asked, counted) = (Cell::new(0), Cell::new(0));
+            let count = |cell: &Cell<u32>| cell.set(cell.get() + 1);
+            let live = |_| {
+                count(&counted);
+                0
+            };
+            let nobody = |_: &Member| {
+                count(&asked);
+                false
+            };
+            assert_eq!(pool.choose(&packet(1), live, nobody), None);
+            assert!(asked.get() <= 2 * 255 && counted.get() <= 2 * 255, "{method}: {asked:?} {counted:?}");
+            // The last one that is left is found.
+            let last = pool.members()[254];
+            assert_eq!(pool.choose(&packet(1), |_| 0, |member| *member == last), Some(last), "{method}");
+        }
     }
 
     #[test]
