@@ -551,6 +551,10 @@ mod tests {
         assert!(flows.backward(&backward(1, Protocol::TCP), Event::Answer, 1, Some).unwrap().learn);
         let found = flows.forward(&there, GOES_ON, 1, |_| None).unwrap();
         assert_eq!((found.slot, found.current, flows.live(9)), (9, None, 1));
+        // Without a slot it is left to its time: the number will be another's.
+        let back = |now: Seconds| flows.backward(&backward(1, Protocol::TCP), Event::Answer, now, |_| None);
+        assert!(back(7000).is_some() && back(7440).is_some());
+        assert_eq!((back(7441), flows.forward(&there, GOES_ON, 7441, Some)), (None, None));
     }
 
     #[test]

@@ -159,7 +159,8 @@ impl Shard {
         (proven > most).then_some((longest.0.oldest, longest.1))
     }
 
-    /// A packet of a flow; none if its time is over.
+    /// A packet of a flow; none if its time is over. A flow whose backend has no slot any more is left to its time, whatever
+    /// comes: so none has a number longer than that rests.
     pub(super) fn see(
         &mut self,
         at: u32,
@@ -173,12 +174,17 @@ impl Shard {
             return None;
         }
         let entry = &mut self.entries[at as usize];
+        let (slot, before) = (entry.slot, entry.state);
+        let current = current(slot);
         // A backend that repeats what it has said begins nothing.
         let is_another = match (entry.state, event, entry.expects) {
             (State::Closing, Event::Accepts(number), Some(Expects::Number(said))) => number != said,
             (State::Closing, Event::Accepts(_), _) => true,
             _ => false,
         };
+        if current.is_none() {
+            return Some(Found { slot, current, state: before, learn: false, is_another });
+        }
         match event {
             Event::Accepts(number) => entry.expects = Some(Expects::Number(number)),
             Event::Answer => entry.expects = entry.expects.or(Some(Expects::Anything)),
@@ -190,7 +196,6 @@ impl Shard {
             // Where backends answer clients themselves, nobody sees what they say.
             None => entry.backward.is_none(),
         };
-        let before = entry.state;
         let after = match (before, event) {
             (State::Opening | State::Established, event) if event.ends() => State::Closing,
             // Sequence numbers are not known here, so anybody can forge a RST; but who has reset a connection says nothing
@@ -207,8 +212,6 @@ impl Shard {
             Event::Closes => None,
             _ => entry.reset_by.filter(|_| after == State::Closing),
         };
-        let slot = entry.slot;
-        let current = current(slot);
         // What the kernel remembers of another slot is of no use any more.
         if current.is_some_and(|current| current != slot) {
             (entry.learn_forward, entry.learn_backward) = (0, 0);
