@@ -78,11 +78,17 @@ impl Backends {
     }
 
     /// Why the host cannot check whether a backend is alive.
-    pub fn unchecked(&self, service: &Service, name: &BackendName, backend: &Backend) -> Option<Errno> {
-        match Probe::of(service, name, backend) {
-            Some(Probe::Tcp(ip, port)) => self.no_way.get(&(ip, port)).copied(),
-            _ => None,
-        }
+    pub fn unchecked(
+        &self,
+        service: &Service,
+        name: &BackendName,
+        backend: &Backend,
+    ) -> Option<&'static str> {
+        let Some(Probe::Tcp(ip, port)) = Probe::of(service, name, backend) else { return None };
+        self.no_way.get(&(ip, port)).map(|errno| match errno {
+            Errno::EADDRNOTAVAIL => "the host has no address on its bridge to ask from",
+            errno => errno.desc(),
+        })
     }
 
     /// Asks the kernel for the MACs of backends that no command gave one, and looks at what checks have found. True when

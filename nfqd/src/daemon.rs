@@ -155,8 +155,9 @@ impl Daemon {
             control,
             signals,
             enforcer: Enforcer::new(kernel, options, shared)?,
+            backends: Backends::start(found_before(&policy, &heritage.macs))
+                .map_err(system("neighbour table and checks"))?,
             desired: Desired { policy, slots: heritage.slots },
-            backends: Backends::start(heritage.macs).map_err(system("neighbour table and checks"))?,
             unnumbered: false,
             channels,
             state,
@@ -521,10 +522,7 @@ impl Daemon {
                 bytes,
                 reply_packets,
                 reply_bytes,
-                unchecked: self
-                    .backends
-                    .unchecked(service, name, backend)
-                    .map(|errno| errno.desc().to_string()),
+                unchecked: self.backends.unchecked(service, name, backend).map(str::to_string),
             }
         };
         ServiceStatus {
@@ -576,6 +574,17 @@ impl Daemon {
             state_error: self.unsaved.as_ref().map(ToString::to_string),
         }
     }
+}
+
+/// The MACs that an nfqd before had found itself. One that a command says is good for its own service only: who may speak for a
+/// middlebox shall not say where those of others find their backends.
+fn found_before(policy: &Policy, macs: &BTreeMap<SlotKey, MacAddr>) -> BTreeMap<IpAddr, MacAddr> {
+    let was_found = |key: &SlotKey| {
+        let service = policy.get(key.middlebox).and_then(|middlebox| middlebox.services().get(&key.vip));
+        let backend = service.and_then(|service| service.backends().get(&key.backend));
+        backend.is_some_and(|backend| backend.mac.is_none())
+    };
+    macs.iter().filter(|(key, _)| was_found(key)).map(|(key, mac)| (key.backend.ip, *mac)).collect()
 }
 
 /// Takes over a flow that the kernel remembers.

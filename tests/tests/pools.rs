@@ -248,6 +248,28 @@ fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
 }
 
 #[test]
+fn a_host_that_cannot_check_says_so_and_takes_the_backend_as_alive() {
+    in_netns(|| {
+        let scene = Scene::new(1);
+        let _server = Server::start(&scene.backends[0], "zero", 80);
+        // An address elsewhere is none to ask from: no answer would come to the bridge.
+        run("ip addr flush dev br0");
+        run("ip addr add 192.0.2.1/32 dev lo");
+        let daemon = Daemon::start(&[]);
+        register(&daemon, &format!("{VM}:80 rr {} check=tcp", backend_ip(0)));
+        let key = format!("{}:80", backend_ip(0));
+        wait_for("that it says so", || backends(&daemon)[&key].unchecked.is_some());
+        // Longer than three checks take.
+        std::thread::sleep(Duration::from_millis(4500));
+        assert_eq!(backends(&daemon)[&key].state, BackendState::Up, "{}", daemon.log());
+        assert_eq!(who(&scene.client, VM, 80).as_deref(), Some("zero"));
+        // It does as soon as it can.
+        run("ip addr add 10.129.126.254/24 dev br0");
+        wait_for("the check", || backends(&daemon)[&key].unchecked.is_none());
+    });
+}
+
+#[test]
 fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() {
     for option in ["on-dead=reset", "on-dead=move"] {
         in_netns(move || {

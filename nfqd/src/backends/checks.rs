@@ -1,11 +1,13 @@
 //! TCP checks: connections from the host to backends, closed again at once.
 
 use nix::errno::Errno;
+use nix::ifaddrs::getifaddrs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getsockopt, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getsockname, getsockopt, setsockopt, socket,
+    sockopt,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -28,9 +30,9 @@ pub type Target = (IpAddr, u16);
 pub enum Outcome {
     /// The backend has taken the connection.
     Answered,
-    /// It has refused it, or nobody has answered.
+    /// It, or somebody on the way, has refused it, or nobody has answered.
     Failed,
-    /// The host has no way to it, which says nothing about the backend.
+    /// The host itself cannot make the check, which says nothing about the backend.
     NoWay(Errno),
 }
 
@@ -64,7 +66,7 @@ impl Checks {
             while !its_stop.load(Relaxed) {
                 let start = Instant::now();
                 let targets: Vec<_> = lock(&its_desk).targets.clone().into_iter().collect();
-                for some in targets.chunks(AT_A_TIME) {
+                for some in targets.chunks(AT_A_TIME).take_while(|_| !its_stop.load(Relaxed)) {
                     let outcomes = check(some, EVERY);
                     lock(&its_desk).outcomes.extend(outcomes);
                 }
@@ -97,11 +99,14 @@ fn check(targets: &[(Target, Option<String>)], patience: Duration) -> Vec<(Targe
     let deadline = Instant::now() + patience;
     let mut out = Vec::new();
     let mut waiting: Vec<(Target, OwnedFd)> = Vec::new();
+    let own = own_addresses();
     for (target, bridge) in targets {
-        match bridge.as_deref().ok_or(Errno::ENODEV).and_then(|bridge| begin(*target, bridge)) {
+        match bridge.as_deref().ok_or(Errno::ENODEV).and_then(|bridge| begin(*target, bridge, &own)) {
             Ok(None) => out.push((*target, Outcome::Answered)),
             Ok(Some(socket)) => waiting.push((*target, socket)),
-            Err(errno) => out.push((*target, outcome(errno))),
+            // What the kernel has heard before it tells at once.
+            Err(Errno::ECONNREFUSED | Errno::EHOSTUNREACH) => out.push((*target, Outcome::Failed)),
+            Err(errno) => out.push((*target, Outcome::NoWay(errno))),
         }
     }
     while !waiting.is_empty() {
@@ -116,9 +121,9 @@ fn check(targets: &[(Target, Option<String>)], patience: Duration) -> Vec<(Targe
             if !ready.next().unwrap_or(false) {
                 return true;
             }
+            // Whatever ICMP says on the way, there is no connection.
             let error = getsockopt(socket, sockopt::SocketError).unwrap_or(0);
-            let found = if error == 0 { Outcome::Answered } else { outcome(Errno::from_raw(error)) };
-            out.push((*target, found));
+            out.push((*target, if error == 0 { Outcome::Answered } else { Outcome::Failed }));
             false
         });
         if any == 0 && Instant::now() >= deadline {
@@ -128,24 +133,46 @@ fn check(targets: &[(Target, Option<String>)], patience: Duration) -> Vec<(Targe
     out
 }
 
-fn outcome(errno: Errno) -> Outcome {
-    match errno {
-        Errno::ECONNREFUSED | Errno::EHOSTUNREACH | Errno::ETIMEDOUT | Errno::ECONNRESET => Outcome::Failed,
-        errno => Outcome::NoWay(errno),
-    }
+/// The host's addresses, each with its interface.
+fn own_addresses() -> BTreeSet<(String, IpAddr)> {
+    let addresses = getifaddrs().into_iter().flatten();
+    addresses.filter_map(|one| Some((one.interface_name, ip_of(&one.address?)?))).collect()
 }
 
-/// Begins a connection; none when it is there already. It goes by the bridge or not at all: guests name these addresses, and
-/// the host's other networks are none of theirs.
-fn begin((ip, port): Target, bridge: &str) -> Result<Option<OwnedFd>, Errno> {
+fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+}
+
+/// A socket that knows no other way than the bridge: guests name these addresses, and the host's other networks are none of
+/// theirs.
+fn on_bridge(ip: IpAddr, kind: SockType, bridge: &str) -> Result<OwnedFd, Errno> {
     let family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, SockType::Stream, flags, None)?;
+    let socket = socket(family, kind, flags, None)?;
     setsockopt(&socket, sockopt::BindToDevice, &OsString::from(bridge))?;
+    Ok(socket)
+}
+
+/// Begins a connection; none when it is there already. An answer must find its way to the bridge: without an address there IPv4
+/// would ask from another interface's, or from none (`fib_select_default`, `inet_select_addr`), and hear nothing.
+fn begin(
+    (ip, port): Target,
+    bridge: &str,
+    own: &BTreeSet<(String, IpAddr)>,
+) -> Result<Option<OwnedFd>, Errno> {
+    let to = SockaddrStorage::from(SocketAddr::new(ip, port));
+    let probe = on_bridge(ip, SockType::Datagram, bridge)?;
+    connect(probe.as_raw_fd(), &to)?;
+    let from = ip_of(&getsockname::<SockaddrStorage>(probe.as_raw_fd())?);
+    if !from.is_some_and(|from| own.contains(&(bridge.to_string(), from))) {
+        return Err(Errno::EADDRNOTAVAIL);
+    }
+    let socket = on_bridge(ip, SockType::Stream, bridge)?;
     // Closed with a reset: no connection is left waiting on either side.
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     setsockopt(&socket, sockopt::Linger, &linger)?;
-    match connect(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(ip, port))) {
+    match connect(socket.as_raw_fd(), &to) {
         Ok(()) => Ok(None),
         Err(Errno::EINPROGRESS) => Ok(Some(socket)),
         Err(errno) => Err(errno),

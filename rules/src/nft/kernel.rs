@@ -73,8 +73,8 @@ impl KernelError {
 pub struct Heritage {
     /// Its numbers.
     pub slots: Slots,
-    /// The MACs of its backends.
-    pub macs: BTreeMap<IpAddr, MacAddr>,
+    /// The MACs of its backends, whether it had found them or a command had said them.
+    pub macs: BTreeMap<SlotKey, MacAddr>,
     /// The ways back that the kernel remembers.
     pub replies: Vec<Reply>,
     by_index: BTreeMap<u32, SlotKey>,
@@ -336,7 +336,7 @@ impl Kernel {
             let key = index(&element.key).and_then(|index| out.by_index.get(&index));
             let key = key.filter(|key| **key != own_slot(key.middlebox, key.vip));
             let mac: Option<[u8; 6]> = element.data.try_into().ok();
-            out.macs.extend(key.map(|key| key.backend.ip).zip(mac.map(MacAddr)));
+            out.macs.extend(key.copied().zip(mac.map(MacAddr)));
         }
         let found = self.elements(Family::Bridge, "ask")?.into_iter().filter_map(|element| {
             let mac = MacAddr(element.key.try_into().ok()?);
