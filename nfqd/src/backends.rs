@@ -4,7 +4,7 @@ mod checks;
 mod health;
 mod neighbours;
 
-use crate::channel::Channel;
+use crate::bindings::Bindings;
 use checks::{Checks, Outcome};
 use health::{Health, Probe};
 use neighbours::{Found, Neighbours};
@@ -56,23 +56,17 @@ impl Backends {
     /// address, it is no backend of this middlebox.
     pub fn seen<'a>(
         &'a self,
-        channels: &'a [Channel],
+        bindings: &'a Bindings<'a>,
     ) -> impl Fn(MacAddr, &Vip, &Service, &BackendName) -> Seen + 'a {
         move |middlebox, _, service, name| {
-            let probe = service.backends().get(name).and_then(|backend| Probe::of(service, name, backend));
+            let backend = service.backends().get(name);
+            let probe = backend.and_then(|backend| Probe::of(service, name, backend));
             let probe = probe.filter(|_| service.method().is_pool());
-            let is_others = |mac: &MacAddr| {
-                let bound = |mac: &MacAddr| {
-                    channels.iter().filter(|channel| channel.spec().macs.contains(mac)).count()
-                };
-                let both = |channel: &&Channel| {
-                    channel.spec().macs.contains(mac) && channel.spec().macs.contains(&middlebox)
-                };
-                bound(mac) != 0 && bound(&middlebox) != 0 && !channels.iter().any(|channel| both(&channel))
-            };
+            let mac = self.macs.get(&name.ip).copied();
             Seen {
-                mac: self.macs.get(&name.ip).copied().filter(|mac| !is_others(mac)),
+                mac: mac.filter(|mac| !bindings.are_apart(*mac, middlebox)),
                 alive: probe.is_none_or(|probe| self.health.is_alive(probe)),
+                allowed: bindings.allow(middlebox, name.ip, backend.and_then(|backend| backend.mac)),
             }
         }
     }

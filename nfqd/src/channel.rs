@@ -85,8 +85,7 @@ impl Channel {
     /// When it is no command, or one that the channel may not give.
     pub fn authorise(&self, line: &str) -> Result<Command, CommandError> {
         let command = Command::parse(line)?;
-        let denied = |ip| !self.spec.to.is_empty() && !self.spec.to.iter().any(|prefix| prefix.contains(ip));
-        if let Some((word, _)) = command.destinations().find(|(_, to)| denied(to.ip)) {
+        if let Some((word, _)) = command.destinations().find(|(_, to)| !self.spec.may_redirect_to(to.ip)) {
             let may: Vec<String> = self.spec.to.iter().map(ToString::to_string).collect();
             let expected = format!("this channel may not redirect there, only to {}", may.join(", "));
             return Err(CommandError::at_word(line, word, ErrorCode::Denied, expected));

@@ -4,6 +4,7 @@ use clap::Args;
 use nfqd_rules::nft::ruleset::FastPath;
 use nfqd_shmctl::{AddressRange, MacAddr};
 use serde::Deserialize;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -134,6 +135,13 @@ pub struct ShmSpec {
     pub macs: Vec<MacAddr>,
     /// The addresses.
     pub to: Vec<AddressRange>,
+}
+
+impl ShmSpec {
+    /// Whether the channel's `to=` has this address; without any it has all.
+    pub fn may_redirect_to(&self, ip: IpAddr) -> bool {
+        self.to.is_empty() || self.to.iter().any(|range| range.contains(ip))
+    }
 }
 
 impl FromStr for ShmSpec {

@@ -4,6 +4,7 @@
 //! reply. When the kernel refuses, the policy is put back and the reply says so.
 
 use crate::backends::Backends;
+use crate::bindings::Bindings;
 use crate::channel::Channel;
 use crate::config::{Config, FailChoice, Options as Flags, ShmSpec};
 use crate::enforce::{Enforcer, rules};
@@ -18,7 +19,6 @@ use crate::status::{
 use crate::steer::steer;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
-use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::nft::filters::one_by_one;
 use nfqd_rules::nft::kernel::{Kernel, KernelError, Reply};
@@ -27,6 +27,7 @@ use nfqd_rules::nft::ruleset::{FastPath, Options};
 use nfqd_rules::packet::Ports;
 use nfqd_rules::service::{Backend, Service};
 use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::mailbox::Frame;
 use nfqd_shmctl::{
     BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
@@ -34,7 +35,7 @@ use nfqd_shmctl::{
 use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -222,18 +223,38 @@ impl Daemon {
     /// Gives what the policy names its numbers and MACs, where it differs from `before`. False when there are not enough
     /// numbers.
     fn follow(&mut self, before: &Policy) -> bool {
+        let changed = self.desired.policy.changed(before);
         let Desired { policy, slots } = &mut self.desired;
-        let (seen, now) = (self.backends.seen(&self.channels), Instant::now());
+        let bindings = Bindings::new(&self.channels, policy);
+        let (seen, now) = (self.backends.seen(&bindings), Instant::now());
         let mut enough = true;
-        for mac in policy.changed(before) {
-            enough &= slots.update(mac, policy.get(mac), &seen, now);
+        for mac in &changed {
+            enough &= slots.update(*mac, policy.get(*mac), &seen, now);
+        }
+        drop(seen);
+        if self.are_backends(&changed, before) {
+            self.follow_all();
         }
         enough
     }
 
+    /// Whether an address that changed middleboxes have registered, or had, is a backend: it may be one no more, or again.
+    fn are_backends(&self, changed: &[MacAddr], before: &Policy) -> bool {
+        let of = |policy: &Policy, mac: MacAddr| -> BTreeSet<IpAddr> {
+            policy.get(mac).into_iter().flat_map(Middlebox::addresses).collect()
+        };
+        let moved = |mac: &MacAddr| {
+            let (old, new) = (of(before, *mac), of(&self.desired.policy, *mac));
+            old.symmetric_difference(&new).copied().collect::<Vec<_>>()
+        };
+        let moved: BTreeSet<IpAddr> = changed.iter().flat_map(moved).collect();
+        !moved.is_empty() && self.desired.policy.backends().any(|(_, _, _, name, _)| moved.contains(&name.ip))
+    }
+
     /// The same for all, when what is known of backends has changed.
     fn follow_all(&mut self) {
-        let seen = self.backends.seen(&self.channels);
+        let bindings = Bindings::new(&self.channels, &self.desired.policy);
+        let seen = self.backends.seen(&bindings);
         let enough = self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
         if !enough && !self.unnumbered {
             log::error!(
@@ -349,7 +370,8 @@ impl Daemon {
             None => bound,
         };
         let mut text = "OK".to_string();
-        for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac)) {
+        let bindings = Bindings::new(&self.channels, &self.desired.policy);
+        for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac, &bindings)) {
             let rule =
                 |rule: &RuleStatus| format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
             let heading =
@@ -468,10 +490,13 @@ impl Daemon {
             log::warn!("shm and commands are taken over; the rest of the configuration needs a restart");
         }
         self.config = Config { shm: config.shm, commands: config.commands, ..self.config.clone() };
+        // Bindings may have changed.
+        self.follow_all();
+        self.enforcer.refresh();
     }
 
     /// The state of one middlebox, if it is registered.
-    fn middlebox_status(&self, mac: MacAddr) -> Option<MiddleboxStatus> {
+    fn middlebox_status(&self, mac: MacAddr, bindings: &Bindings<'_>) -> Option<MiddleboxStatus> {
         let middlebox = self.desired.policy.get(mac)?;
         let (packets, bytes) = self.enforcer.to_middlebox(mac);
         let firewall = middlebox.firewall();
@@ -487,8 +512,10 @@ impl Daemon {
             let one_by_one = rule.and_then(|rule| looked_at.get(&rule).cloned());
             RuleStatus { rule: name, packets, bytes, one_by_one }
         };
-        let services =
-            middlebox.services().iter().map(|(vip, service)| self.service_status(mac, vip, service));
+        let services = middlebox
+            .services()
+            .iter()
+            .map(|(vip, service)| self.service_status(mac, vip, service, bindings));
         Some(MiddleboxStatus {
             mac: mac.to_string(),
             firewall: firewall.map(|firewall| firewall.ip().to_string()),
@@ -500,17 +527,24 @@ impl Daemon {
         })
     }
 
-    fn service_status(&self, middlebox: MacAddr, vip: &Vip, service: &Service) -> ServiceStatus {
+    fn service_status(
+        &self,
+        middlebox: MacAddr,
+        vip: &Vip,
+        service: &Service,
+        bindings: &Bindings<'_>,
+    ) -> ServiceStatus {
         let backend = |(name, backend): (&BackendName, &Backend)| {
             let key = SlotKey { middlebox, vip: *vip, backend: *name };
             let slot = self.desired.slots.get(&key);
-            let seen = self.backends.seen(&self.channels)(middlebox, vip, service, name);
+            let seen = self.backends.seen(bindings)(middlebox, vip, service, name);
             let ((packets, bytes), (reply_packets, reply_bytes)) = self.enforcer.of_backend(&key);
             let mac = backend.mac.or(seen.mac);
             BackendStatus {
                 backend: name.to_string(),
                 mac: mac.map(|mac| mac.to_string()),
                 state: match () {
+                    () if !seen.allowed => BackendState::Denied,
                     () if !seen.alive && service.method().is_pool() => BackendState::Dead,
                     () if mac.is_none() => BackendState::Unresolved,
                     () if backend.draining => BackendState::Draining,
@@ -534,6 +568,7 @@ impl Daemon {
 
     fn status(&mut self) -> Status {
         self.enforcer.count();
+        let bindings = Bindings::new(&self.channels, &self.desired.policy);
         let queue = |worker: &Worker| QueueStatus {
             queue: worker.queue,
             alive: worker.is_alive(),
@@ -558,7 +593,7 @@ impl Daemon {
             fail: if options.queues.bypass { "open" } else { "closed" }.to_string(),
             queues: self.enforcer.workers().iter().map(queue).collect(),
             middleboxes: (self.desired.policy.middleboxes().keys())
-                .filter_map(|mac| self.middlebox_status(*mac))
+                .filter_map(|mac| self.middlebox_status(*mac, &bindings))
                 .collect(),
             channels: self.channels.iter().map(channel).collect(),
             flows: FlowsStatus {

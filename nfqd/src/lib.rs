@@ -4,6 +4,7 @@
 //! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
 
 pub mod backends;
+pub mod bindings;
 pub mod channel;
 pub mod config;
 pub mod daemon;

@@ -113,7 +113,7 @@ impl Replay {
         desired.policy = policy.clone();
         // Offline there is nobody to ask for a MAC, and none is needed; the pools want one.
         let mac = Some(UNKNOWN);
-        desired.slots.follow(policy, |_, _, _, _| Seen { mac, alive: true }, Instant::now());
+        desired.slots.follow(policy, |_, _, _, _| Seen { mac, ..Seen::NOTHING }, Instant::now());
         let mut pools = self.snapshot.pools().clone();
         for mac in desired.changed(self.snapshot.desired()) {
             pools.update(mac, policy.get(mac), &desired.slots);

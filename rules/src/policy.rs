@@ -173,6 +173,11 @@ impl Middlebox {
             .map(|firewall| firewall.ip)
             .or_else(|| self.services.keys().next().map(|vip| vip.ip))
     }
+
+    /// The addresses that it has registered, for its filters and its services.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.ip().into_iter().chain(self.services.keys().map(|vip| vip.ip))
+    }
 }
 
 /// The service of this name. A port without a protocol may stand for the one service that has both.

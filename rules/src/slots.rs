@@ -75,11 +75,13 @@ pub struct Seen {
     pub mac: Option<MacAddr>,
     /// Whether it is taken as alive.
     pub alive: bool,
+    /// Whether the host may redirect to it at all.
+    pub allowed: bool,
 }
 
 impl Seen {
     /// Nothing is known, so nothing speaks against it.
-    pub const NOTHING: Seen = Seen { mac: None, alive: true };
+    pub const NOTHING: Seen = Seen { mac: None, alive: true, allowed: true };
 }
 
 /// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
@@ -277,12 +279,11 @@ fn fnv(text: &str) -> u32 {
 /// What packets of a service's slots depend on besides their keys. A change gives them new numbers, so that what the kernel
 /// remembers misses. Where all packets of a service go to one backend, that is all services of the middlebox. Flows of a
 /// pool keep their backend, whatever other pools there are; services to one backend take what they take at once, which for
-/// a pool are those with a port of its address.
+/// a pool are those that go before it.
 fn fingerprint(mac: MacAddr, middlebox: &Middlebox, vip: &Vip, service: &Service) -> u32 {
     let is_pool = service.method().is_pool();
-    let counts = |(other, its): &(&Vip, &Service)| {
-        !is_pool || !its.method().is_pool() && other.ip == vip.ip && other.port.is_some()
-    };
+    let counts =
+        |(other, its): &(&Vip, &Service)| !is_pool || !its.method().is_pool() && other.goes_before(vip);
     let commands = middlebox.services().iter().filter(counts).flat_map(|(vip, its)| its.commands(mac, *vip));
     let text = commands.map(|command| command.to_string()).collect::<Vec<_>>().join("\n");
     let kind = if is_pool && service.terms().dsr { "dsr" } else { "nat" };
@@ -400,11 +401,11 @@ impl Slots {
                 let (fingerprint, dsr) = (fingerprint(mac, middlebox, vip, service), service.terms().dsr);
                 if service.method().is_pool() {
                     let own = Edition { key: own_slot(mac, *vip), fingerprint };
-                    wanted.insert(own, (Seen { mac: Some(mac), alive: true }, true));
+                    wanted.insert(own, (Seen { mac: Some(mac), ..Seen::NOTHING }, true));
                 }
                 for (name, backend) in service.backends() {
                     let seen = seen(mac, vip, service, name);
-                    if seen.alive || service.terms().on_dead == OnDead::Keep {
+                    if seen.allowed && (seen.alive || service.terms().on_dead == OnDead::Keep) {
                         let key = SlotKey { middlebox: mac, vip: *vip, backend: *name };
                         let seen = Seen { mac: backend.mac.or(seen.mac), ..seen };
                         wanted.insert(Edition { key, fingerprint }, (seen, dsr));
@@ -423,7 +424,7 @@ impl Slots {
             self.by_slot.remove(&slot.index);
             self.count_backend(key, slot, false);
         }
-        for (Edition { key, fingerprint }, (Seen { mac, alive }, dsr)) in wanted {
+        for (Edition { key, fingerprint }, (Seen { mac, alive, .. }, dsr)) in wanted {
             match self.numbers.give(Edition { key, fingerprint }, now) {
                 Some(index) => {
                     let slot = Slot { index, mac, alive, dsr, fingerprint };
@@ -582,7 +583,13 @@ mod tests {
         assert!(slots.key_of(own).is_some(), "what is the middlebox' own stays so");
         policy.apply_line("R L 2:0:0:0:0:1 10.0.0.1:81 0 10.0.0.9").unwrap();
         slots.follow(&policy, nothing, now);
+        assert!(slots.key_of(own).is_some() && first.iter().all(|slot| of_backends(&slots).contains(slot)));
+        let of_the_address = all.iter().find(|(name, _)| name.starts_with("10.0.0.1 ->")).unwrap();
+        assert!(slots.key_of(of_the_address.1).is_none(), "some of its flows are another service's now");
+        policy.apply_line("R L 2:0:0:0:0:1 10.0.0.1:80/tcp 0 10.0.0.9").unwrap();
+        slots.follow(&policy, nothing, now);
         assert!(slots.key_of(own).is_none(), "this may be a service's now");
+        policy.apply_line("X 2:0:0:0:0:1 L 10.0.0.1:80/tcp").unwrap();
         policy.apply_line("X 2:0:0:0:0:1 L 10.0.0.1:81").unwrap();
         slots.follow(&policy, nothing, now);
         let first = of_backends(&slots);
@@ -592,8 +599,8 @@ mod tests {
         assert_eq!((key.ports(), slots.key_of(other).unwrap().ports()), (Some((80, 8080)), None));
         // A dead backend has none, and gets another when it lives again.
         let dead = |_: MacAddr, _: &Vip, _: &Service, name: &BackendName| Seen {
-            mac: None,
             alive: name.ip != IpAddr::from([10, 0, 0, 3]),
+            ..Seen::NOTHING
         };
         slots.follow(&policy, dead, now);
         assert_eq!((slots.get(&key), slots.key_of(index)), (None, None));
@@ -647,7 +654,7 @@ mod tests {
         let edition: Edition = slot.comment(key).parse().unwrap();
         let mut second = Slots::default();
         second.adopt([(7, edition)], now);
-        second.follow(&a, |_, _, _, _| Seen { mac: Some(MacAddr([2; 6])), alive: true }, now);
+        second.follow(&a, |_, _, _, _| Seen { mac: Some(MacAddr([2; 6])), ..Seen::NOTHING }, now);
         let slot = second.get(&key).unwrap();
         assert_eq!((slot.index, slot.mac), (7, Some(MacAddr([2; 6]))));
         second.seen(9, now);

@@ -234,7 +234,7 @@ fn follow(
         let mut new = Desired { policy, slots: state.slots.clone() };
         // A backend whose MAC no command says is found in every other step.
         let mac = (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
-        let found = |_: MacAddr, _: &Vip, _: &Service, _: &BackendName| Seen { mac, alive: true };
+        let found = |_: MacAddr, _: &Vip, _: &Service, _: &BackendName| Seen { mac, ..Seen::NOTHING };
         new.slots.follow(&new.policy, found, Instant::now());
         let change = standing.change(&state, &new);
         kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
@@ -313,7 +313,7 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
         let heritage = Kernel::open().unwrap().heritage().unwrap();
-        assert_eq!(heritage.macs.len(), 7, "the MACs of backends");
+        assert_eq!(heritage.macs.len(), 8, "the MACs of backends, by service");
         let mut found = heritage.slots;
         found.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
         let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();

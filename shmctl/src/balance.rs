@@ -21,6 +21,17 @@ impl Vip {
     pub fn of(ip: IpAddr) -> Vip {
         Vip { ip, port: None, protocol: None }
     }
+
+    /// Whether packets that both could take are this one's: that of a port goes before that of the whole address, that of a
+    /// protocol before that of both.
+    pub fn goes_before(&self, other: &Vip) -> bool {
+        fn meet<T: PartialEq>(one: Option<T>, other: Option<T>) -> bool {
+            one.is_none() || other.is_none() || one == other
+        }
+        let meets = self.ip == other.ip && meet(self.port, other.port) && meet(self.protocol, other.protocol);
+        let place = |vip: &Vip| (vip.port.is_none(), vip.protocol.is_none());
+        meets && place(self) < place(other)
+    }
 }
 
 /// A backend as a command names it, to take it out or to change its state.

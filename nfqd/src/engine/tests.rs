@@ -114,7 +114,7 @@ fn without_the_backends_mac_the_redirect_is_not_made() {
     assert_eq!(judged(&before, &flows, &packet, 0), Judgement::Accept(Reason::BackendUnresolved));
     assert!(flows.flows.is_empty());
     let mac = Some(MacAddr(BACKEND));
-    let after = snapshot_of(before.policy().clone(), |_| Seen { mac, alive: true });
+    let after = snapshot_of(before.policy().clone(), |_| Seen { mac, ..Seen::NOTHING });
     assert!(matches!(judged(&after, &flows, &packet, 0), Judgement::Redirect(_)));
 }
 
@@ -249,7 +249,7 @@ fn a_dead_backends_flows_move_or_end_as_configured() {
         let first = to(judged(&before, &memory, &syn(1000), 0));
         establish(&before, &memory, 1000, first);
         let dead = first.key.backend;
-        let seen = |name: &BackendName| Seen { mac: None, alive: *name != dead };
+        let seen = |name: &BackendName| Seen { alive: *name != dead, ..Seen::NOTHING };
         let after = following(&before, before.policy().clone(), seen);
         let became = match judged(&after, &memory, &ack(1000), 1) {
             Judgement::Redirect(to) if to.key.backend == dead => "kept",
@@ -272,7 +272,7 @@ fn without_a_backend_it_is_refused_or_passed() {
         let policy = snapshot(&[&line]).policy().clone();
         judged(&snapshot_of(policy, |_| seen), &memory, &syn(1000), 0)
     };
-    let dead = Seen { mac: None, alive: false };
+    let dead = Seen { alive: false, ..Seen::NOTHING };
     assert_eq!(nobody("", dead), Judgement::Reject(DropReason::NoBackend));
     assert_eq!(nobody(" on-empty=pass", dead), Judgement::Accept(Reason::NoBackend));
     assert_eq!(nobody("", Seen::NOTHING), Judgement::Drop(DropReason::BackendUnresolved), "not yet known");
@@ -395,8 +395,8 @@ fn pieces_of_balanced_datagrams_wait_for_the_first() {
     // Pieces of a datagram whose backend goes meanwhile go nowhere, and make no flow of their own.
     let first = to(judged(&snapshot, &memory, &piece(20, true), 0));
     let gone = following(&snapshot, snapshot.policy().clone(), |name| Seen {
-        mac: None,
         alive: *name != first.key.backend,
+        ..Seen::NOTHING
     });
     let flows = memory.flows.len();
     assert_eq!(judged(&gone, &memory, &piece(20, false), 0), Judgement::Drop(DropReason::Piece));

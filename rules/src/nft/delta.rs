@@ -289,7 +289,7 @@ mod tests {
                     let _ = next.policy.apply_line(&command);
                 }
                 let mac = known.then_some(MacAddr([2; 6]));
-                next.slots.follow(&next.policy, |_, _, _, _| Seen { mac, alive: true }, Instant::now());
+                next.slots.follow(&next.policy, |_, _, _, _| Seen { mac, ..Seen::NOTHING }, Instant::now());
                 let change = standing.change(&now, &next);
                 apply(table, &change);
                 standing.done(change);

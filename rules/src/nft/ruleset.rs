@@ -364,12 +364,14 @@ const OPERATIONS: [(Operation, &str); 8] = [
     (Operation::Pass, "pass"),
 ];
 
+/// The operation of these bits, and the chain that carries it out.
+fn element_of(bits: u32, chain: String) -> (Vec<Value>, Element) {
+    let to = ElementData::Verdict(Verdict::Goto(chain));
+    (vec![Value::Mark(bits)], Element { data: Some(to), ..Element::default() })
+}
+
 fn operation((operation, chain): (Operation, &str)) -> Vec<(Vec<Value>, Element)> {
-    let element = |ports: Ports| {
-        let to = ElementData::Verdict(Verdict::Goto(ports.chain(chain)));
-        let bits = operation.bits(ports == Ports::Translated);
-        (vec![Value::Mark(bits)], Element { data: Some(to), ..Element::default() })
-    };
+    let element = |ports: Ports| element_of(operation.bits(ports == Ports::Translated), ports.chain(chain));
     match operation {
         Operation::Pass => vec![element(Ports::Kept)],
         _ => PORTS.map(element).to_vec(),
@@ -464,7 +466,9 @@ impl Frame<'_> {
         }
         let mut operations =
             set_of(&[Type::Mark], verdicts, "what the engine says, and the chain that carries it out");
-        operations.elements = OPERATIONS.into_iter().flat_map(operation).collect();
+        // A slot without an operation is left by a look-up whose backend has just gone.
+        let none = element_of(0, "finish".to_string());
+        operations.elements = OPERATIONS.into_iter().flat_map(operation).chain([none]).collect();
         self.set("operations", operations);
         for (name, of, types) in [
             ("icmp_errors", Type::IcmpType, ICMP_ERRORS.map(Value::IcmpType).to_vec()),
@@ -671,7 +675,7 @@ impl Frame<'_> {
         let operation = Field::Mark(OPERATION);
         let learn = vec![
             commented(
-                vec![Statement::Is(operation, Value::Mark(0)), accept()],
+                vec![Statement::Is(Field::Mark(OURS), Value::Mark(0)), accept()],
                 "not from the engine, or nothing to do",
             ),
             rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
