@@ -269,7 +269,11 @@ impl Enforcer {
                 let finished = if change.has_leftovers() {
                     let deadline = Instant::now() + SETTLE;
                     self.workers.iter().for_each(|worker| worker.settle(deadline));
-                    self.kernel.finish(&change)
+                    self.kernel.finish(&change).map(|lost| {
+                        // The new number of the same backend has counted nothing yet.
+                        self.counters.backends.retain(|key, _| !lost.backends.contains_key(key));
+                        self.kept.add(&lost);
+                    })
                 } else {
                     Ok(())
                 };

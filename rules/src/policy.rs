@@ -180,15 +180,23 @@ impl Middlebox {
     }
 }
 
-/// The service of this name. A port without a protocol may stand for the one service that has both.
-fn named_service(services: &BTreeMap<Vip, Service>, vip: Vip) -> Option<(Vip, &Service)> {
+/// The service that a change of backends names. A port without a protocol may stand for the one service that has both.
+fn named_service(services: &BTreeMap<Vip, Service>, vip: Vip) -> Result<(Vip, &Service), String> {
     if let Some(service) = services.get(&vip) {
-        return Some((vip, service));
+        return Ok((vip, service));
     }
-    let of_port = |(other, _): &(&Vip, &Service)| Vip { protocol: None, ..**other } == vip;
-    let mut found = services.iter().filter(of_port);
-    let (vip, service) = found.next()?;
-    found.next().is_none().then_some((*vip, service))
+    match of_port(services, vip)[..] {
+        [found] => services.get(&found).map(|service| (found, service)).ok_or_else(|| NO_SERVICE.to_string()),
+        [] => Err(NO_SERVICE.to_string()),
+        [tcp, udp, ..] => Err(format!("two services have this port; name {tcp} or {udp}")),
+    }
+}
+
+const NO_SERVICE: &str = "no service of this middlebox; Q shows them";
+
+/// The services with the same port, whatever the protocol.
+fn of_port(services: &BTreeMap<Vip, Service>, vip: Vip) -> Vec<Vip> {
+    services.keys().copied().filter(|other| Vip { protocol: None, ..*other } == vip).collect()
 }
 
 /// Most backends that one service, and all services of a middlebox together, may have.
@@ -282,8 +290,9 @@ impl Policy {
                 let services = self.get(*mac).map(Middlebox::services);
                 let full = services.is_some_and(|s| s.len() >= MAX_SERVICES && !s.contains_key(vip));
                 if full {
-                    let expected =
-                        format!("one more than the {MAX_SERVICES} services that a middlebox may have");
+                    let expected = format!(
+                        "one more than the {MAX_SERVICES} services that a middlebox may have; end one first, by X"
+                    );
                     return refuse(3, ErrorCode::Quota, expected);
                 }
                 let others = self.backends_of(*mac, vip);
@@ -362,13 +371,13 @@ impl Policy {
     fn edit_backends(&mut self, mac: MacAddr, named: Option<Vip>, edit: &Edit) -> Result<(), Refusal> {
         let services = self.get(mac).map(Middlebox::services).filter(|services| !services.is_empty());
         let Some(services) = services else {
-            return refuse(1, ErrorCode::UnknownMac, "not registered for load balancing");
+            let expected = "not registered for load balancing; write R L first, or Q to see what is";
+            return refuse(1, ErrorCode::UnknownMac, expected);
         };
         let (vip, service) = match (named, services.first_key_value()) {
-            (Some(vip), _) => match named_service(services, vip) {
-                Some(found) => found,
-                None => return refuse(2, ErrorCode::Value, "no service of this middlebox; Q shows them"),
-            },
+            (Some(vip), _) => {
+                named_service(services, vip).or_else(|expected| refuse(2, ErrorCode::Value, expected))?
+            }
             (None, Some((vip, service))) if services.len() == 1 => (*vip, service),
             _ => {
                 let all: Vec<String> = services.keys().map(Vip::to_string).collect();
@@ -396,7 +405,7 @@ impl Policy {
 
     fn unregister(&mut self, mac: MacAddr, services: Services) -> Result<(), Refusal> {
         let Some(middlebox) = self.get(mac) else {
-            return refuse(1, ErrorCode::UnknownMac, "not registered");
+            return refuse(1, ErrorCode::UnknownMac, "not registered; Q shows what is");
         };
         let (firewall, balance) = match services {
             Services::Firewall => (true, false),
@@ -404,16 +413,25 @@ impl Policy {
             Services::All => (true, true),
         };
         let one = match services {
-            Services::One(vip) => match named_service(&middlebox.services, vip) {
-                Some((vip, _)) => Some(vip),
-                None => return refuse(3, ErrorCode::Value, "no service of this middlebox; Q shows them"),
-            },
+            // Said again, it must not end another one.
+            Services::One(vip) if !middlebox.services.contains_key(&vip) => {
+                let expected = match of_port(&middlebox.services, vip)[..] {
+                    [other, ..] => format!("no service of this middlebox; there is {other}"),
+                    [] => NO_SERVICE.to_string(),
+                };
+                return refuse(3, ErrorCode::Value, expected);
+            }
+            Services::One(vip) => Some(vip),
             _ => None,
         };
         let has = (middlebox.firewall.is_some(), !middlebox.services.is_empty());
         if !(firewall && has.0 || balance && has.1) {
             let service = if firewall { "firewall service" } else { "load balancing" };
-            return refuse(1, ErrorCode::UnknownMac, format!("not registered for {service}"));
+            return refuse(
+                1,
+                ErrorCode::UnknownMac,
+                format!("not registered for {service}; Q shows what is"),
+            );
         }
         let edited = self.edit(mac);
         if firewall {
@@ -566,7 +584,7 @@ mod tests {
         );
         p.apply_line(&format!("B {MAC} = 10.0.0.2:8080 up")).unwrap();
         assert_eq!(printed(&p), ["R L MB 10.0.0.9:80/tcp rr 10.0.0.2:8080 affinity"]);
-        p.apply_line(&format!("X {MAC} L 10.0.0.9:80")).unwrap();
+        p.apply_line(&format!("X {MAC} L 10.0.0.9:80/tcp")).unwrap();
         assert_eq!(p, Policy::default());
     }
 
@@ -577,6 +595,8 @@ mod tests {
             "R L MB 10.0.0.8 hash 10.0.0.1",
             "R L 2:0:0:0:0:1 10.0.0.7 0 10.0.0.1",
             "R L 2:0:0:0:0:2 10.0.0.7:80 hash 10.0.0.1 10.0.0.2 dsr",
+            "R L 2:0:0:0:0:3 10.0.0.7:53/tcp rr 10.0.0.1",
+            "R L 2:0:0:0:0:3 10.0.0.7:53/udp rr 10.0.0.1",
         ]);
         for (line, code, column, words) in [
             ("B MB + 10.0.0.3", ErrorCode::Value, 3, "name one before the sign: 10.0.0.8, 10.0.0.9:80/tcp"),
@@ -591,7 +611,14 @@ mod tests {
             ("B 2:0:0:0:0:2 + 2001:db8::1", ErrorCode::Value, 17, "not of the family"),
             ("B 2:0:0:0:0:2 - 10.0.0.1:81", ErrorCode::UnknownBackend, 17, "not a backend"),
             ("B 2:0:0:0:0:9 + 10.0.0.3", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
-            ("X MB L 10.0.0.7", ErrorCode::Value, 23, "no service of this middlebox"),
+            ("X MB L 10.0.0.7", ErrorCode::Value, 23, "no service of this middlebox; Q shows them"),
+            ("X MB L 10.0.0.9:80", ErrorCode::Value, 23, "there is 10.0.0.9:80/tcp"),
+            (
+                "B 2:0:0:0:0:3 10.0.0.7:53 + 10.0.0.9",
+                ErrorCode::Value,
+                15,
+                "10.0.0.7:53/tcp or 10.0.0.7:53/udp",
+            ),
         ] {
             assert_refused(&before, line, (code, column), words);
         }

@@ -109,10 +109,12 @@ impl Service {
         let unportable = |name: &BackendName| match (vip.port, name.port) {
             (None, Some(_)) => Some("a port, but the registered address has none"),
             (own, Some(port)) if self.terms.dsr && own != Some(port) => {
-                Some("a port, but this service rewrites nothing but the MAC")
+                Some("a port, but this service rewrites nothing but the MAC; leave it out")
             }
             _ if name.ip == vip.ip => Some("the middlebox' own address; write the address of another host"),
-            _ if name.ip.is_ipv4() != vip.ip.is_ipv4() => Some("not of the family of the registered address"),
+            _ if name.ip.is_ipv4() != vip.ip.is_ipv4() => {
+                Some("not of the family of the registered address; write one of that")
+            }
             _ => None,
         };
         match edit {
@@ -131,7 +133,7 @@ impl Service {
                         return refuse(
                             at,
                             ErrorCode::Quota,
-                            "one more than the 255 backends a service may have",
+                            "one more than the 255 backends a service may have; remove one first",
                         );
                     }
                 }
@@ -141,7 +143,11 @@ impl Service {
                 let mut backends = self.backends.clone();
                 for (at, name) in names.iter().enumerate() {
                     if backends.remove(&full(name)).is_none() {
-                        return refuse(at, ErrorCode::UnknownBackend, "not a backend of this service");
+                        return refuse(
+                            at,
+                            ErrorCode::UnknownBackend,
+                            "not a backend of this service; Q shows them",
+                        );
                     }
                     if backends.is_empty() {
                         return refuse(
@@ -156,7 +162,11 @@ impl Service {
             Edit::Drain(names) | Edit::Up(names) => {
                 let unknown = names.iter().position(|name| !self.backends.contains_key(&full(name)));
                 if let Some(at) = unknown {
-                    return refuse(at, ErrorCode::UnknownBackend, "not a backend of this service");
+                    return refuse(
+                        at,
+                        ErrorCode::UnknownBackend,
+                        "not a backend of this service; Q shows them",
+                    );
                 }
                 for name in names {
                     if let Some(backend) = self.backends.get_mut(&full(name)) {

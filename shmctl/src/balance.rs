@@ -108,7 +108,7 @@ pub enum OnDead {
     /// They go to other backends; these end what they do not know.
     #[default]
     Move,
-    /// They are ended: TCP by a reset, others by an ICMP error.
+    /// TCP connections are ended by a reset at their next packet; others move.
     Reset,
     /// They stay with a dead backend, in case it comes back.
     Keep,

@@ -109,6 +109,8 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("R L MB 10.0.0.1 hash 10.0.0.2 seed", Syntax, "seed", "not an option"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 check=ping", Value, "check=ping", "check=tcp:PORT"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 check=tcp:0", Value, "check=tcp:0", "check=tcp:PORT"),
+    ("R L MB 10.0.0.1 rr 10.0.0.2 dsr check=tcp", Value, "check=tcp", "write check=tcp:PORT"),
+    ("R L MB 10.0.0.1 rr 10.0.0.2 dsr 10.0.0.3", Syntax, "10.0.0.3", "behind all destinations"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 on-dead=drop", Value, "on-dead=drop", "write move, reset or keep"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 on-empty=drop", Value, "on-empty=drop", "write reject or pass"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 on-dead=keep on-dead=keep", Syntax, "on-dead=keep", "give each once"),

@@ -284,6 +284,7 @@ proptest! {
                     "registered address has none",
                     "nothing but the MAC",
                     "named twice",
+                    "knows no port",
                 ]
                 .iter().any(|words| error.message.contains(words));
                 prop_assert!(said, "{}: {}", line, error);

@@ -9,8 +9,8 @@ use crate::value::{MacAddr, decimal};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-const SERVICE: &str = "not an address or a port of one; write one like 10.129.126.15, 10.129.126.15:80, \
-                       10.129.126.15:53/udp or [2001:db8::1]:80";
+const SERVICE: &str = "not an address or a port of one; write one like 10.129.126.15, 2001:db8::1, \
+                       10.129.126.15:80, 10.129.126.15:53/udp or [2001:db8::1]:80";
 const TYPE: &str = "not a balancing type; write 0 (static), 1 (source), 2 (rr), 3 (hash) or 4 (least)";
 const DESTINATION: &str = "not a destination; write an IP address, like 10.129.126.17, or 10.129.126.17@MAC; in full \
                            ip[:port][@mac][*weight], with [ip]:port for IPv6";
@@ -33,6 +33,10 @@ pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, C
         let ported = destinations.iter().any(|to| to.port.is_some() && to.port != vip.port);
         if terms.dsr && ported {
             let expected = "rewrites nothing but the MAC; leave out the backends' ports";
+            return Err(CommandError::new(ErrorCode::Value, word, expected));
+        }
+        if terms.check == Check::Tcp(None) && vip.port.is_none() {
+            let expected = "knows no port, because the service has none; write check=tcp:PORT";
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
     }
@@ -169,7 +173,9 @@ fn option(word: Word<'_>, method: Method, terms: &mut Terms) -> Result<String, C
     };
     let unknown = || {
         if method.is_pool() {
-            syntax(format!("not a destination and not an option; options are {OPTIONS}"))
+            syntax(format!(
+                "not a destination and not an option; options are {OPTIONS}, behind all destinations"
+            ))
         } else {
             syntax("unexpected; this type has one destination, and behind it nothing but dsr".to_string())
         }

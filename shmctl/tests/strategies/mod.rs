@@ -160,6 +160,9 @@ fn balance() -> impl Strategy<Value = (Vip, Balance)> {
                 terms = Terms { dsr: terms.dsr, ..Terms::default() };
                 destinations.truncate(1);
             }
+            if terms.check == Check::Tcp(None) && vip.port.is_none() {
+                terms.check = Check::Tcp(Some(80));
+            }
             if terms.dsr {
                 destinations.iter_mut().for_each(|to| to.port = None);
             }

@@ -44,8 +44,8 @@ pub struct FoundElement {
     pub comment: Option<String>,
     /// Packets and bytes, where elements count.
     pub counted: Option<(u64, u64)>,
-    /// Milliseconds that are left to it, where elements have a time.
-    pub left: Option<u64>,
+    /// Milliseconds that it was given, where that is not what all elements of the set get.
+    pub timeout: Option<u64>,
 }
 
 /// How a set in the kernel is made.
@@ -279,13 +279,13 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
     let counted_out: *mut Option<(u64, u64)> = &mut counted;
     // SAFETY: needed to reach the counter; the element and `counted` are alive during the call.
     unsafe { sys::nftnl_set_elem_expr_foreach(pointer, Some(on_expression), counted_out.cast()) };
-    let left: Option<[u8; 8]> = if has(sys::NFTNL_SET_ELEM_EXPIRATION) {
-        get(sys::NFTNL_SET_ELEM_EXPIRATION).try_into().ok()
+    let timeout: Option<[u8; 8]> = if has(sys::NFTNL_SET_ELEM_TIMEOUT) {
+        get(sys::NFTNL_SET_ELEM_TIMEOUT).try_into().ok()
     } else {
         None
     };
-    let left = left.map(u64::from_ne_bytes);
-    let found = FoundElement { key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(), data, comment, counted, left };
+    let timeout = timeout.map(u64::from_ne_bytes);
+    let found = FoundElement { key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(), data, comment, counted, timeout };
     // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the vector now.
     unsafe { (*out.cast::<Vec<FoundElement>>()).push(found) };
     0
