@@ -248,6 +248,51 @@ fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
 }
 
 #[test]
+fn no_mark_of_ours_leaves_when_a_backend_goes() {
+    in_netns(|| {
+        let scene = Scene::new(1);
+        let daemon = Daemon::start(&[]);
+        register(&daemon, &format!("{VM}:53/udp rr {}", to(0)));
+        register(&daemon, &format!("{VM}:99/udp rr {}", to(0)));
+        run("nft add table bridge watch");
+        run("nft add chain bridge watch leaves { type filter hook postrouting priority 300 ; }");
+        run("nft add rule bridge watch leaves meta mark & 0xffffff00 != 0 counter comment marked");
+        run(&format!("nft add rule bridge watch leaves ip saddr {} counter comment seen", backend_ip(0)));
+        let counted = |comment: &str| -> u32 {
+            let listed = run("nft list table bridge watch");
+            let line = listed.lines().find(|line| line.contains(comment)).unwrap().to_string();
+            let packets = line.split("packets ").nth(1).unwrap().split(' ').next().unwrap();
+            packets.parse().unwrap()
+        };
+        let bind = |host: &Host, port: u16| host.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
+        let (backend, client) = (bind(&scene.backends[0], 53), bind(&scene.client, 1000));
+        for socket in [&backend, &client] {
+            socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+        }
+        // Each way once through the engine, then by the kernel.
+        for _ in 0..5 {
+            client.send_to(b"ask", (VM, 53)).unwrap();
+            let (_, from) = backend.recv_from(&mut [0; 8]).unwrap();
+            backend.send_to(b"answer", from).unwrap();
+            assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1.ip(), IpAddr::from(VM));
+        }
+        assert_eq!(counted("marked"), 0);
+        daemon.must(&format!("X {VM_MAC} L {VM}:53/udp"));
+        let before = counted("seen");
+        for _ in 0..5 {
+            backend.send_to(b"more", (CLIENT, 1000)).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(
+            (counted("seen") - before, counted("marked")),
+            (5, 0),
+            "{}",
+            run("nft list table bridge watch")
+        );
+    });
+}
+
+#[test]
 fn a_host_that_cannot_check_says_so_and_takes_the_backend_as_alive() {
     in_netns(|| {
         let scene = Scene::new(1);
@@ -283,10 +328,13 @@ fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() 
             let mut connections: Vec<_> = (0..8).map(|_| connect(&scene.client, VM, 80).unwrap()).collect();
             let of = |name: &str| connections.iter().filter(|c| c.server == name).count();
             assert_eq!((of("zero"), of("one")), (4, 4), "the least loaded by turns");
+            let zero = || backends(&daemon).remove(&format!("{}:80", backend_ip(0))).unwrap();
+            wait_for("the counters", || zero().packets > 0 && zero().reply_packets > 0);
+            let counted = zero();
             run("ip link set b0 down");
-            wait_for("death", || {
-                backends(&daemon)[&format!("{}:80", backend_ip(0))].state == BackendState::Dead
-            });
+            wait_for("death", || zero().state == BackendState::Dead);
+            let dead = zero();
+            assert!(dead.packets >= counted.packets && dead.reply_bytes >= counted.reply_bytes, "{dead:?}");
             for connection in &mut connections {
                 if connection.server == "one" {
                     connection.send(b"more");
