@@ -26,6 +26,8 @@ pub struct Backends {
     macs: BTreeMap<IpAddr, MacAddr>,
     /// The bridges that they are on.
     bridges: BTreeMap<IpAddr, String>,
+    /// Those that are on two bridges, with two MACs.
+    ambiguous: BTreeSet<IpAddr>,
     neighbours: Neighbours,
     checks: Checks,
     health: Health,
@@ -44,6 +46,7 @@ impl Backends {
         Ok(Backends {
             macs,
             bridges: BTreeMap::new(),
+            ambiguous: BTreeSet::new(),
             neighbours: Neighbours::open()?,
             checks: Checks::start()?,
             health: Health::default(),
@@ -128,6 +131,7 @@ impl Backends {
         // A MAC that is not seen any more stays: the backend may be silent, and the flow has no better place.
         self.macs.retain(|ip, _| wanted.contains(ip));
         self.bridges.retain(|ip, _| wanted.contains(ip));
+        self.ambiguous.retain(|ip| wanted.contains(ip));
         let mut any = false;
         for (ip, found) in found {
             let probe = Probe::Neighbour(ip);
@@ -138,6 +142,7 @@ impl Backends {
                         any = true;
                     }
                     self.bridges.insert(ip, bridge);
+                    self.ambiguous.remove(&ip);
                     if answers {
                         any |= self.take_result(probe, true, now);
                     }
@@ -153,9 +158,11 @@ impl Backends {
                     }
                 }
                 Found::Ambiguous => {
-                    if self.macs.remove(&ip).is_some() {
-                        log::warn!("{ip} is on two bridges, with two MACs; it is redirected to no more");
-                        any = true;
+                    any |= self.macs.remove(&ip).is_some();
+                    if self.ambiguous.insert(ip) {
+                        log::warn!(
+                            "{ip} is on two bridges, with two MACs; it is not redirected to without ip@mac"
+                        );
                     }
                     self.bridges.remove(&ip);
                 }

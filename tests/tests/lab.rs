@@ -702,7 +702,7 @@ fn check_prints_every_error_with_its_place() {
     let name = file.display();
     let expected = [
         format!("{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"),
-        format!("{name}:4:3: '2:0:0:0:0:9': not registered"),
+        format!("{name}:4:3: '2:0:0:0:0:9': not registered; Q shows what is"),
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
     std::fs::write(&file, "R F 2:0:0:0:0:1 10.0.0.1\n").unwrap();
