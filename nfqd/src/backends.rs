@@ -69,7 +69,6 @@ impl Backends {
             Seen {
                 mac: mac.filter(|mac| !bindings.are_apart(*mac, middlebox)),
                 alive: probe.is_none_or(|probe| self.health.is_alive(probe)),
-                allowed: bindings.allow(middlebox, name.ip, backend.and_then(|backend| backend.mac)),
             }
         }
     }

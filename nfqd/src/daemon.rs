@@ -19,6 +19,7 @@ use crate::status::{
 use crate::steer::steer;
 use crate::worker::{Shared, Worker};
 use arc_swap::ArcSwap;
+use nfqd_rules::Policy;
 use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::nft::filters::one_by_one;
 use nfqd_rules::nft::kernel::{Kernel, KernelError, Reply};
@@ -27,7 +28,6 @@ use nfqd_rules::nft::ruleset::{FastPath, Options};
 use nfqd_rules::packet::Ports;
 use nfqd_rules::service::{Backend, Service};
 use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{Middlebox, Policy};
 use nfqd_shmctl::mailbox::Frame;
 use nfqd_shmctl::{
     BackendName, Command, CommandError, Edit, ErrorCode, MacAddr, Protocol, RegionError, RuleId, Vip,
@@ -35,7 +35,7 @@ use nfqd_shmctl::{
 use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -165,6 +165,7 @@ impl Daemon {
             unsaved: None,
             soon: 0,
         };
+        daemon.name_those_out_of_bounds();
         daemon.backends.look(&daemon.desired.policy);
         daemon.follow_all();
         daemon.enforcer.begin(&daemon.desired)?;
@@ -223,37 +224,19 @@ impl Daemon {
     /// Gives what the policy names its numbers and MACs, where it differs from `before`. False when there are not enough
     /// numbers.
     fn follow(&mut self, before: &Policy) -> bool {
-        let changed = self.desired.policy.changed(before);
         let Desired { policy, slots } = &mut self.desired;
-        let bindings = Bindings::new(&self.channels, policy);
+        let bindings = Bindings::new(&self.channels);
         let (seen, now) = (self.backends.seen(&bindings), Instant::now());
         let mut enough = true;
-        for mac in &changed {
-            enough &= slots.update(*mac, policy.get(*mac), &seen, now);
-        }
-        drop(seen);
-        if self.are_backends(&changed, before) {
-            self.follow_all();
+        for mac in policy.changed(before) {
+            enough &= slots.update(mac, policy.get(mac), &seen, now);
         }
         enough
     }
 
-    /// Whether an address that changed middleboxes have registered, or had, is a backend: it may be one no more, or again.
-    fn are_backends(&self, changed: &[MacAddr], before: &Policy) -> bool {
-        let of = |policy: &Policy, mac: MacAddr| -> BTreeSet<IpAddr> {
-            policy.get(mac).into_iter().flat_map(Middlebox::addresses).collect()
-        };
-        let moved = |mac: &MacAddr| {
-            let (old, new) = (of(before, *mac), of(&self.desired.policy, *mac));
-            old.symmetric_difference(&new).copied().collect::<Vec<_>>()
-        };
-        let moved: BTreeSet<IpAddr> = changed.iter().flat_map(moved).collect();
-        !moved.is_empty() && self.desired.policy.backends().any(|(_, _, _, name, _)| moved.contains(&name.ip))
-    }
-
     /// The same for all, when what is known of backends has changed.
     fn follow_all(&mut self) {
-        let bindings = Bindings::new(&self.channels, &self.desired.policy);
+        let bindings = Bindings::new(&self.channels);
         let seen = self.backends.seen(&bindings);
         let enough = self.desired.slots.follow(&self.desired.policy, seen, Instant::now());
         if !enough && !self.unnumbered {
@@ -287,7 +270,8 @@ impl Daemon {
                 }
             }
             Err(error) => {
-                log::error!("{error}");
+                // A guest that has used up its numbers is not to fill a disk.
+                log::log!(if enough { log::Level::Error } else { log::Level::Debug }, "{error}");
                 self.desired.policy = before.policy;
                 self.desired.slots.put_back(before.slots, Instant::now());
                 self.enforcer.take_back(&self.desired);
@@ -370,7 +354,7 @@ impl Daemon {
             None => bound,
         };
         let mut text = "OK".to_string();
-        let bindings = Bindings::new(&self.channels, &self.desired.policy);
+        let bindings = Bindings::new(&self.channels);
         for middlebox in wanted.iter().filter_map(|mac| self.middlebox_status(*mac, &bindings)) {
             let rule =
                 |rule: &RuleStatus| format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes);
@@ -448,6 +432,8 @@ impl Daemon {
 
     fn look_around(&mut self) {
         if self.backends.look(&self.desired.policy) || self.unnumbered {
+            // What those have counted that go now.
+            self.enforcer.count();
             self.follow_all();
             self.enforcer.refresh();
         }
@@ -490,9 +476,20 @@ impl Daemon {
             log::warn!("shm and commands are taken over; the rest of the configuration needs a restart");
         }
         self.config = Config { shm: config.shm, commands: config.commands, ..self.config.clone() };
-        // Bindings may have changed.
-        self.follow_all();
-        self.enforcer.refresh();
+        self.name_those_out_of_bounds();
+    }
+
+    /// Names what bindings would not allow now. It stays: who registered it may have been allowed to, as the operator is.
+    fn name_those_out_of_bounds(&self) {
+        let bindings = Bindings::new(&self.channels);
+        for (mac, vip, _, name, _) in self.desired.policy.backends() {
+            if !bindings.allow(mac, name.ip) {
+                log::warn!(
+                    "{mac} {vip} -> {name}: its channel may not redirect there; what was registered before \
+                     stays, 'X {mac} L {vip}' ends it"
+                );
+            }
+        }
     }
 
     /// The state of one middlebox, if it is registered.
@@ -544,7 +541,6 @@ impl Daemon {
                 backend: name.to_string(),
                 mac: mac.map(|mac| mac.to_string()),
                 state: match () {
-                    () if !seen.allowed => BackendState::Denied,
                     () if !seen.alive && service.method().is_pool() => BackendState::Dead,
                     () if mac.is_none() => BackendState::Unresolved,
                     () if backend.draining => BackendState::Draining,
@@ -568,7 +564,7 @@ impl Daemon {
 
     fn status(&mut self) -> Status {
         self.enforcer.count();
-        let bindings = Bindings::new(&self.channels, &self.desired.policy);
+        let bindings = Bindings::new(&self.channels);
         let queue = |worker: &Worker| QueueStatus {
             queue: worker.queue,
             alive: worker.is_alive(),

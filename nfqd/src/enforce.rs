@@ -269,11 +269,8 @@ impl Enforcer {
                 let finished = if change.has_leftovers() {
                     let deadline = Instant::now() + SETTLE;
                     self.workers.iter().for_each(|worker| worker.settle(deadline));
-                    self.kernel.finish(&change).map(|lost| {
-                        // The new number of the same backend has counted nothing yet.
-                        self.counters.backends.retain(|key, _| !lost.backends.contains_key(key));
-                        self.kept.add(&lost);
-                    })
+                    self.keep_counts_of_backends(desired);
+                    self.kernel.finish(&change)
                 } else {
                     Ok(())
                 };
@@ -304,6 +301,19 @@ impl Enforcer {
         self.listen();
         self.stale = result.is_err();
         result
+    }
+
+    /// Keeps what backends had counted last whose numbers go: a new one begins at 0. The kernel is not asked for this, because
+    /// it can only be asked for all.
+    fn keep_counts_of_backends(&mut self, desired: &Desired) {
+        for mac in desired.changed(&self.loaded) {
+            for (key, old) in self.loaded.slots.of(mac) {
+                let goes = desired.slots.get(&key).is_none_or(|new| new.index != old.index);
+                if goes && let Some((to, from)) = self.counters.backends.remove(&key) {
+                    self.kept.add_backend(key, to, from);
+                }
+            }
+        }
     }
 
     fn repair_and_publish(&mut self, desired: &Desired) -> Result<(), KernelError> {

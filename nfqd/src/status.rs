@@ -158,8 +158,6 @@ pub enum BackendState {
     Dead,
     /// Its MAC is not known.
     Unresolved,
-    /// The middlebox' channel may not redirect to it.
-    Denied,
 }
 
 impl BackendState {
@@ -170,7 +168,6 @@ impl BackendState {
             BackendState::Draining => "draining",
             BackendState::Dead => "dead",
             BackendState::Unresolved => "unresolved",
-            BackendState::Denied => "denied",
         }
     }
 }
@@ -286,7 +283,6 @@ impl BackendStatus {
             BackendState::Unresolved => {
                 "MAC UNKNOWN: not redirected until it answers on a bridge, or the command has ip@mac"
             }
-            BackendState::Denied => "DENIED: the middlebox' channel may not redirect to it",
         };
         let unchecked =
             self.unchecked.as_ref().map(|why| format!(" - NOT CHECKED: {why}")).unwrap_or_default();

@@ -75,13 +75,11 @@ pub struct Seen {
     pub mac: Option<MacAddr>,
     /// Whether it is taken as alive.
     pub alive: bool,
-    /// Whether the host may redirect to it at all.
-    pub allowed: bool,
 }
 
 impl Seen {
     /// Nothing is known, so nothing speaks against it.
-    pub const NOTHING: Seen = Seen { mac: None, alive: true, allowed: true };
+    pub const NOTHING: Seen = Seen { mac: None, alive: true };
 }
 
 /// Numbers from 1 for things that come and go. A number that is given back rests before another thing gets it.
@@ -405,7 +403,7 @@ impl Slots {
                 }
                 for (name, backend) in service.backends() {
                     let seen = seen(mac, vip, service, name);
-                    if seen.allowed && (seen.alive || service.terms().on_dead == OnDead::Keep) {
+                    if seen.alive || service.terms().on_dead == OnDead::Keep {
                         let key = SlotKey { middlebox: mac, vip: *vip, backend: *name };
                         let seen = Seen { mac: backend.mac.or(seen.mac), ..seen };
                         wanted.insert(Edition { key, fingerprint }, (seen, dsr));

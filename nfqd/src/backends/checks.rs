@@ -136,7 +136,9 @@ fn check(targets: &[(Target, Option<String>)], patience: Duration) -> Vec<(Targe
 /// The host's addresses, each with its interface.
 fn own_addresses() -> BTreeSet<(String, IpAddr)> {
     let addresses = getifaddrs().into_iter().flatten();
-    addresses.filter_map(|one| Some((one.interface_name, ip_of(&one.address?)?))).collect()
+    let named = addresses.filter_map(|one| Some((one.interface_name, ip_of(&one.address?)?)));
+    // An IPv4 address may have a label instead, which begins with the name: br0:1.
+    named.map(|(name, ip)| (name.split(':').next().unwrap_or_default().to_string(), ip)).collect()
 }
 
 fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {

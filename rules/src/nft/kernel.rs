@@ -15,7 +15,7 @@ use mnl::{Bus, Socket};
 use nfqd_shmctl::{MacAddr, Protocol, RuleId};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
@@ -98,9 +98,6 @@ pub struct Reply {
     /// Whether it is at its end.
     pub ends: bool,
 }
-
-/// The maps by slot that count: what goes to backends, and what comes from them.
-const BACKEND_COUNTERS: [&str; 3] = ["backend_mac", "backend_vip4", "backend_vip6"];
 
 /// The maps of flows: what their names end in, and their protocols.
 const FLOW_MAPS: [(&str, Protocol); 8] = [
@@ -386,27 +383,16 @@ impl Kernel {
                 }
             }
         }
-        for map in BACKEND_COUNTERS {
-            self.add_backend_counters(map, |_| true, &mut out)?;
+        for (name, is_to) in [("backend_mac", true), ("backend_vip4", false), ("backend_vip6", false)] {
+            for element in self.elements(Family::Bridge, name)? {
+                let edition: Option<Edition> = element.comment.as_ref().and_then(|text| text.parse().ok());
+                let Some((edition, counted)) = edition.zip(element.counted) else { continue };
+                let (to, from) = if is_to { (counted, (0, 0)) } else { ((0, 0), counted) };
+                out.add_backend(edition.key(), to, from);
+            }
         }
         self.add_chain_counters(None, &mut out)?;
         Ok(out)
-    }
-
-    fn add_backend_counters(
-        &mut self,
-        map: &str,
-        counts: impl Fn(&FoundElement) -> bool,
-        out: &mut Counters,
-    ) -> Result<(), KernelError> {
-        for element in self.elements(Family::Bridge, map)?.iter().filter(|element| counts(element)) {
-            let edition: Option<Edition> = element.comment.as_ref().and_then(|text| text.parse().ok());
-            let Some((edition, counted)) = edition.zip(element.counted) else { continue };
-            let is_to = map == BACKEND_COUNTERS[0];
-            let (to, from) = if is_to { (counted, (0, 0)) } else { ((0, 0), counted) };
-            out.add_backend(edition.key(), to, from);
-        }
-        Ok(())
     }
 
     /// The number by which the kernel's notifications name what this socket did.
@@ -580,21 +566,16 @@ impl Kernel {
         result
     }
 
-    /// Removes the slots that a change has left. What they have counted comes back.
+    /// Removes the slots that a change has left.
     ///
     /// # Errors
     /// When the kernel refuses; nothing is changed then.
-    pub fn finish(&mut self, change: &Change) -> Result<Counters, KernelError> {
-        let (mut batch, mut counted) = (self.batch(), Counters::default());
+    pub fn finish(&mut self, change: &Change) -> Result<(), KernelError> {
+        let mut batch = self.batch();
         for (name, gone) in change.leftovers() {
-            if BACKEND_COUNTERS.contains(&name.as_str()) {
-                let keys: BTreeSet<Vec<u8>> =
-                    gone.keys().map(|key| key.iter().flat_map(|value| value.bytes()).collect()).collect();
-                self.add_backend_counters(name, |element| keys.contains(&element.key), &mut counted)?;
-            }
             batch.delete_elements(Family::Bridge, name, gone);
         }
-        self.commit(batch).map(|()| counted)
+        self.commit(batch)
     }
 
     fn add_chain_counters(&mut self, chain: Option<&str>, out: &mut Counters) -> Result<(), KernelError> {

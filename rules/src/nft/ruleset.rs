@@ -364,14 +364,12 @@ const OPERATIONS: [(Operation, &str); 8] = [
     (Operation::Pass, "pass"),
 ];
 
-/// The operation of these bits, and the chain that carries it out.
-fn element_of(bits: u32, chain: String) -> (Vec<Value>, Element) {
-    let to = ElementData::Verdict(Verdict::Goto(chain));
-    (vec![Value::Mark(bits)], Element { data: Some(to), ..Element::default() })
-}
-
 fn operation((operation, chain): (Operation, &str)) -> Vec<(Vec<Value>, Element)> {
-    let element = |ports: Ports| element_of(operation.bits(ports == Ports::Translated), ports.chain(chain));
+    let element = |ports: Ports| {
+        let to = ElementData::Verdict(Verdict::Goto(ports.chain(chain)));
+        let bits = operation.bits(ports == Ports::Translated);
+        (vec![Value::Mark(bits)], Element { data: Some(to), ..Element::default() })
+    };
     match operation {
         Operation::Pass => vec![element(Ports::Kept)],
         _ => PORTS.map(element).to_vec(),
@@ -466,9 +464,7 @@ impl Frame<'_> {
         }
         let mut operations =
             set_of(&[Type::Mark], verdicts, "what the engine says, and the chain that carries it out");
-        // A slot without an operation is left by a look-up whose backend has just gone.
-        let none = element_of(0, "finish".to_string());
-        operations.elements = OPERATIONS.into_iter().flat_map(operation).chain([none]).collect();
+        operations.elements = OPERATIONS.into_iter().flat_map(operation).collect();
         self.set("operations", operations);
         for (name, of, types) in [
             ("icmp_errors", Type::IcmpType, ICMP_ERRORS.map(Value::IcmpType).to_vec()),
@@ -656,6 +652,15 @@ impl Frame<'_> {
                         "the way back; the mark is put back",
                     ));
                 }
+            }
+            reply.push(commented(
+                vec![
+                    Statement::Is(Field::Mark(!INDEX), Value::Mark(0)),
+                    Statement::SetMark { keep: 0, set: 0 },
+                ],
+                "a known flow whose backend has gone has left its slot",
+            ));
+            for transport in TRANSPORTS {
                 let direct = Statement::In(reply_key(ip), transport.name("direct", ip));
                 // What a backend says of itself to a balanced middlebox may still be redirected.
                 reply.push(rule([transport.is_whole(ip), vec![direct, verdict(Verdict::Return)]].concat()));
@@ -675,7 +680,7 @@ impl Frame<'_> {
         let operation = Field::Mark(OPERATION);
         let learn = vec![
             commented(
-                vec![Statement::Is(Field::Mark(OURS), Value::Mark(0)), accept()],
+                vec![Statement::Is(operation, Value::Mark(0)), accept()],
                 "not from the engine, or nothing to do",
             ),
             rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
