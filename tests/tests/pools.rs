@@ -277,6 +277,12 @@ fn no_mark_of_ours_leaves_when_a_backend_goes() {
             assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1.ip(), IpAddr::from(VM));
         }
         assert_eq!(counted("marked"), 0);
+        // What others mark behind us is theirs.
+        run("nft add chain bridge watch marks { type filter hook prerouting priority 0 ; }");
+        run("nft add rule bridge watch marks icmp type echo-request meta mark set 0x4000");
+        run("nft insert rule bridge watch leaves meta mark 0x4000 counter accept comment theirs");
+        scene.client.run(&format!("ping -q -c 1 -W 2 {}", backend_ip(0)));
+        assert_eq!(counted("theirs"), 1);
         daemon.must(&format!("X {VM_MAC} L {VM}:53/udp"));
         let before = counted("seen");
         for _ in 0..5 {
