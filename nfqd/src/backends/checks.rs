@@ -157,7 +157,7 @@ fn on_bridge(ip: IpAddr, kind: SockType, bridge: &str) -> Result<OwnedFd, Errno>
 }
 
 /// Begins a connection; none when it is there already. An answer must find its way to the bridge: without an address there IPv4
-/// would ask from another interface's, or from none (`fib_select_default`, `inet_select_addr`), and hear nothing.
+/// would ask from another interface's, or from none (`inet_select_addr` in net/ipv4/devinet.c), and hear nothing.
 fn begin(
     (ip, port): Target,
     bridge: &str,

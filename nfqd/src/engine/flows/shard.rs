@@ -175,16 +175,15 @@ impl Shard {
         }
         let entry = &mut self.entries[at as usize];
         let (slot, before) = (entry.slot, entry.state);
-        let current = current(slot);
         // A backend that repeats what it has said begins nothing.
         let is_another = match (entry.state, event, entry.expects) {
             (State::Closing, Event::Accepts(number), Some(Expects::Number(said))) => number != said,
             (State::Closing, Event::Accepts(_), _) => true,
             _ => false,
         };
-        if current.is_none() {
-            return Some(Found { slot, current, state: before, learn: false, is_another });
-        }
+        let Some(current) = current(slot) else {
+            return Some(Found { slot, current: None, state: before, learn: false, is_another });
+        };
         match event {
             Event::Accepts(number) => entry.expects = Some(Expects::Number(number)),
             Event::Answer => entry.expects = entry.expects.or(Some(Expects::Anything)),
@@ -213,7 +212,7 @@ impl Shard {
             _ => entry.reset_by.filter(|_| after == State::Closing),
         };
         // What the kernel remembers of another slot is of no use any more.
-        if current.is_some_and(|current| current != slot) {
+        if current != slot {
             (entry.learn_forward, entry.learn_backward) = (0, 0);
         }
         let next = match sender {
@@ -228,14 +227,14 @@ impl Shard {
         self.unlink(at);
         let entry = &mut self.entries[at as usize];
         entry.state = after;
-        entry.slot = current.unwrap_or(slot);
+        entry.slot = current;
         entry.seen = now.max(entry.seen);
         self.link(at);
-        if before.is_live() != after.is_live() || current.is_some_and(|current| current != slot) {
+        if before.is_live() != after.is_live() || current != slot {
             live.count(slot, before, false);
-            live.count(current.unwrap_or(slot), after, true);
+            live.count(current, after, true);
         }
-        Some(Found { slot, current, state: after, learn, is_another })
+        Some(Found { slot, current: Some(current), state: after, learn, is_another })
     }
 
     pub(super) fn put(&mut self, mut entry: Entry, hashes: Hashes) {
