@@ -1,4 +1,4 @@
-//! Finds the ivshmem device of this VM, without any driver: sysfs maps its memory.
+//! The ivshmem device of this VM, without any driver: sysfs maps its memory.
 
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ const VENDOR: &str = "0x1af4";
 const DEVICE: &str = "0x1110";
 const DEVICES: &str = "/sys/bus/pci/devices";
 
-/// `--device`.
+/// The value of `--device`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Device {
     /// The first ivshmem device.
@@ -26,51 +26,55 @@ impl FromStr for Device {
         if text == "auto" {
             return Ok(Device::Auto);
         }
-        let address = text.bytes().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.'));
+        let address =
+            text.bytes().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.'));
         if text.is_empty() || !address {
             return Err(format!(
                 "'{text}' is no PCI address; write auto, or one like 0000:00:04.0 (lspci -D shows them)"
             ));
         }
-        // The domain may be left out, as lspci does.
+        // The domain may be left out, as lspci does by default.
         let domain = if text.matches(':').count() == 1 { "0000:" } else { "" };
         Ok(Device::At(format!("{domain}{text}")))
     }
 }
 
-/// Why there is no device.
+/// The reason there is no device.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// None in this VM.
+    /// There is none in this VM.
     #[error(
         "no ivshmem device in this VM; give it '-object memory-backend-file,id=nfqd,share=on,mem-path=PATH,size=1M -device \
          ivshmem-plain,memdev=nfqd', with PATH as --shm of nfqd on the host"
     )]
     None,
-    /// Not at this address.
-    #[error("{0} is no ivshmem device (vendor {VENDOR}, device {DEVICE}); --device auto looks for one")]
+    /// There is none at this address.
+    #[error(
+        "{0} is no ivshmem device (vendor {VENDOR}, device {DEVICE}); --device auto looks for one"
+    )]
     Other(String),
-    /// It cannot be switched on.
+    /// The device cannot be switched on.
     #[error("{path}: {source}; run as root")]
     Enable {
         /// The file that switches it on.
         path: PathBuf,
-        /// What the system said.
+        /// The system's reason.
         source: io::Error,
     },
 }
 
-/// The file that maps the device's shared memory (BAR 2), after switching the device on.
+/// Switches the device on, and returns the file that maps its shared memory (BAR 2).
 ///
 /// # Errors
-/// When there is no such device, or it cannot be switched on.
+/// If there is no such device, or it cannot be switched on.
 pub fn memory(device: &Device) -> Result<PathBuf, DeviceError> {
     find(Path::new(DEVICES), device)
 }
 
 fn find(devices: &Path, device: &Device) -> Result<PathBuf, DeviceError> {
     let is_ivshmem = |path: &Path| {
-        let id = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_string();
+        let id =
+            |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_string();
         id("vendor") == VENDOR && id("device") == DEVICE
     };
     let path = match device {
@@ -115,7 +119,10 @@ mod tests {
         assert_eq!(fs::read_to_string(first.join("enable")).unwrap(), "1");
         let named = "00:05.0".parse().unwrap();
         assert_eq!(find(dir.path(), &named).unwrap(), dir.path().join("0000:00:05.0/resource2"));
-        assert!(matches!(find(dir.path(), &"00:01.0".parse().unwrap()), Err(DeviceError::Other(_))));
+        assert!(matches!(
+            find(dir.path(), &"00:01.0".parse().unwrap()),
+            Err(DeviceError::Other(_))
+        ));
         assert!(matches!(find(Path::new("/nowhere"), &Device::Auto), Err(DeviceError::None)));
         assert!("../../etc".parse::<Device>().is_err());
     }

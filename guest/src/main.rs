@@ -1,25 +1,26 @@
 //! The command writer inside a middlebox VM: one command in, the host's reply out.
 //!
-//! Exit codes: 0 accepted; 1 refused, with the reason on standard error; 2 usage; 3 no device, or nobody took it.
+//! Exit codes: 0 accepted; 1 rejected, with the reason on standard error; 2 usage; 3 no device, or
+//! nobody took the command.
 
 mod device;
 
 use clap::Parser;
 use device::Device;
-use nfqd_shmctl::Region;
-use nfqd_shmctl::mailbox::{SendError, send_command, send_frame};
+use nfqd_shmctl::mailbox::guest::{SendError, send_command, send_message};
+use nfqd_shmctl::{Region, Reply};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Asks the host of this VM for header filters and load balancing.
+/// Asks the host of this VM for header filters and load balancing
 #[derive(Parser)]
 #[command(
     version,
     after_help = "Examples:\n  nfqd-guest R F 12:13:14:15:16:17 10.129.126.15\n  nfqd-guest A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8\n  nfqd-guest -w '@X 12:13:14:15:16:17 F@'"
 )]
 struct Cli {
-    /// Write a frame into the mailbox, the original's way
+    /// Write a message into the mailbox, the original's way
     #[arg(
         short = 'w',
         value_name = "@COMMAND@",
@@ -30,7 +31,7 @@ struct Cli {
     /// The ivshmem device
     #[arg(long, value_name = "auto|PCI-ADDRESS", default_value = "auto", conflicts_with = "shm")]
     device: Device,
-    /// A region that is mapped already, instead of a device
+    /// A region that is mapped already, instead of the device
     #[arg(long, value_name = "PATH")]
     shm: Option<PathBuf>,
     /// Seconds to wait until the host takes the command
@@ -42,7 +43,8 @@ struct Cli {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let seconds =
+        text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
         .filter(|time| *time <= Duration::from_secs(86400))
         .ok_or_else(|| "write a number of seconds, like 5 or 0.5".to_string())
@@ -58,19 +60,12 @@ fn main() -> ExitCode {
         }
     };
     let result = match &cli.write {
-        Some(frame) => send_frame(&region, frame, cli.timeout),
+        Some(message) => send_message(&region, message, cli.timeout),
         None => send_command(&region, &cli.command.join(" "), cli.timeout),
     };
     match result {
-        Ok(reply) if reply.starts_with("OK") && reply.lines().all(|line| line.starts_with("OK")) => {
-            println!("{reply}");
-            ExitCode::SUCCESS
-        }
-        Ok(reply) => {
-            eprintln!("{reply}");
-            ExitCode::FAILURE
-        }
-        Err(error @ SendError::NotAFrame(_)) => {
+        Ok(replies) => print(&replies),
+        Err(error @ SendError::NotAMessage(_)) => {
             eprintln!("{error}");
             ExitCode::from(2)
         }
@@ -78,6 +73,18 @@ fn main() -> ExitCode {
             eprintln!("{error}");
             ExitCode::from(3)
         }
+    }
+}
+
+/// Prints the replies, to standard error if any command was rejected.
+fn print(replies: &[Reply]) -> ExitCode {
+    let text: Vec<String> = replies.iter().map(Reply::to_string).collect();
+    if replies.iter().all(Reply::is_ok) {
+        println!("{}", text.join("\n"));
+        ExitCode::SUCCESS
+    } else {
+        eprintln!("{}", text.join("\n"));
+        ExitCode::FAILURE
     }
 }
 

@@ -1,38 +1,62 @@
-//! What the bindings of all channels together say about middleboxes and backends.
+//! What the bindings of all channels together allow.
 
-use crate::channel::Channel;
+use crate::config::ShmSpec;
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 /// The channels that each MAC is bound to.
 pub struct Bindings<'a> {
-    channels: BTreeMap<MacAddr, Vec<&'a Channel>>,
+    channels: BTreeMap<MacAddr, Vec<&'a ShmSpec>>,
 }
 
 impl<'a> Bindings<'a> {
-    /// The bindings of these channels.
-    pub fn new(channels: &'a [Channel]) -> Bindings<'a> {
+    /// The bindings of channels with these specifications.
+    pub fn new(specs: impl Iterator<Item = &'a ShmSpec>) -> Bindings<'a> {
         let mut out = Bindings { channels: BTreeMap::new() };
-        for channel in channels {
-            for mac in &channel.spec().macs {
-                out.channels.entry(*mac).or_default().push(channel);
+        for spec in specs {
+            for mac in &spec.macs {
+                out.channels.entry(*mac).or_default().push(spec);
             }
         }
         out
     }
 
-    /// Whether both are bound, and no channel speaks for both.
+    /// Whether both MACs are bound, and no channel speaks for both.
     pub fn are_apart(&self, one: MacAddr, other: MacAddr) -> bool {
         match (self.channels.get(&one), self.channels.get(&other)) {
-            (Some(its), Some(_)) => !its.iter().any(|channel| channel.spec().macs.contains(&other)),
+            (Some(its), Some(_)) => !its.iter().any(|spec| spec.macs.contains(&other)),
             _ => false,
         }
     }
 
-    /// Whether a channel that a middlebox is bound to may redirect to this address, or it is bound to none.
-    pub fn allow(&self, middlebox: MacAddr, ip: IpAddr) -> bool {
-        let may = |channel: &&Channel| channel.spec().may_redirect_to(ip);
-        self.channels.get(&middlebox).is_none_or(|channels| channels.iter().any(may))
+    /// Whether a channel that a middlebox is bound to may redirect to an address, or it is bound to
+    /// none.
+    pub fn may_redirect_to(&self, middlebox: MacAddr, ip: IpAddr) -> bool {
+        let Some(specs) = self.channels.get(&middlebox) else { return true };
+        specs.iter().any(|spec| spec.may_redirect_to(ip))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_that_several_channels_speak_for_may_do_what_any_of_them_may() {
+        let specs: Vec<ShmSpec> = [
+            "/a,mac=2:0:0:0:0:1,mac=2:0:0:0:0:2,to=10.0.0.0/24",
+            "/b,mac=2:0:0:0:0:2,to=10.1.0.0/24",
+            "/c,mac=2:0:0:0:0:3",
+        ]
+        .map(|spec| spec.parse().unwrap())
+        .to_vec();
+        let bindings = Bindings::new(specs.iter());
+        let mac = |last: u8| MacAddr([2, 0, 0, 0, 0, last]);
+        assert!(!bindings.are_apart(mac(1), mac(2)) && bindings.are_apart(mac(1), mac(3)));
+        assert!(!bindings.are_apart(mac(1), mac(9)), "unbound");
+        let may = |last: u8, ip: [u8; 4]| bindings.may_redirect_to(mac(last), IpAddr::from(ip));
+        assert!(may(2, [10, 0, 0, 1]) && may(2, [10, 1, 0, 1]) && !may(1, [10, 1, 0, 1]));
+        assert!(may(3, [10, 9, 9, 9]) && may(9, [10, 9, 9, 9]));
     }
 }

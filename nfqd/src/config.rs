@@ -1,23 +1,25 @@
-//! What the daemon is told: flags, and a file of the same names which flags win over.
+//! The configuration: flags, and a file with the same names; flags win.
 
+use crate::observe::control_socket::SocketPaths;
 use clap::Args;
-use nfqd_rules::nft::ruleset::FastPath;
+use nfqd_rules::nft::options::FastPath;
 use nfqd_shmctl::{AddressRange, MacAddr};
 use serde::Deserialize;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// The daemon's flags. Each may stand in the file of `--config` under the same name.
+/// The flags of the daemon. Each may be in the file of `--config` under the same name.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Options {
-    /// NFQUEUE numbers, a thread each: N or N-M [default: 0-3]
+pub struct DaemonArgs {
+    /// NFQUEUE numbers, with a thread each: N or N-M [default: 0-3]
     #[arg(long, value_name = "N|N-M")]
     pub queue: Option<QueueRange>,
 
-    /// An ivshmem-plain region, made (1 MiB) when it is not there; repeatable, one a VM. mac= (repeatable) binds it to
-    /// the MACs it may speak for, to= (repeatable) to the addresses it may redirect to
+    /// An ivshmem-plain region, created (1 MiB) if it does not exist; repeatable, one per VM. mac=
+    /// (repeatable) binds it to the MACs it may speak for, to= (repeatable) to the addresses it may
+    /// redirect to
     #[arg(long, value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...")]
     #[serde(default)]
     pub shm: Vec<ShmSpec>,
@@ -30,22 +32,26 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
 
-    /// What the kernel does without the engine [default: full]. With off, a full queue lets through what --fail open says,
-    /// filters included: it is for comparing the two
+    /// The share of the work that the kernel does without the engine [default: full]. With off, a
+    /// full queue bypasses filters as well, as --fail open says: it is for comparing the two
     #[arg(long, value_name = "full|off")]
     pub fast_path: Option<FastPathChoice>,
 
-    /// How frames get into the queue [default: auto]
+    /// The path of frames into the queues [default: auto]
     #[arg(long, value_name = "auto|native|br-netfilter")]
     pub steer: Option<SteerChoice>,
 
-    /// What happens to queued traffic when nfqd is not there [default: open]
+    /// What happens to queued packets when nfqd is not running [default: open]
     #[arg(long, value_name = "open|closed")]
     pub fail: Option<FailChoice>,
 
-    /// Where 'nfqd status' finds the daemon [default: /run/nfqd.sock]
+    /// The socket for every request [default: /run/nfqd/control]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// The socket for requests that change nothing [default: observe, beside --control]
+    #[arg(long, value_name = "PATH")]
+    pub observe: Option<PathBuf>,
 
     /// A TOML file with the same names; flags win
     #[arg(long, value_name = "FILE")]
@@ -53,11 +59,15 @@ pub struct Options {
     pub config: Option<PathBuf>,
 }
 
-/// Where `nfqd status` finds the daemon.
-pub const DEFAULT_CONTROL: &str = "/run/nfqd.sock";
+/// The default path of the control socket.
+pub const DEFAULT_CONTROL: &str = "/run/nfqd/control";
+/// The default path of the observation socket.
+pub const DEFAULT_OBSERVE: &str = "/run/nfqd/observe";
+/// The path of the control socket before 0.1.0.
+pub const LEGACY_CONTROL: &str = "/run/nfqd.sock";
 const DEFAULT_STATE: &str = "/var/lib/nfqd";
 
-/// `--fast-path`.
+/// The value of `--fast-path`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum FastPathChoice {
@@ -67,98 +77,116 @@ pub enum FastPathChoice {
     Off,
 }
 
-/// `--steer`.
+/// The value of `--steer`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum SteerChoice {
-    /// Native where the kernel can, br-netfilter otherwise.
+    /// Native if the kernel supports it, br-netfilter otherwise.
     Auto,
     /// The nft queue expression.
     Native,
-    /// By br_netfilter and the xt target NFQUEUE.
+    /// br_netfilter and the xt target NFQUEUE.
     BrNetfilter,
 }
 
-/// `--fail`.
+/// The value of `--fail`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailChoice {
-    /// It goes on, as if there were no nfqd; what the fast path knows still holds.
+    /// Packets pass, as if there were no nfqd; the fast path still works.
     Open,
-    /// It is dropped.
+    /// Packets are dropped.
     Closed,
 }
 
-/// `--queue`: at most 64 numbers.
+/// The value of `--queue`: at most 64 numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(try_from = "String")]
 pub struct QueueRange {
     /// The first number.
     pub first: u16,
-    /// How many.
+    /// How many numbers.
     pub count: u16,
 }
 
-impl FromStr for QueueRange {
-    type Err = String;
+/// The reason a configuration is not valid. The text names the file and the line, if there are any.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The value of `--queue`.
+    #[error("'{0}' is not a range of queues; write N or N-M, like 0-3, with at most 64 numbers")]
+    Queues(String),
+    /// A region without a path.
+    #[error("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...")]
+    NoPath,
+    /// A word behind the path of a region.
+    #[error("'{0}' behind the path is neither mac=MAC nor to=ADDRESS[/LENGTH]")]
+    Binding(String),
+    /// The file of `--config`.
+    #[error("{path}: {message}")]
+    File {
+        /// The path of the file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+}
 
-    fn from_str(text: &str) -> Result<QueueRange, String> {
-        let wrong =
-            || format!("'{text}' is no range of queues; write N or N-M, like 0-3, with at most 64 numbers");
-        let (first, last) = text.split_once('-').unwrap_or((text, text));
-        let number = |text: &str| -> Result<u16, String> {
+impl FromStr for QueueRange {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<QueueRange, ConfigError> {
+        let wrong = || ConfigError::Queues(text.to_string());
+        let number = |text: &str| -> Option<u16> {
             let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-            if digits { text.parse().map_err(|_| wrong()) } else { Err(wrong()) }
+            if digits { text.parse().ok() } else { None }
         };
-        let (first, last) = (number(first)?, number(last)?);
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let (first, last) = number(first).zip(number(last)).ok_or_else(wrong)?;
         let count = last.checked_sub(first).and_then(|n| n.checked_add(1)).filter(|n| *n <= 64);
         Ok(QueueRange { first, count: count.ok_or_else(wrong)? })
     }
 }
 
 impl TryFrom<String> for QueueRange {
-    type Error = String;
+    type Error = ConfigError;
 
-    fn try_from(text: String) -> Result<QueueRange, String> {
+    fn try_from(text: String) -> Result<QueueRange, ConfigError> {
         text.parse()
     }
 }
 
-/// `--shm`: a region, the MACs that may be spoken for there, and the addresses that may be redirected to. None of a
-/// kind means every one.
+/// The value of `--shm`: a region and the binding of its channel. Without MACs the guest may speak
+/// for every one, without addresses it may redirect to every one.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(try_from = "String")]
 pub struct ShmSpec {
-    /// The region.
+    /// The path of the region.
     pub path: PathBuf,
-    /// The MACs.
+    /// The MACs that the guest may speak for.
     pub macs: Vec<MacAddr>,
-    /// The addresses.
+    /// The addresses that it may redirect to.
     pub to: Vec<AddressRange>,
 }
 
 impl ShmSpec {
-    /// Whether the channel's `to=` has this address; without any it has all.
+    /// Whether the guest may redirect to an address.
     pub fn may_redirect_to(&self, ip: IpAddr) -> bool {
         self.to.is_empty() || self.to.iter().any(|range| range.contains(ip))
     }
 }
 
 impl FromStr for ShmSpec {
-    type Err = String;
+    type Err = ConfigError;
 
-    fn from_str(text: &str) -> Result<ShmSpec, String> {
+    fn from_str(text: &str) -> Result<ShmSpec, ConfigError> {
         let mut parts = text.split(',');
-        let path = parts
-            .next()
-            .filter(|path| !path.is_empty())
-            .ok_or("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...")?;
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
         let mut spec = ShmSpec { path: PathBuf::from(path), macs: Vec::new(), to: Vec::new() };
         for part in parts {
-            let wrong = || format!("'{part}' behind the path is neither mac=MAC nor to=ADDRESS[/LENGTH]");
+            let wrong = || ConfigError::Binding(part.to_string());
             match part.split_once('=') {
-                Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|()| wrong())?),
-                Some(("to", to)) => spec.to.push(to.parse().map_err(|()| wrong())?),
+                Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|_| wrong())?),
+                Some(("to", to)) => spec.to.push(to.parse().map_err(|_| wrong())?),
                 _ => return Err(wrong()),
             }
         }
@@ -167,66 +195,85 @@ impl FromStr for ShmSpec {
 }
 
 impl TryFrom<String> for ShmSpec {
-    type Error = String;
+    type Error = ConfigError;
 
-    fn try_from(text: String) -> Result<ShmSpec, String> {
+    fn try_from(text: String) -> Result<ShmSpec, ConfigError> {
         text.parse()
     }
 }
 
-/// The configuration, complete.
+/// The complete configuration.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
     /// NFQUEUE numbers.
     pub queues: QueueRange,
-    /// Regions.
+    /// The regions.
     pub shm: Vec<ShmSpec>,
-    /// Commands to apply at start.
+    /// The file of commands to apply at start.
     pub commands: Option<PathBuf>,
-    /// Where registrations are kept.
+    /// The directory of registrations.
     pub state: PathBuf,
-    /// What the kernel does alone.
+    /// The share of the work that the kernel does.
     pub fast_path: FastPath,
-    /// How frames get into the queue.
+    /// The path of frames into the queues.
     pub steer: SteerChoice,
     /// What happens without nfqd.
     pub fail: FailChoice,
-    /// Where `nfqd status` asks.
-    pub control: PathBuf,
+    /// The paths of the sockets.
+    pub sockets: SocketPaths,
 }
 
-impl Options {
-    /// The configuration of these flags, of the file they name, and of the defaults.
+impl DaemonArgs {
+    /// Returns the configuration of these flags, of the file that they name, and of the defaults.
     ///
     /// # Errors
-    /// When the file cannot be read or says what it must not; the text names the line.
-    pub fn resolve(&self) -> Result<Config, String> {
+    /// If the file cannot be read or is not valid; the text names the line.
+    pub fn resolve(&self) -> Result<Config, ConfigError> {
         let file = match &self.config {
-            Some(path) => Options::read(path)?,
-            None => Options::default(),
+            Some(path) => DaemonArgs::read(path)?,
+            None => DaemonArgs::default(),
         };
         let fast_path = match self.fast_path.or(file.fast_path) {
             Some(FastPathChoice::Off) => FastPath::Off,
             _ => FastPath::Full,
         };
-        let path = |flag: &Option<PathBuf>, file: Option<PathBuf>, default: &str| {
-            flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
-        };
+        let state = self.state.clone().or(file.state);
+        let control = self.control.clone().or(file.control);
+        let observe = self.observe.clone().or(file.observe);
         Ok(Config {
             queues: self.queue.or(file.queue).unwrap_or(QueueRange { first: 0, count: 4 }),
             shm: if self.shm.is_empty() { file.shm } else { self.shm.clone() },
             commands: self.commands.clone().or(file.commands),
-            state: path(&self.state, file.state, DEFAULT_STATE),
+            state: state.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE)),
             fast_path,
             steer: self.steer.or(file.steer).unwrap_or(SteerChoice::Auto),
             fail: self.fail.or(file.fail).unwrap_or(FailChoice::Open),
-            control: path(&self.control, file.control, DEFAULT_CONTROL),
+            sockets: socket_paths(control, observe),
         })
     }
 
-    fn read(path: &Path) -> Result<Options, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
+    fn read(path: &Path) -> Result<DaemonArgs, ConfigError> {
+        let error = |message| ConfigError::File { path: path.to_path_buf(), message };
+        let text = std::fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
+        toml::from_str(&text).map_err(|source| error(source.to_string()))
+    }
+}
+
+/// Returns the paths of the sockets. The old path is used beside the default one, and is what
+/// `--control /run/nfqd.sock` means.
+fn socket_paths(control: Option<PathBuf>, observe: Option<PathBuf>) -> SocketPaths {
+    let is_legacy = |path: &PathBuf| path == Path::new(LEGACY_CONTROL);
+    let is_default = control.as_ref().is_none_or(is_legacy);
+    let control =
+        control.filter(|path| !is_legacy(path)).unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL));
+    let beside = match control.file_name().and_then(|name| name.to_str()) {
+        Some("control") | None => control.with_file_name("observe"),
+        Some(name) => control.with_file_name(format!("{name}.observe")),
+    };
+    SocketPaths {
+        observe: observe.unwrap_or(beside),
+        control,
+        legacy: is_default.then(|| PathBuf::from(LEGACY_CONTROL)),
     }
 }
 
@@ -240,7 +287,7 @@ mod tests {
         assert_eq!("7".parse(), Ok(QueueRange { first: 7, count: 1 }));
         assert_eq!("65535".parse(), Ok(QueueRange { first: 65535, count: 1 }));
         for bad in ["", "-", "3-0", "0-64", "a", "0-", "+1", "65536", "0-3-5", "0-65535"] {
-            let error = bad.parse::<QueueRange>().unwrap_err();
+            let error = bad.parse::<QueueRange>().unwrap_err().to_string();
             assert!(error.contains(&format!("'{bad}'")), "{error}");
         }
     }
@@ -252,7 +299,11 @@ mod tests {
         let spec: ShmSpec = "/x,to=10.0.0.0/8,to=2001:db8::1".parse().unwrap();
         let may = |ip: &str| spec.to.iter().any(|to| to.contains(ip.parse().unwrap()));
         assert!(
-            may("10.255.0.1") && may("2001:db8::1") && !may("11.0.0.0") && !may("2001:db8::2") && !may("::1")
+            may("10.255.0.1")
+                && may("2001:db8::1")
+                && !may("11.0.0.0")
+                && !may("2001:db8::2")
+                && !may("::1")
         );
         for bad in [
             "/x,to=10.0.0.0/33",
@@ -277,13 +328,35 @@ mod tests {
             "queue = \"4-5\"\nshm = [\"/x,mac=2:0:0:0:0:1\"]\nfast-path = \"off\"\nfail = \"closed\"\n",
         )
         .unwrap();
-        let flags =
-            Options { config: Some(path.clone()), fail: Some(FailChoice::Open), ..Options::default() };
+        let flags = DaemonArgs {
+            config: Some(path.clone()),
+            fail: Some(FailChoice::Open),
+            ..DaemonArgs::default()
+        };
         let config = flags.resolve().unwrap();
-        assert_eq!((config.queues.first, config.queues.count, config.fast_path), (4, 2, FastPath::Off));
+        assert_eq!(
+            (config.queues.first, config.queues.count, config.fast_path),
+            (4, 2, FastPath::Off)
+        );
         assert_eq!((config.fail, config.shm.len()), (FailChoice::Open, 1));
         std::fs::write(&path, "queue = \"0-3\"\nfastpath = \"off\"\n").unwrap();
-        let error = flags.resolve().unwrap_err();
+        let error = flags.resolve().unwrap_err().to_string();
         assert!(error.contains("fastpath") && error.contains("line 2"), "{error}");
+    }
+
+    #[test]
+    fn the_sockets_are_side_by_side_and_the_old_path_is_understood() {
+        let paths = |control: Option<&str>| {
+            let control = control.map(PathBuf::from);
+            let args = DaemonArgs { control, ..DaemonArgs::default() };
+            args.resolve().unwrap().sockets
+        };
+        let default = paths(None);
+        assert_eq!(default.control, Path::new("/run/nfqd/control"));
+        assert_eq!(default.observe, Path::new("/run/nfqd/observe"));
+        assert_eq!(default.legacy.as_deref(), Some(Path::new("/run/nfqd.sock")));
+        assert_eq!(paths(Some("/run/nfqd.sock")), default);
+        let other = paths(Some("/tmp/a.sock"));
+        assert_eq!((other.observe, other.legacy), (PathBuf::from("/tmp/a.sock.observe"), None));
     }
 }

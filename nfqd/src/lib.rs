@@ -1,23 +1,28 @@
-//! nfqd: enforces on a KVM host's bridge what its middlebox VMs ask for.
+//! nfqd: enforces on the bridges of a KVM host what its middlebox VMs ask for.
 //!
-//! A packet's way: [`queue`], [`worker`], [`engine`], and back. A command's way: [`channel`], [`daemon`], [`enforce`] (the kernel
-//! and the engine's snapshot), [`state`] (the disk). `docs/ARCHITECTURE.md` shows both.
+//! * The way of a packet is [`packet_path`], with the pure [`engine`] in the middle.
+//! * The way of a command is [`command_path`], and then [`enforce`], which brings the desired state
+//!   to the kernel and the engine.
+//! * [`startup`] puts a daemon together, [`daemon`] runs it on the [`reactor`], [`reload`] reads its
+//!   configuration again.
+//! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
+//! * [`replay`] runs a capture through the engine.
+//!
+//! `docs/ARCHITECTURE.md` shows both ways step by step.
 
+pub mod api;
 pub mod backends;
 pub mod bindings;
-pub mod channel;
+pub mod cli;
+pub mod command_path;
 pub mod config;
 pub mod daemon;
 pub mod enforce;
 pub mod engine;
-pub mod held;
-pub mod inject;
-pub mod netlink;
-pub mod queue;
-pub mod refusal;
+pub mod observe;
+pub mod packet_path;
+mod rate_limiter;
+pub mod reactor;
+mod reload;
 pub mod replay;
-pub mod state;
-pub mod status;
-mod steer;
-pub mod watch;
-pub mod worker;
+pub mod startup;

@@ -1,23 +1,33 @@
-//! The policy of nfqd, without any packet I/O.
+//! The policy of nfqd and the fast path in nftables that implements it. No packet I/O.
 //!
 //! * [`Policy`]: what is registered, changed by one command at a time.
-//! * [`packet`]: what a frame says about itself.
-//! * [`decide`]: what a packet deserves; pure.
-//! * [`service`], [`pool`], [`maglev`]: load balancing, and which backend a new flow goes to.
-//! * [`rewrite`]: how a redirected frame looks.
-//! * [`mark`], [`slots`], [`nft`]: the fast path in nftables, which says the same in the kernel.
+//! * [`packet`]: the parsed headers of a frame.
+//! * [`filter`], [`service`]: filter rules and load-balanced services of a middlebox.
+//! * [`pool`], [`maglev`]: which backend a new flow goes to.
+//! * [`rewrite`]: the frame as it leaves.
+//! * [`slots`], [`ids`], [`mark`], [`timeouts`]: what the engine and the kernel share.
+//! * [`netlink`]: framing of netlink messages.
+//! * [`nft`]: the fast path, which decides in the kernel as the policy says.
+//!
+//! Nothing above `nft` knows nftables.
 
-mod classifier;
-pub mod decide;
+pub mod counter;
+pub mod desired;
 pub mod filter;
+pub mod ids;
 pub mod maglev;
 pub mod mark;
+pub mod netlink;
 pub mod nft;
 pub mod packet;
-mod policy;
+pub mod policy;
 pub mod pool;
 pub mod rewrite;
 pub mod service;
 pub mod slots;
+pub mod timeouts;
 
-pub use policy::{Filtered, Firewall, MAX_RULES, MAX_SERVICES, Middlebox, Policy};
+pub use counter::Counter;
+pub use desired::Desired;
+pub use ids::{MiddleboxId, SlotId};
+pub use policy::{FilterDecision, Firewall, Middlebox, Policy, PolicyError};

@@ -11,7 +11,7 @@
 //! | 0 | a flow: client address (16 bytes, IPv4 mapped), and without affinity its port, the address and the port it uses (16, 2, 2 bytes) and the protocol (1); numbers in network order |
 //! | 1, 2 | a backend: address (16 bytes), port (2 bytes, 0 for none); where its permutation begins, and its step |
 
-use crate::packet::{Ip, Ports};
+use crate::packet::{IpHeader, Ports};
 use nfqd_shmctl::BackendName;
 use siphasher::sip::SipHasher13;
 use std::net::IpAddr;
@@ -35,7 +35,7 @@ fn hash(seed: u32, purpose: u64, bytes: &[u8]) -> u64 {
 }
 
 /// The hash of a flow towards a service; with `affinity`, of its client's address alone.
-pub fn flow(seed: u32, affinity: bool, ip: &Ip) -> u64 {
+pub fn flow(seed: u32, affinity: bool, ip: &IpHeader) -> u64 {
     let mut text = [0; LONGEST];
     let (client, rest) = text.split_at_mut(16);
     client.copy_from_slice(&bytes(ip.source));
@@ -70,7 +70,12 @@ pub fn table(seed: u32, backends: &[(BackendName, u16)]) -> Vec<u8> {
             text[..16].copy_from_slice(&bytes(name.ip));
             text[16..].copy_from_slice(&name.port.unwrap_or(0).to_be_bytes());
             let at = |purpose: u64, of: usize| (hash(seed, purpose, &text) % of as u64) as usize;
-            Turns { next: at(1, PLACES), step: at(2, PLACES - 1) + 1, weight: u64::from(*weight), credit: 0 }
+            Turns {
+                next: at(1, PLACES),
+                step: at(2, PLACES - 1) + 1,
+                weight: u64::from(*weight),
+                credit: 0,
+            }
         })
         .collect();
     let mut out = vec![NOBODY; PLACES];
@@ -115,7 +120,10 @@ mod tests {
             for (backend, (_, weight)) in all.iter().enumerate() {
                 let share = table.iter().filter(|at| usize::from(**at) == backend).count() as f64;
                 let wanted = PLACES as f64 * f64::from(*weight) / sum;
-                assert!((share - wanted).abs() <= wanted * 0.01 + 1.0, "{count}: {share} of {wanted}");
+                assert!(
+                    (share - wanted).abs() <= wanted * 0.01 + 1.0,
+                    "{count}: {share} of {wanted}"
+                );
             }
         }
         assert!(table(7, &[]).is_empty());
@@ -142,7 +150,8 @@ mod tests {
     #[test]
     fn the_table_is_the_same_everywhere() {
         let table = table(42, &backends(5, u16::from));
-        let sum = table.iter().fold(0_u64, |sum, at| sum.wrapping_mul(31).wrapping_add(u64::from(*at)));
+        let sum =
+            table.iter().fold(0_u64, |sum, at| sum.wrapping_mul(31).wrapping_add(u64::from(*at)));
         assert_eq!((sum, &table[..8]), (10_171_114_403_380_122_792, &[4, 3, 3, 3, 1, 4, 4, 2][..]));
     }
 }

@@ -1,86 +1,99 @@
-//! The packet mark: how the fast path and the engine speak to each other, in one documented layout.
+//! The packet mark, through which the fast path and the engine talk to each other.
 //!
-//! | bits | what |
+//! | bits | content |
 //! |---|---|
-//! | 27–31 | [`Operation`]; those that rewrite have [`PORT`] with them when the port changes, too |
-//! | 8–26 | index: of a middlebox on the way to the engine, of a slot (a backend of a service) on the way back |
+//! | 27–31 | [`Operation`]; the rewriting ones carry [`PORT`] as well when the port changes |
+//! | 8–26 | identifier: a [`MiddleboxId`] on the way to the engine, a [`SlotId`] on the way back |
 //! | 0–7 | not ours: never changed |
 //!
 //! A frame carries our bits only between the two base chains of the bridge's prerouting hook.
 
-/// The bits that are ours.
+use crate::ids::{MAX_ID, MiddleboxId, SlotId};
+
+/// The bits that belong to nfqd.
 pub const OURS: u32 = 0xffff_ff00;
 /// The bits of the operation.
 pub const OPERATION: u32 = 0xf800_0000;
-/// The bits of the index.
-pub const INDEX: u32 = 0x07ff_ff00;
-/// The largest index. Index 0 means none.
-pub const MAX_INDEX: u32 = INDEX >> INDEX_SHIFT;
+/// The bits of the identifier.
+pub const ID: u32 = MAX_ID << ID_SHIFT;
 
-const INDEX_SHIFT: u32 = 8;
+const ID_SHIFT: u32 = 8;
 
-/// What the other side is to do.
+/// The operation that the receiver of a mark carries out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum Operation {
-    /// On its way to the engine. A frame that comes back with it was let through without a verdict.
-    Ask = 1 << 27,
+    /// On its way to the engine. A frame that comes back with it passed without a verdict.
+    Upcall = 1 << 27,
     /// Rewrite the destination to the slot's backend.
     Redirect = 2 << 27,
-    /// The same, and remember the flow.
-    RedirectLearn = 3 << 27,
-    /// The same, and remember it for a few seconds only: it is at its end.
-    RedirectClose = 4 << 27,
-    /// Rewrite the source to the address that the slot's clients know; nothing for slot 0.
+    /// [`Redirect`](Operation::Redirect), and cache the flow.
+    RedirectInstall = 3 << 27,
+    /// [`Redirect`](Operation::Redirect), and cache the flow for a few seconds only: it is closing.
+    RedirectExpire = 4 << 27,
+    /// Rewrite the source to the frontend of the slot; without a slot, rewrite nothing.
     Reply = 5 << 27,
-    /// The same, and remember the flow.
-    ReplyLearn = 6 << 27,
-    /// The same, and forget the flow.
-    ReplyClose = 7 << 27,
-    /// Rewrite nothing, and remember that the flow is the middlebox' own, which has a slot like a backend.
-    Pass = 8 << 27,
-    /// Rewrite the destination to the slot's backend, and forget what is remembered of another flow with these addresses and
-    /// ports.
-    RedirectOpen = 9 << 27,
+    /// [`Reply`](Operation::Reply), and cache the flow.
+    ReplyInstall = 6 << 27,
+    /// [`Reply`](Operation::Reply), and remove the flow from the cache.
+    ReplyExpire = 7 << 27,
+    /// Rewrite nothing, and cache that the flow is local: of the middlebox itself, which has a slot
+    /// like a backend.
+    Local = 8 << 27,
+    /// [`Redirect`](Operation::Redirect), and remove from the cache any other flow with these
+    /// addresses and ports.
+    RedirectInvalidate = 9 << 27,
 }
 
-/// With an operation that rewrites: the port, too.
+/// The bit beside a rewriting operation that has the port rewritten as well.
 pub const PORT: u32 = 16 << 27;
 
 impl Operation {
-    /// Those that rewrite.
+    /// The operations that rewrite.
     pub const REWRITING: [Operation; 7] = [
         Operation::Redirect,
-        Operation::RedirectOpen,
-        Operation::RedirectLearn,
-        Operation::RedirectClose,
+        Operation::RedirectInvalidate,
+        Operation::RedirectInstall,
+        Operation::RedirectExpire,
         Operation::Reply,
-        Operation::ReplyLearn,
-        Operation::ReplyClose,
+        Operation::ReplyInstall,
+        Operation::ReplyExpire,
     ];
 
-    /// Its bits, with those for the port.
+    /// Returns the bits of the operation; with `port` it rewrites the port as well.
     pub fn bits(self, port: bool) -> u32 {
         self as u32 | if port { PORT } else { 0 }
     }
 }
 
-/// The bits of an index, as the kernel's maps hold it too.
-pub fn index_bits(index: u32) -> u32 {
-    (index << INDEX_SHIFT) & INDEX
+/// Returns the bits of a slot, which are also its key in the kernel's maps.
+pub fn slot_bits(slot: SlotId) -> u32 {
+    slot.get() << ID_SHIFT
 }
 
-/// The index in a mark.
-pub fn index(mark: u32) -> u32 {
-    (mark & INDEX) >> INDEX_SHIFT
+/// Returns the bits of a packet on its way to the engine; the identifier names its middlebox where
+/// the queue does not show the destination MAC.
+pub fn upcall_bits(middlebox: Option<MiddleboxId>) -> u32 {
+    Operation::Upcall as u32 | middlebox.map_or(0, |id| id.get() << ID_SHIFT)
 }
 
-/// `mark` with our bits set to an operation on an index; `port` says whether it rewrites the port, too.
-pub fn with(mark: u32, operation: Operation, port: bool, at: u32) -> u32 {
-    (mark & !OURS) | operation.bits(port) | index_bits(at)
+/// Returns the slot that a mark names.
+pub fn slot(mark: u32) -> Option<SlotId> {
+    SlotId::new((mark & ID) >> ID_SHIFT)
 }
 
-/// `mark` without our bits.
+/// Returns the middlebox that the mark of a packet on its way to the engine names.
+pub fn middlebox(mark: u32) -> Option<MiddleboxId> {
+    MiddleboxId::new((mark & ID) >> ID_SHIFT)
+}
+
+/// Returns `mark` with our bits set to an operation on a slot; with `port` it rewrites the port as
+/// well.
+pub fn with(mark: u32, operation: Operation, port: bool, slot: Option<SlotId>) -> u32 {
+    (mark & !OURS) | operation.bits(port) | slot.map_or(0, slot_bits)
+}
+
+/// Returns `mark` without our bits.
 pub fn cleared(mark: u32) -> u32 {
     mark & !OURS
 }
@@ -90,19 +103,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_parts_do_not_overlap_and_foreign_bits_stay() {
-        assert_eq!(OPERATION | INDEX, OURS);
-        assert_eq!(OPERATION & INDEX, 0);
-        let mark = with(0xdead_beef, Operation::ReplyLearn, true, MAX_INDEX);
+    fn the_fields_do_not_overlap_and_foreign_bits_stay() {
+        assert_eq!((OPERATION | ID, OPERATION & ID), (OURS, 0));
+        let last = SlotId::new(MAX_ID).unwrap();
+        let mark = with(0xdead_beef, Operation::ReplyInstall, true, Some(last));
         assert_eq!(
-            (mark & !OURS, index(mark), mark & OPERATION),
-            (0xef, MAX_INDEX, Operation::ReplyLearn as u32 | PORT)
+            (mark & !OURS, slot(mark), mark & OPERATION),
+            (0xef, Some(last), Operation::ReplyInstall as u32 | PORT)
         );
-        assert_eq!(cleared(mark), 0xef);
-        let bits =
-            Operation::REWRITING.iter().flat_map(|operation| [operation.bits(false), operation.bits(true)]);
+        assert_eq!((cleared(mark), slot(0xff), middlebox(upcall_bits(None))), (0xef, None, None));
+        let id = MiddleboxId::new(7);
+        assert_eq!(middlebox(upcall_bits(id)), id);
+        let rewriting = Operation::REWRITING.iter().flat_map(|op| [op.bits(false), op.bits(true)]);
         let all: std::collections::BTreeSet<u32> =
-            bits.chain([Operation::Ask as u32, Operation::Pass as u32]).collect();
+            rewriting.chain([Operation::Upcall as u32, Operation::Local as u32]).collect();
         assert_eq!(all.len(), 16);
+    }
+
+    #[test]
+    fn identifiers_are_from_one_to_the_largest() {
+        assert_eq!((SlotId::new(0), SlotId::new(MAX_ID + 1)), (None, None));
+        assert_eq!(MiddleboxId::new(MAX_ID).map(MiddleboxId::get), Some(MAX_ID));
     }
 }

@@ -1,12 +1,14 @@
 //! Pools: which backend a new flow goes to.
 
+use crate::ids::SlotId;
 use crate::maglev;
-use crate::packet::Ip;
+use crate::packet::IpHeader;
 use crate::policy::Middlebox;
-use crate::service::{MAX_BACKENDS, Service};
+use crate::policy::limits::MAX_BACKENDS;
+use crate::service::Service;
 use crate::slots::{SlotKey, Slots};
 use imbl::OrdMap;
-use nfqd_shmctl::{BackendName, MacAddr, Method, Vip};
+use nfqd_shmctl::{BackendName, Frontend, MacAddr, Method};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
@@ -21,7 +23,7 @@ pub struct Member {
     /// Its share of new flows beside the others'.
     pub weight: u16,
     /// Its slot.
-    pub slot: u32,
+    pub slot: SlotId,
 }
 
 /// Some members of a pool, by their places.
@@ -63,11 +65,11 @@ pub struct Pool {
 impl Pool {
     /// A pool of a service, of those backends that new flows may go to.
     pub fn new(service: &Service, members: Vec<Member>) -> Pool {
-        let terms = service.terms();
+        let options = service.options();
         Pool {
             method: service.method(),
-            seed: terms.seed,
-            affinity: terms.affinity,
+            seed: options.seed,
+            affinity: options.affinity,
             credits: Mutex::new(vec![0; members.len()]),
             members,
             table: Arc::default(),
@@ -83,8 +85,8 @@ impl Pool {
     /// Chooses among the members that `fits`. `live` says how many flows a slot has.
     pub fn choose(
         &self,
-        ip: &Ip,
-        live: impl Fn(u32) -> u32,
+        ip: &IpHeader,
+        live: impl Fn(SlotId) -> u32,
         fits: impl Fn(&Member) -> bool,
     ) -> Option<Member> {
         match self.method {
@@ -136,7 +138,11 @@ impl Pool {
     }
 
     /// The one with the fewest live flows for its weight, the new one counted.
-    fn least(&self, live: impl Fn(u32) -> u32, fits: impl Fn(&Member) -> bool) -> Option<Member> {
+    fn least(
+        &self,
+        live: impl Fn(SlotId) -> u32,
+        fits: impl Fn(&Member) -> bool,
+    ) -> Option<Member> {
         let len = self.members.len().max(1);
         let start = self.start.fetch_add(1, Relaxed) % len;
         let lighter = |a: &(usize, &Member, u64), b: &(usize, &Member, u64)| {
@@ -153,14 +159,15 @@ impl Pool {
     }
 
     /// By the table; where that leads to a member that does not fit, on from there by a step of its own.
-    fn hashed(&self, ip: &Ip, fits: impl Fn(&Member) -> bool) -> Option<Member> {
+    fn hashed(&self, ip: &IpHeader, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         const TRIES: usize = 32;
         let table = self.table();
         let hash = maglev::flow(self.seed, self.affinity, ip);
         let (first, step) =
             (hash as usize % maglev::PLACES, 1 + (hash >> 32) as usize % (maglev::PLACES - 1));
         let member = |place: usize| self.members.get(usize::from(*table.get(place)?)).copied();
-        let tried = (0..TRIES).find_map(|turn| member((first + turn * step) % maglev::PLACES).filter(&fits));
+        let tried = (0..TRIES)
+            .find_map(|turn| member((first + turn * step) % maglev::PLACES).filter(&fits));
         tried.or_else(|| self.members.iter().find(|member| fits(member)).copied())
     }
 
@@ -198,13 +205,13 @@ impl Pool {
 /// The pools of all middleboxes. A clone costs nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Pools {
-    middleboxes: OrdMap<MacAddr, Arc<BTreeMap<Vip, Arc<Pool>>>>,
+    middleboxes: OrdMap<MacAddr, Arc<BTreeMap<Frontend, Arc<Pool>>>>,
 }
 
 impl Pools {
     /// The pool of a service.
-    pub fn get(&self, middlebox: MacAddr, vip: &Vip) -> Option<&Pool> {
-        self.middleboxes.get(&middlebox)?.get(vip).map(Arc::as_ref)
+    pub fn get(&self, middlebox: MacAddr, frontend: &Frontend) -> Option<&Pool> {
+        self.middleboxes.get(&middlebox)?.get(frontend).map(Arc::as_ref)
     }
 
     /// Makes the pools of one middlebox those of its services. A pool that is as before goes on where it was.
@@ -214,18 +221,23 @@ impl Pools {
             return;
         };
         let before = self.middleboxes.get(&mac).cloned();
-        let pool = |(vip, service): (&Vip, &Service)| {
+        let pool = |(frontend, service): (&Frontend, &Service)| {
             let member = |(name, backend): (&BackendName, &crate::service::Backend)| {
-                let slot = slots.get(&SlotKey { middlebox: mac, vip: *vip, backend: *name })?;
+                let slot =
+                    slots.get(&SlotKey { middlebox: mac, frontend: *frontend, backend: *name })?;
                 let usable = slot.mac.is_some() && slot.alive && !backend.draining;
-                usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.index })
+                usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.id })
             };
-            let mut new = Pool::new(service, service.backends().iter().filter_map(member).collect());
-            let old = before.as_ref().and_then(|before| before.get(vip));
+            let mut new =
+                Pool::new(service, service.backends().iter().filter_map(member).collect());
+            let old = before.as_ref().and_then(|before| before.get(frontend));
             if let Some(old) = old.filter(|old| old.hashes_like(&new)) {
                 new.table = Arc::clone(&old.table);
             }
-            (*vip, old.filter(|old| old.chooses_like(&new)).cloned().unwrap_or_else(|| Arc::new(new)))
+            (
+                *frontend,
+                old.filter(|old| old.chooses_like(&new)).cloned().unwrap_or_else(|| Arc::new(new)),
+            )
         };
         let pools = middlebox.services().iter().map(pool).collect();
         self.middleboxes.insert(mac, Arc::new(pools));
@@ -254,25 +266,27 @@ mod tests {
     use nfqd_shmctl::Command;
     use std::cell::Cell;
 
+    fn id(number: u32) -> SlotId {
+        SlotId::new(number).unwrap()
+    }
+
     fn service(line: &str) -> Service {
-        let Ok(Command::RegisterBalance { vip, balance, .. }) = Command::parse(line) else {
+        let Ok(Command::RegisterService { frontend, spec, .. }) = Command::parse(line) else {
             panic!("{line}")
         };
-        Service::new(vip, &balance)
+        Service::new(frontend, &spec)
     }
 
     fn pool(line: &str) -> Pool {
         let service = service(line);
-        let member = |(at, (name, backend)): (usize, (&BackendName, &crate::service::Backend))| Member {
-            name: *name,
-            weight: backend.weight,
-            slot: at as u32 + 1,
+        let member = |(at, (name, backend)): (usize, (&BackendName, &crate::service::Backend))| {
+            Member { name: *name, weight: backend.weight, slot: id(at as u32 + 1) }
         };
         let members = service.backends().iter().enumerate().map(member).collect();
         Pool::new(&service, members)
     }
 
-    fn packet(port: u16) -> Ip {
+    fn packet(port: u16) -> IpHeader {
         let mut out = Vec::new();
         PacketBuilder::ethernet2([2; 6], [4; 6])
             .ipv4([10, 0, 0, 1], [10, 0, 0, 9], 9)
@@ -286,10 +300,13 @@ mod tests {
     fn round_robin_is_smooth_and_weighted() {
         let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 rr 10.0.0.2*3 10.0.0.3 10.0.0.4");
         let turns: Vec<u32> =
-            (0..10).map(|_| pool.choose(&packet(1), |_| 0, |_| true).unwrap().slot).collect();
+            (0..10).map(|_| pool.choose(&packet(1), |_| 0, |_| true).unwrap().slot.get()).collect();
         assert_eq!(turns, [1, 2, 1, 3, 1, 1, 2, 1, 3, 1]);
-        let without: Vec<u32> =
-            (0..4).map(|_| pool.choose(&packet(1), |_| 0, |member| member.slot != 1).unwrap().slot).collect();
+        let without: Vec<u32> = (0..4)
+            .map(|_| {
+                pool.choose(&packet(1), |_| 0, |member| member.slot != id(1)).unwrap().slot.get()
+            })
+            .collect();
         assert_eq!(without.iter().filter(|slot| **slot == 2).count(), 2);
         assert!(pool.choose(&packet(1), |_| 0, |_| false).is_none());
     }
@@ -298,8 +315,9 @@ mod tests {
     #[test]
     fn a_client_that_nobody_may_serve_is_not_expensive() {
         let name = |n: u8| BackendName { ip: IpAddr::from([10, 0, 1, n]), port: None };
-        let members: Vec<Member> =
-            (0..255).map(|n| Member { name: name(n), weight: 1, slot: u32::from(n) + 1 }).collect();
+        let members: Vec<Member> = (0..255)
+            .map(|n| Member { name: name(n), weight: 1, slot: id(u32::from(n) + 1) })
+            .collect();
         for method in ["rr", "least", "hash"] {
             let service = service(&format!("R L 2:0:0:0:0:1 10.0.0.9 {method} 10.0.1.0"));
             let pool = Pool::new(&service, members.clone());
@@ -314,20 +332,27 @@ mod tests {
                 false
             };
             assert_eq!(pool.choose(&packet(1), live, nobody), None);
-            assert!(asked.get() <= 2 * 255 && counted.get() <= 2 * 255, "{method}: {asked:?} {counted:?}");
+            assert!(
+                asked.get() <= 2 * 255 && counted.get() <= 2 * 255,
+                "{method}: {asked:?} {counted:?}"
+            );
             // The last one that is left is found.
             let last = pool.members()[254];
-            assert_eq!(pool.choose(&packet(1), |_| 0, |member| *member == last), Some(last), "{method}");
+            assert_eq!(
+                pool.choose(&packet(1), |_| 0, |member| *member == last),
+                Some(last),
+                "{method}"
+            );
         }
     }
 
     #[test]
     fn the_least_loaded_for_its_weight_is_chosen_and_those_alike_take_turns() {
         let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 least 10.0.0.2*2 10.0.0.3 10.0.0.4");
-        let live = |slot: u32| [0, 9, 4, 5][slot as usize];
+        let live = |slot: SlotId| [0, 9, 4, 5][slot.get() as usize];
         // 10/2, 5/1, 6/1: the first two are alike.
         let chosen: Vec<u32> =
-            (0..6).map(|_| pool.choose(&packet(1), live, |_| true).unwrap().slot).collect();
+            (0..6).map(|_| pool.choose(&packet(1), live, |_| true).unwrap().slot.get()).collect();
         assert!(chosen.contains(&1) && chosen.contains(&2) && !chosen.contains(&3), "{chosen:?}");
     }
 
@@ -340,7 +365,8 @@ mod tests {
             let other = pool.choose(&packet(port), |_| 0, |member| *member != first).unwrap();
             assert_ne!(other, first);
         }
-        let affine = self::pool("R L 2:0:0:0:0:1 10.0.0.9 hash 10.0.0.2 10.0.0.3 10.0.0.4 affinity");
+        let affine =
+            self::pool("R L 2:0:0:0:0:1 10.0.0.9 hash 10.0.0.2 10.0.0.3 10.0.0.4 affinity");
         let chosen = |port: u16| affine.choose(&packet(port), |_| 0, |_| true);
         assert!((0..500).all(|port| chosen(port) == chosen(0)));
     }

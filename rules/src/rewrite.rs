@@ -4,8 +4,8 @@
 //! Checksums are mended by difference (RFC 1624), not made anew, so a wrong one stays wrong; a result of 0 is written
 //! as 0xffff, as `nft_csum_replace` does.
 
-use crate::packet::{Fragment, Ip, Packet, Quoted, checksum_offset, l3_offset};
-use nfqd_shmctl::{MacAddr, Protocol};
+use crate::packet::{IpHeader, Packet, Quoted, checksum_offset, l3_offset};
+use nfqd_shmctl::{Fragment, MacAddr, Protocol};
 use std::net::IpAddr;
 
 /// Which address of the packet changes.
@@ -26,13 +26,22 @@ pub fn set_destination_mac(frame: &mut [u8], mac: MacAddr) {
 
 /// Writes an address of `packet`, which was read from `frame`, and with `port` the port beside it, and mends the checksums.
 /// Says whether it could: the address must be of the packet's family, and what changes inside the frame.
-pub fn translate(frame: &mut [u8], packet: &Packet, side: Side, new: IpAddr, port: Option<u16>) -> bool {
-    let Some(ip) = packet.ip.filter(|ip| ip.mendable && ip.source.is_ipv4() == new.is_ipv4()) else {
+pub fn translate(
+    frame: &mut [u8],
+    packet: &Packet,
+    side: Side,
+    new: IpAddr,
+    port: Option<u16>,
+) -> bool {
+    let Some(ip) = packet.ip.filter(|ip| ip.translatable && ip.source.is_ipv4() == new.is_ipv4())
+    else {
         return false;
     };
     let l3 = l3_offset(frame);
     let checksum = l4_checksum(frame, &ip, l3);
-    let Some(changes) = changes(&ip, side, new, port.filter(|_| ip.ports.is_some()), l3, l3 + ip.l4) else {
+    let Some(changes) =
+        changes(&ip, side, new, port.filter(|_| ip.ports.is_some()), l3, l3 + ip.l4)
+    else {
         return false;
     };
     if changes.iter().any(|change| frame.get(change.range()).is_none()) {
@@ -40,11 +49,11 @@ pub fn translate(frame: &mut [u8], packet: &Packet, side: Side, new: IpAddr, por
     }
     for change in changes {
         let old = change.apply(frame);
-        if change.part == Part::Address4 {
-            mend(frame, l3 + 10, &old, &change.new);
+        if change.part == EditedField::Address4 {
+            update_checksum(frame, l3 + 10, &old, &change.new);
         }
         if let Some(checksum) = checksum {
-            mend(frame, checksum, &old, &change.new);
+            update_checksum(frame, checksum, &old, &change.new);
         }
     }
     true
@@ -53,12 +62,20 @@ pub fn translate(frame: &mut [u8], packet: &Packet, side: Side, new: IpAddr, por
 /// Writes an address of the packet that an ICMP error quotes, and with `port` the port beside it; mends the quoted
 /// checksums, as far as they are quoted, and the error's own. `payload` begins with the IP header of the error, which `ip`
 /// was read from.
-pub fn translate_quoted(payload: &mut [u8], ip: &Ip, side: Side, new: IpAddr, port: Option<u16>) -> bool {
+pub fn translate_quoted(
+    payload: &mut [u8],
+    ip: &IpHeader,
+    side: Side,
+    new: IpAddr,
+    port: Option<u16>,
+) -> bool {
     let Some(quoted) = ip.quoted.filter(|quoted| quoted.source.is_ipv4() == new.is_ipv4()) else {
         return false;
     };
     let port = port.filter(|_| quoted.ports.is_some());
-    let Some(changes) = changes(&quoted, side, new, port, quoted.l3, quoted.l4) else { return false };
+    let Some(changes) = changes(&quoted, side, new, port, quoted.l3, quoted.l4) else {
+        return false;
+    };
     if changes.iter().any(|change| payload.get(change.range()).is_none()) {
         return false;
     }
@@ -71,13 +88,13 @@ pub fn translate_quoted(payload: &mut [u8], ip: &Ip, side: Side, new: IpAddr, po
     });
     for change in changes {
         let old = change.apply(payload);
-        mend(payload, error, &old, &change.new);
-        let header = (change.part == Part::Address4).then_some(quoted.l3 + 10);
+        update_checksum(payload, error, &old, &change.new);
+        let header = (change.part == EditedField::Address4).then_some(quoted.l3 + 10);
         for at in header.into_iter().chain(transport) {
             let before = payload.get(at..at + 2).map(<[u8]>::to_vec).unwrap_or_default();
-            mend(payload, at, &old, &change.new);
+            update_checksum(payload, at, &old, &change.new);
             let after = payload.get(at..at + 2).map(<[u8]>::to_vec).unwrap_or_default();
-            mend(payload, error, &before, &after);
+            update_checksum(payload, error, &before, &after);
         }
     }
     true
@@ -88,7 +105,7 @@ trait Addressed {
     fn address(&self, side: Side) -> IpAddr;
 }
 
-impl Addressed for Ip {
+impl Addressed for IpHeader {
     fn address(&self, side: Side) -> IpAddr {
         match side {
             Side::Source => self.source,
@@ -107,20 +124,20 @@ impl Addressed for Quoted {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum EditedField {
     Address4,
     Address6,
     Port,
 }
 
 /// Bytes that change; their number is even, and so is their distance from what a checksum covers.
-struct Change {
-    part: Part,
+struct ByteEdit {
+    part: EditedField,
     at: usize,
     new: Vec<u8>,
 }
 
-impl Change {
+impl ByteEdit {
     fn range(&self) -> std::ops::Range<usize> {
         self.at..self.at + self.new.len()
     }
@@ -141,24 +158,31 @@ fn changes(
     port: Option<u16>,
     l3: usize,
     l4: usize,
-) -> Option<Vec<Change>> {
+) -> Option<Vec<ByteEdit>> {
     let second = usize::from(side == Side::Destination);
     let address = match (of.address(side), new) {
-        (IpAddr::V4(_), IpAddr::V4(new)) => {
-            Change { part: Part::Address4, at: l3 + 12 + 4 * second, new: new.octets().to_vec() }
-        }
-        (IpAddr::V6(_), IpAddr::V6(new)) => {
-            Change { part: Part::Address6, at: l3 + 8 + 16 * second, new: new.octets().to_vec() }
-        }
+        (IpAddr::V4(_), IpAddr::V4(new)) => ByteEdit {
+            part: EditedField::Address4,
+            at: l3 + 12 + 4 * second,
+            new: new.octets().to_vec(),
+        },
+        (IpAddr::V6(_), IpAddr::V6(new)) => ByteEdit {
+            part: EditedField::Address6,
+            at: l3 + 8 + 16 * second,
+            new: new.octets().to_vec(),
+        },
         _ => return None,
     };
-    let port =
-        port.map(|port| Change { part: Part::Port, at: l4 + 2 * second, new: port.to_be_bytes().to_vec() });
+    let port = port.map(|port| ByteEdit {
+        part: EditedField::Port,
+        at: l4 + 2 * second,
+        new: port.to_be_bytes().to_vec(),
+    });
     Some([address].into_iter().chain(port).collect())
 }
 
 /// Where the L4 checksum to mend is: none in later fragments, none in UDP packets that carry none.
-fn l4_checksum(frame: &[u8], ip: &Ip, l3: usize) -> Option<usize> {
+fn l4_checksum(frame: &[u8], ip: &IpHeader, l3: usize) -> Option<usize> {
     if ip.fragment == Fragment::Later {
         return None;
     }
@@ -168,7 +192,7 @@ fn l4_checksum(frame: &[u8], ip: &Ip, l3: usize) -> Option<usize> {
 }
 
 /// RFC 1624, equation 3: HC' = ~(~HC + ~m + m'), in ones' complement.
-fn mend(frame: &mut [u8], at: usize, old: &[u8], new: &[u8]) {
+fn update_checksum(frame: &mut [u8], at: usize, old: &[u8], new: &[u8]) {
     let Some(field) = frame.get_mut(at..at + 2) else { return };
     let words = |bytes: &[u8]| -> u32 {
         bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum()
@@ -221,7 +245,8 @@ mod tests {
                 header.calc_header_checksum() == header.header_checksum
                     && match transport {
                         TransportSlice::Tcp(tcp) => {
-                            let computed = tcp.calc_checksum_ipv4(header.source, header.destination);
+                            let computed =
+                                tcp.calc_checksum_ipv4(header.source, header.destination);
                             same(computed.unwrap(), tcp.checksum())
                         }
                         TransportSlice::Udp(udp) => {
@@ -239,7 +264,8 @@ mod tests {
                         same(computed.unwrap(), tcp.checksum())
                     }
                     TransportSlice::Udp(udp) => {
-                        udp.to_header().calc_checksum_ipv6(&header, udp.payload()).unwrap() == udp.checksum()
+                        udp.to_header().calc_checksum_ipv6(&header, udp.payload()).unwrap()
+                            == udp.checksum()
                     }
                     _ => false,
                 }
@@ -273,11 +299,23 @@ mod tests {
         let mut bytes = frame(false, true, b"x");
         let packet = Packet::from_frame(&bytes).unwrap();
         bytes[40..42].fill(0);
-        assert!(translate(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9]), Some(7)));
+        assert!(translate(
+            &mut bytes,
+            &packet,
+            Side::Destination,
+            IpAddr::from([10, 0, 0, 9]),
+            Some(7)
+        ));
         assert_eq!(bytes[40..42], [0, 0]);
         let mut bytes = frame(false, true, b"x");
         bytes[40] ^= 1;
-        assert!(translate(&mut bytes, &packet, Side::Destination, IpAddr::from([10, 0, 0, 9]), Some(7)));
+        assert!(translate(
+            &mut bytes,
+            &packet,
+            Side::Destination,
+            IpAddr::from([10, 0, 0, 9]),
+            Some(7)
+        ));
         assert!(!checksums_hold(&bytes));
     }
 
@@ -339,7 +377,13 @@ mod tests {
         let bytes = error(false, &[1, 2, 3]);
         let mut changed = bytes.clone();
         let ip = Packet::from_frame(&bytes).unwrap().ip.unwrap();
-        assert!(!translate_quoted(&mut changed[14..], &ip, Side::Source, IpAddr::from([10, 0, 0, 9]), None));
+        assert!(!translate_quoted(
+            &mut changed[14..],
+            &ip,
+            Side::Source,
+            IpAddr::from([10, 0, 0, 9]),
+            None
+        ));
         assert_eq!(changed, bytes);
     }
 }

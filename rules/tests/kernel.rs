@@ -3,14 +3,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use nfqd_rules::Policy;
-use nfqd_rules::nft::delta::{Desired, Standing};
+use nfqd_rules::nft::build::{Ruleset, build};
+use nfqd_rules::nft::delta::Installed;
 use nfqd_rules::nft::kernel::{Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
-use nfqd_rules::nft::ruleset::{FastPath, Options, Ruleset, Steer, build};
-use nfqd_rules::service::Service;
-use nfqd_rules::slots::{Seen, Slots};
-use nfqd_shmctl::{BackendName, MacAddr, Vip};
+use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
+use nfqd_rules::slots::{BackendObservation, BackendRef, Slots, Unobserved};
+use nfqd_rules::{Desired, Policy};
+use nfqd_shmctl::MacAddr;
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -18,14 +18,11 @@ use std::time::Instant;
 
 const QUEUES: Queues = Queues { first: 0, count: 4, bypass: true };
 
-/// Runs a test on a thread with a network namespace of its own; says loudly when that cannot be.
+/// Runs a test on a thread with a network namespace of its own.
 fn in_netns(test: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(|| match unshare(CloneFlags::CLONE_NEWNET) {
-        Ok(()) => test(),
-        Err(errno) if std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none() => {
-            eprintln!("SKIPPED: no network namespace ({errno}); run as root");
-        }
-        Err(errno) => panic!("no network namespace: {errno}"),
+    let thread = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace; run as root");
+        test();
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -34,7 +31,8 @@ fn in_netns(test: impl FnOnce() + Send + 'static) {
 
 fn nft(arguments: &[&str]) -> String {
     let output = Command::new("nft").args(arguments).output().unwrap();
-    let (out, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+    let (out, errors) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "nft {arguments:?}: {errors}");
     out
 }
@@ -47,20 +45,20 @@ fn policy(lines: &[&str]) -> Policy {
     policy
 }
 
-fn ruleset(policy: &Policy, options: &Options) -> Ruleset {
+fn ruleset(policy: &Policy, options: &RulesetOptions) -> Ruleset {
     let mut slots = Slots::default();
-    slots.follow(policy, |_, _, _, _| Seen::NOTHING, Instant::now());
+    slots.sync_all(policy, &Unobserved, Instant::now());
     build(policy, &slots, options)
 }
 
 /// What the kernel can queue with: one of the two must be there, or nothing here is worth testing.
-fn steers(kernel: &mut Kernel) -> Vec<Steer> {
+fn queue_paths(kernel: &mut Kernel) -> Vec<QueuePath> {
     let mut out = Vec::new();
-    if kernel.knows(Family::Bridge, &Statement::Queue(QUEUES)).unwrap() {
-        out.push(Steer::Native);
+    if kernel.supports(Family::Bridge, &Statement::Queue(QUEUES)).unwrap() {
+        out.push(QueuePath::Native);
     }
-    if kernel.knows(Family::Ip, &Statement::XtQueue(QUEUES)).unwrap() {
-        out.push(Steer::BrNetfilter);
+    if kernel.supports(Family::Ip, &Statement::XtQueue(QUEUES)).unwrap() {
+        out.push(QueuePath::BrNetfilter);
     }
     assert!(!out.is_empty(), "this kernel has neither way into the queue");
     out
@@ -148,7 +146,10 @@ fn normal(listing: &str) -> Vec<String> {
             let port = matches!(next(1), "sport" | "dport");
             match word {
                 "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6") => at += 2,
-                "meta" if next(1) == "l4proto" && matches!(next(2), "tcp" | "udp" | "icmp" | "ipv6-icmp") => {
+                "meta"
+                    if next(1) == "l4proto"
+                        && matches!(next(2), "tcp" | "udp" | "icmp" | "ipv6-icmp") =>
+                {
                     at += 2
                 }
                 // Of the two kinds of VLAN tag nft shows the usual one never, the other one sometimes.
@@ -165,13 +166,14 @@ fn normal(listing: &str) -> Vec<String> {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn what_is_printed_is_what_the_kernel_has() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
-        let (policy, steers) = (policy(RICH), steers(&mut kernel));
-        for steer in steers {
+        let (policy, queue_paths) = (policy(RICH), queue_paths(&mut kernel));
+        for queue_path in queue_paths {
             for fast_path in [FastPath::Full, FastPath::Off] {
-                let options = Options { steer, fast_path, queues: QUEUES };
+                let options = RulesetOptions { queue_path, fast_path, queues: QUEUES };
                 let wanted = ruleset(&policy, &options);
                 kernel.load(&wanted).unwrap();
                 let listed = normal(&nft(&["list", "table", "bridge", "nfqd"]));
@@ -188,7 +190,13 @@ fn what_is_printed_is_what_the_kernel_has() {
                     nft(&["list", "chain", "bridge", "nfqd", name]);
                 }
                 for (name, set) in &wanted[&Family::Bridge].sets {
-                    nft(&["list", if set.data.is_some() { "map" } else { "set" }, "bridge", "nfqd", name]);
+                    nft(&[
+                        "list",
+                        if set.data.is_some() { "map" } else { "set" },
+                        "bridge",
+                        "nfqd",
+                        name,
+                    ]);
                     assert!(listed.iter().any(|l| l.ends_with(&format!(" {name} {{"))), "{name}");
                 }
             }
@@ -206,7 +214,8 @@ fn objects(listing: &str) -> BTreeMap<String, Vec<String>> {
             name = line;
             out.insert(name.clone(), Vec::new());
         } else if let Some(lines) = out.get_mut(&name) {
-            let element = line.trim_start_matches("elements = { ").trim_end_matches([',', '}', ' ']);
+            let element =
+                line.trim_start_matches("elements = { ").trim_end_matches([',', '}', ' ']);
             lines.push(element.to_string());
         }
     }
@@ -223,26 +232,26 @@ fn listed() -> BTreeMap<String, Vec<String>> {
 /// Makes one policy after the other hold by changes, and compares with a load whenever `check` says so.
 fn follow(
     kernel: &mut Kernel,
-    options: &Options,
+    options: &RulesetOptions,
     policies: impl Iterator<Item = Policy>,
     check: impl Fn(usize) -> bool,
 ) {
     let mut state = Desired::default();
-    let (mut standing, empty) = Standing::new(&state, options);
+    let (mut installed, empty) = Installed::new(&state, options);
     kernel.load(&empty).unwrap();
     for (step, policy) in policies.enumerate() {
         let mut new = Desired { policy, slots: state.slots.clone() };
         // A backend whose MAC no command says is found in every other step.
         let mac = (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
-        let found = |_: MacAddr, _: &Vip, _: &Service, _: &BackendName| Seen { mac, ..Seen::NOTHING };
-        new.slots.follow(&new.policy, found, Instant::now());
-        let change = standing.change(&state, &new);
+        let view = |_: &BackendRef<'_>| BackendObservation { mac, ..BackendObservation::UNKNOWN };
+        new.slots.sync_all(&new.policy, &view, Instant::now());
+        let change = installed.change(&state, &new);
         kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
         kernel.finish(&change).unwrap();
-        standing.done(change);
+        installed.done(change);
         if check(step) {
             let (by_change, ruleset) = (listed(), build(&new.policy, &new.slots, options));
-            assert!(kernel.stands(&ruleset).unwrap());
+            assert!(kernel.is_intact(&ruleset).unwrap());
             kernel.load(&ruleset).unwrap();
             assert_eq!(by_change, listed(), "{step}");
         }
@@ -253,33 +262,43 @@ fn follow(
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_change_makes_what_a_load_makes() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
-        for steer in steers(&mut kernel) {
-            let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
+        for queue_path in queue_paths(&mut kernel) {
+            let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues: QUEUES };
             let ends = (0..=RICH.len()).chain((0..RICH.len()).rev());
             // Where user-mode Linux is, nft takes a second for a listing.
-            let every = if steer == Steer::Native { 5 } else { 1 };
-            follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |step| step % every == 0);
+            let every = if queue_path == QueuePath::Native { 5 } else { 1 };
+            follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |step| {
+                step % every == 0
+            });
         }
     });
 }
 
 /// Whole configurations, each of any of the commands, so that a change goes through all its steps.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn any_change_makes_what_a_load_makes() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
         let mut random = 7_u64;
         let mut next = move || {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             random >> 33
         };
         let mut any = move |_| {
             let mut policy = Policy::default();
             for line in RICH {
-                let line = if next().is_multiple_of(5) { line.replace('#', "+") } else { line.to_string() };
+                let line = if next().is_multiple_of(5) {
+                    line.replace('#', "+")
+                } else {
+                    line.to_string()
+                };
                 if !next().is_multiple_of(3) {
                     // What stands on a command that is left out is refused.
                     let _ = policy.apply_line(&line);
@@ -287,9 +306,9 @@ fn any_change_makes_what_a_load_makes() {
             }
             policy
         };
-        for steer in steers(&mut kernel) {
+        for queue_path in queue_paths(&mut kernel) {
             for fast_path in [FastPath::Full, FastPath::Off] {
-                let options = Options { steer, fast_path, queues: QUEUES };
+                let options = RulesetOptions { queue_path, fast_path, queues: QUEUES };
                 follow(&mut kernel, &options, (0..60).map(&mut any), |step| step % 4 == 0);
             }
         }
@@ -297,30 +316,32 @@ fn any_change_makes_what_a_load_makes() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
-        let steer = steers(&mut kernel)[0];
-        let options = Options { steer, fast_path: FastPath::Full, queues: QUEUES };
+        let queue_path = queue_paths(&mut kernel)[0];
+        let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues: QUEUES };
         let policy = policy(RICH);
         let mut slots = Slots::default();
         // Something else had the first numbers.
-        slots.follow(
+        slots.sync_all(
             &self::policy(&["R L 2:0:0:0:0:9 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3"]),
-            |_, _, _, _| Seen::NOTHING,
+            &Unobserved,
             Instant::now(),
         );
-        slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
+        slots.sync_all(&policy, &Unobserved, Instant::now());
         kernel.load(&build(&policy, &slots, &options)).unwrap();
-        let heritage = Kernel::open().unwrap().heritage().unwrap();
-        assert_eq!(heritage.macs.len(), 8, "the MACs of backends, by service");
-        let mut found = heritage.slots;
-        found.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
-        let indexes = |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.index)).collect::<Vec<_>>();
+        let recovered = Kernel::open().unwrap().recover().unwrap();
+        assert_eq!(recovered.macs.len(), 8, "the MACs of backends, by service");
+        let mut found = recovered.slots;
+        found.sync_all(&policy, &Unobserved, Instant::now());
+        let indexes =
+            |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.id)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
-        if steer == Steer::BrNetfilter {
+        if queue_path == QueuePath::BrNetfilter {
             // Where the kernel filters, the engine must know those that balance.
-            let numbers = |slots: &Slots| slots.middlebox("2:0:0:0:0:2".parse().unwrap());
+            let numbers = |slots: &Slots| slots.middlebox_id("2:0:0:0:0:2".parse().unwrap());
             assert_eq!(numbers(&found), numbers(&slots));
         }
 
@@ -331,5 +352,18 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         assert!(error.to_string().contains("nft delete table bridge nfqd"), "{error}");
         assert!(kernel.remove().is_err());
         assert_eq!(nft(&["list", "table", "bridge", "nfqd"]), "table bridge nfqd {\n}\n");
+        nft(&["delete", "table", "bridge", "nfqd"]);
+
+        // The table of a newer nfqd is not taken over, but may be removed.
+        let newer =
+            "{ comment \"made by nfqd 9.0.0 (layout 3), which repairs what others change\"; }";
+        nft(&["add", "table", "bridge", "nfqd", newer]);
+        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
+        assert!(matches!(error, KernelError::Newer { layout: 3, .. }), "{error}");
+        assert!(kernel.recover().is_err() && kernel.remove().unwrap());
+        let older = "{ comment \"made by nfqd, which repairs what others change here\"; }";
+        nft(&["add", "table", "bridge", "nfqd", older]);
+        kernel.load(&build(&policy, &slots, &options)).unwrap();
+        assert!(kernel.remove().unwrap());
     });
 }

@@ -25,19 +25,23 @@
 //!
 //! [`Display`]: std::fmt::Display
 
-mod balance;
-mod command;
-mod field;
+pub mod language;
 pub mod mailbox;
-mod parse;
 mod region;
-mod value;
 
-pub use balance::{
-    BackendName, Balance, Check, Destination, Edit, MAX_WEIGHT, Method, OnDead, OnEmpty, Terms, Vip,
+pub use language::command::{
+    Action, Command, FilterRemoval, FilterUpdate, RuleId, RuleNumber, UnregisterScope,
 };
-pub use command::{Action, Clear, Command, RuleId, RuleNumber, Services, Set};
-pub use field::{Class, Field, Value};
-pub use parse::{CommandError, ErrorCode, MAX_COMMAND, split_lines};
+pub use language::field::{Class, Field, FieldValue};
+pub use language::parse::error::{CommandError, ErrorCode};
+pub use language::parse::{MAX_COMMAND, ParsedCommand, Place, split_lines};
+pub use language::reply::{Rejection, Reply};
+pub use language::service::{
+    BackendChange, BackendName, Check, Destination, Frontend, MAX_WEIGHT, Method, OnDead, OnEmpty,
+    ServiceOptions, ServiceSpec,
+};
+pub use language::value::{
+    AddressRange, EtherType, Fragment, FragmentMatch, MacAddr, MacMask, NumberRange,
+    ParseValueError, Protocol, TcpFlags,
+};
 pub use region::{DEFAULT_SIZE, Region, RegionError};
-pub use value::{AddressRange, EtherType, MacAddr, MacMask, NumberRange, Piece, Protocol, TcpFlags};

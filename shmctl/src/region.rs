@@ -113,8 +113,11 @@ impl Region {
     /// # Errors
     /// When the file has become smaller, or cannot be asked.
     pub fn check_size(&self) -> Result<(), RegionError> {
-        let size =
-            self.file.metadata().map_err(|source| RegionError::Io { path: self.path.clone(), source })?.len();
+        let size = self
+            .file
+            .metadata()
+            .map_err(|source| RegionError::Io { path: self.path.clone(), source })?
+            .len();
         let needed = self.map.len() as u64;
         if size < needed {
             return Err(RegionError::Size { path: self.path.clone(), size, needed });

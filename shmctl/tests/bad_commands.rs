@@ -80,7 +80,12 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("R L MB 10.0.0.1 0 10.0.0.2@1:2:3", Value, "10.0.0.2@1:2:3", "behind the @"),
     ("R L MB 10.0.0.1 0 10.0.0.2@", Value, "10.0.0.2@", "behind the @"),
     ("R L MB 10.0.0.1 0 @2:0:0:0:0:2", Value, "@2:0:0:0:0:2", "not a destination"),
-    ("R L MB 10.0.0.1 0 10.0.0.2@1:0:5e:0:0:1", Value, "10.0.0.2@1:0:5e:0:0:1", "unicast MAC address"),
+    (
+        "R L MB 10.0.0.1 0 10.0.0.2@1:0:5e:0:0:1",
+        Value,
+        "10.0.0.2@1:0:5e:0:0:1",
+        "unicast MAC address",
+    ),
     ("R L MB 10.0.0.1 0 10.0.0.2@MB@MB", Value, "10.0.0.2@MB@MB", "behind the @"),
     ("R L MB 10.0.0.1 0 224.0.0.2@MB", Value, "224.0.0.2@MB", "unicast"),
     ("R L MB 10.0.0.1 0 10.0.0.2:80", Value, "10.0.0.2:80", "registered address has none"),
@@ -100,7 +105,12 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("R L MB 10.0.0.1:80 rr 10.0.0.2 10.0.0.2:80", Value, "10.0.0.2:80", "named twice"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 10.0.0.1", Value, "10.0.0.1", "own address"),
     ("R L MB 10.0.0.1:80 rr 10.0.0.2:81 dsr", Value, "dsr", "leave out the backends' ports"),
-    ("R L MB 10.0.0.1 rr 10.0.0.2 10.0.0.3:80", Value, "10.0.0.3:80", "registered address has none"),
+    (
+        "R L MB 10.0.0.1 rr 10.0.0.2 10.0.0.3:80",
+        Value,
+        "10.0.0.3:80",
+        "registered address has none",
+    ),
     ("R L MB 10.0.0.1 rr 10.0.0.2 fast", Syntax, "fast", "options are dsr, affinity"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 affinity=1", Syntax, "affinity=1", "not an option"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 dsr 10.0.0.3", Syntax, "10.0.0.3", "not an option"),
@@ -111,9 +121,19 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("R L MB 10.0.0.1 rr 10.0.0.2 check=tcp:0", Value, "check=tcp:0", "check=tcp:PORT"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 dsr check=tcp", Value, "check=tcp", "write check=tcp:PORT"),
     ("R L MB 10.0.0.1 rr 10.0.0.2 dsr 10.0.0.3", Syntax, "10.0.0.3", "behind all destinations"),
-    ("R L MB 10.0.0.1 rr 10.0.0.2 on-dead=drop", Value, "on-dead=drop", "write move, reset or keep"),
+    (
+        "R L MB 10.0.0.1 rr 10.0.0.2 on-dead=drop",
+        Value,
+        "on-dead=drop",
+        "write move, reset or keep",
+    ),
     ("R L MB 10.0.0.1 rr 10.0.0.2 on-empty=drop", Value, "on-empty=drop", "write reject or pass"),
-    ("R L MB 10.0.0.1 rr 10.0.0.2 on-dead=keep on-dead=keep", Syntax, "on-dead=keep", "give each once"),
+    (
+        "R L MB 10.0.0.1 rr 10.0.0.2 on-dead=keep on-dead=keep",
+        Syntax,
+        "on-dead=keep",
+        "give each once",
+    ),
     ("B", Syntax, "", "six hexadecimal bytes"),
     ("B MB", Syntax, "", "not a change; write +"),
     ("B MB 10.0.0.1", Syntax, "", "not a change; write +"),
@@ -302,7 +322,9 @@ fn bad_commands_name_the_token_the_place_and_the_remedy() {
         assert!(error.message.contains(words), "{line}: {error}");
         let named = match token.as_str() {
             "" => "the command ends here: ".to_string(),
-            token => format!("'{}': ", token.chars().flat_map(char::escape_default).collect::<String>()),
+            token => {
+                format!("'{}': ", token.chars().flat_map(char::escape_default).collect::<String>())
+            }
         };
         assert!(error.message.starts_with(&named), "{line}: {error}");
         let at = error.column - 1;
@@ -314,7 +336,9 @@ fn bad_commands_name_the_token_the_place_and_the_remedy() {
             assert!(here == Some(&token) && begins, "{line}: column {}", error.column);
         }
         assert!(error.message.is_ascii() && !error.message.contains(char::is_control), "{error}");
-        assert_eq!(error.reply(), format!("ERR {code} column {}: {}", error.column, error.message));
+        let reply = nfqd_shmctl::Reply::from(error.clone()).to_string();
+        assert_eq!(reply, format!("ERR {code} column {}: {}", error.column, error.message));
+        assert!(reply.parse::<nfqd_shmctl::Reply>().is_ok(), "{reply}");
     }
 }
 
@@ -325,8 +349,11 @@ fn no_field_is_left_out() {
         let (class, key) = (format!("A MB {} ", field.class().letter()), field.letter());
         let has = |token_is_missing: bool| {
             BAD.iter().any(|(line, _, token, _)| {
-                let end = if token_is_missing { format!(" {key}") } else { format!(" {key} {token}") };
-                line.starts_with(&class) && token.is_empty() == token_is_missing && line.ends_with(&end)
+                let end =
+                    if token_is_missing { format!(" {key}") } else { format!(" {key} {token}") };
+                line.starts_with(&class)
+                    && token.is_empty() == token_is_missing
+                    && line.ends_with(&end)
             })
         };
         assert!(has(false), "{field:?} with a bad value");

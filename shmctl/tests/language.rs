@@ -3,7 +3,7 @@
 
 mod strategies;
 
-use nfqd_shmctl::{Command, CommandError, ErrorCode, MAX_COMMAND, split_lines};
+use nfqd_shmctl::{Command, ErrorCode, MAX_COMMAND, ParsedCommand, Place, split_lines};
 use proptest::prelude::*;
 use strategies::command;
 
@@ -19,7 +19,10 @@ fn the_documented_examples() {
             "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17",
         ),
         ("R F 12:13:14:15:16:17 10.129.126.15", "R F 12:13:14:15:16:17 10.129.126.15"),
-        ("A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8", "A 12:13:14:15:16:17 M 5 s 01:02:03:04:05:06 p 0x0800"),
+        (
+            "A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8",
+            "A 12:13:14:15:16:17 M 5 s 01:02:03:04:05:06 p 0x0800",
+        ),
         ("D 12:13:14:15:16:17 M 4 s", "D 12:13:14:15:16:17 M 4 s"),
         ("X 12:13:14:15:16:17 F", "X 12:13:14:15:16:17 F"),
         ("X 12:13:14:15:16:17", "X 12:13:14:15:16:17 A"),
@@ -67,8 +70,22 @@ fn comments_and_blank_lines_are_not_commands() {
 
 #[test]
 fn an_error_of_the_policy_points_at_its_word() {
-    let error = CommandError::at_word("  X 1:2:3:4:5:6", 1, ErrorCode::UnknownMac, "not registered");
-    assert_eq!(error.reply(), "ERR unknown-mac column 5: '1:2:3:4:5:6': not registered");
+    for (line, place, word, column) in [
+        ("  X 1:2:3:4:5:6", Place::Mac, "1:2:3:4:5:6", 5),
+        ("X 1:2:3:4:5:6 L 10.0.0.9:80", Place::Frontend, "10.0.0.9:80", 17),
+        ("A 1:2:3:4:5:6  #7 T 2 d 80", Place::Rule, "#7", 16),
+        ("A 1:2:3:4:5:6 T 2 d 80", Place::Rule, "T", 15),
+        ("D 1:2:3:4:5:6 +7 I 3", Place::Bits, "3", 20),
+        ("R L 2:2:3:4:5:6 10.0.0.9 1 10.0.0.5 10.0.0.2", Place::Backend(0), "10.0.0.2", 37),
+        ("B 1:2:3:4:5:6 + 10.0.0.2 10.0.0.3*7", Place::Backend(1), "10.0.0.3*7", 26),
+        ("B 1:2:3:4:5:6 10.0.0.9 = 10.0.0.2 drain", Place::Frontend, "10.0.0.9", 15),
+        // A word that the command leaves out: the MAC stands in for it.
+        ("B 1:2:3:4:5:6 = 10.0.0.2 drain", Place::Frontend, "1:2:3:4:5:6", 3),
+    ] {
+        let parsed = ParsedCommand::parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let error = parsed.error(place, ErrorCode::Value, "wrong");
+        assert_eq!((error.column, error.message), (column, format!("'{word}': wrong")), "{line}");
+    }
 }
 
 #[test]

@@ -98,7 +98,9 @@ fn sequence(symbols: &mut Symbols<'_>) -> Node {
             "{" => Node::Repeat(Box::new(inside("}"))),
             _ => match (symbol.strip_prefix('"'), symbol.split_once("..")) {
                 (Some(literal), _) => Node::Literal(literal.strip_suffix('"').unwrap().to_string()),
-                (_, Some((first, last))) => Node::Number(first.parse().unwrap(), last.parse().unwrap()),
+                (_, Some((first, last))) => {
+                    Node::Number(first.parse().unwrap(), last.parse().unwrap())
+                }
                 _ => Node::Rule(symbol.to_string()),
             },
         });
@@ -111,14 +113,19 @@ impl Grammar {
     fn word_ends(&self, node: &Node, text: &str, at: usize) -> Vec<usize> {
         let rest = &text[at..];
         let prefixes = |fits: &dyn Fn(&str) -> bool| -> Vec<usize> {
-            (1..=rest.len()).filter(|&len| rest.get(..len).is_some_and(fits)).map(|len| at + len).collect()
+            (1..=rest.len())
+                .filter(|&len| rest.get(..len).is_some_and(fits))
+                .map(|len| at + len)
+                .collect()
         };
-        let hex =
-            |word: &str| word.to_ascii_lowercase().strip_prefix("0x").map(|hex| u16::from_str_radix(hex, 16));
+        let hex = |word: &str| {
+            word.to_ascii_lowercase().strip_prefix("0x").map(|hex| u16::from_str_radix(hex, 16))
+        };
         match node {
             Node::Literal(literal) => {
-                let there =
-                    rest.get(..literal.len()).is_some_and(|start| start.eq_ignore_ascii_case(literal));
+                let there = rest
+                    .get(..literal.len())
+                    .is_some_and(|start| start.eq_ignore_ascii_case(literal));
                 there.then_some(at + literal.len()).into_iter().collect()
             }
             Node::Number(first, last) => prefixes(&|word| {
@@ -128,7 +135,9 @@ impl Grammar {
             Node::Rule(name) => match name.as_str() {
                 "ip4" => prefixes(&|word| word.parse::<Ipv4Addr>().is_ok()),
                 "ip6" => prefixes(&|word| word.parse::<Ipv6Addr>().is_ok()),
-                "hexdigit" => prefixes(&|word| word.len() == 1 && word.as_bytes()[0].is_ascii_hexdigit()),
+                "hexdigit" => {
+                    prefixes(&|word| word.len() == 1 && word.as_bytes()[0].is_ascii_hexdigit())
+                }
                 "hex16" => prefixes(&|word| {
                     word.len() <= 6 && hex(word).is_some_and(|n| n.is_ok_and(|n| n >= 0x600))
                 }),
@@ -141,12 +150,16 @@ impl Grammar {
             Node::Sequence(parts) => parts.iter().fold(vec![at], |ends, part| {
                 ends.into_iter().flat_map(|end| self.word_ends(part, text, end)).collect()
             }),
-            Node::Either(ways) => ways.iter().flat_map(|way| self.word_ends(way, text, at)).collect(),
+            Node::Either(ways) => {
+                ways.iter().flat_map(|way| self.word_ends(way, text, at)).collect()
+            }
             Node::Maybe(inside) => [vec![at], self.word_ends(inside, text, at)].concat(),
             Node::Repeat(inside) => {
                 let more = self.word_ends(inside, text, at);
-                let more =
-                    more.into_iter().filter(|&end| end > at).flat_map(|end| self.word_ends(node, text, end));
+                let more = more
+                    .into_iter()
+                    .filter(|&end| end > at)
+                    .flat_map(|end| self.word_ends(node, text, end));
                 [at].into_iter().chain(more).collect()
             }
         }
@@ -161,7 +174,9 @@ impl Grammar {
         };
         match node {
             Node::Literal(_) | Node::Number(..) => word(),
-            Node::Rule(name) if self.words.contains(name) || !self.rules.contains_key(name) => word(),
+            Node::Rule(name) if self.words.contains(name) || !self.rules.contains_key(name) => {
+                word()
+            }
             Node::Rule(name) => self.ends(&self.rules[name], tokens, at),
             Node::Sequence(parts) => parts.iter().fold(vec![at], |ends, part| {
                 ends.into_iter().flat_map(|end| self.ends(part, tokens, end)).collect()
@@ -188,7 +203,9 @@ impl Grammar {
         match node {
             Node::Literal(literal) if choices(2) == 0 => literal.to_ascii_lowercase(),
             Node::Literal(literal) => literal.clone(),
-            Node::Number(first, last) => (first + choices((last - first + 1) as usize) as u64).to_string(),
+            Node::Number(first, last) => {
+                (first + choices((last - first + 1) as usize) as u64).to_string()
+            }
             Node::Rule(name) => match name.as_str() {
                 "ip4" => format!("10.0.{}.{}", choices(256), choices(256)),
                 "ip6" => format!("2001:db8::{:x}", choices(65536)),
@@ -206,7 +223,11 @@ impl Grammar {
                         _ => 255,
                     };
                     let (a, b) = (choices(most + 1), choices(most + 1));
-                    if choices(2) == 0 { a.to_string() } else { format!("{}-{}", a.min(b), a.max(b)) }
+                    if choices(2) == 0 {
+                        a.to_string()
+                    } else {
+                        format!("{}-{}", a.min(b), a.max(b))
+                    }
                 }
                 "ips" => match choices(6) {
                     0 => "10.1.2.3".to_string(),
@@ -223,7 +244,9 @@ impl Grammar {
                 _ if self.words.contains(name) => self.say(&self.rules[name], "", choices),
                 _ => self.say(&self.rules[name], glue, choices),
             },
-            Node::Sequence(parts) => join(parts.iter().map(|part| self.say(part, glue, choices)).collect()),
+            Node::Sequence(parts) => {
+                join(parts.iter().map(|part| self.say(part, glue, choices)).collect())
+            }
             Node::Either(ways) => self.say(&ways[choices(ways.len())], glue, choices),
             Node::Maybe(_) if choices(2) == 0 => String::new(),
             Node::Maybe(inside) => self.say(inside, glue, choices),

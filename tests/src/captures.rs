@@ -30,7 +30,8 @@ fn frame(tags: &[[u8; 4]], ether_type: u16, payload: &[u8]) -> Vec<u8> {
 }
 
 fn checksum(header: &[u8]) -> [u8; 2] {
-    let mut sum: u32 = header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let mut sum: u32 =
+        header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -93,13 +94,21 @@ fn options(len: u8) -> Vec<u8> {
 }
 
 fn fragment_header(offset: u16, more: bool) -> (u8, Vec<u8>) {
-    (44, [vec![0, 0], (offset << 3 | u16::from(more)).to_be_bytes().to_vec(), vec![0, 0, 0, 9]].concat())
+    (
+        44,
+        [vec![0, 0], (offset << 3 | u16::from(more)).to_be_bytes().to_vec(), vec![0, 0, 0, 9]]
+            .concat(),
+    )
 }
 
 /// What the captures say beside tags: IPv4, IPv6 and ARP.
 fn payloads() -> Vec<(u16, Vec<u8>)> {
-    let arp = [vec![0, 1, 8, 0, 6, 4, 0, 1], mac(HOSTS[0]), vec![10, 0, 0, 4, 0, 0, 0, 0, 0, 0, 10, 0, 0, 2]]
-        .concat();
+    let arp = [
+        vec![0, 1, 8, 0, 6, 4, 0, 1],
+        mac(HOSTS[0]),
+        vec![10, 0, 0, 4, 0, 0, 0, 0, 0, 0, 10, 0, 0, 2],
+    ]
+    .concat();
     vec![
         (0x0800, ipv4(TCP, &body(TCP, 9))),
         (0x0800, ipv4(UDP, &body(UDP, 9))),
@@ -113,9 +122,9 @@ fn payloads() -> Vec<(u16, Vec<u8>)> {
 }
 
 fn tagged(stacks: &[&[[u8; 4]]]) -> Vec<Vec<u8>> {
-    let all = stacks
-        .iter()
-        .flat_map(|tags| payloads().into_iter().map(move |(kind, inside)| frame(tags, kind, &inside)));
+    let all = stacks.iter().flat_map(|tags| {
+        payloads().into_iter().map(move |(kind, inside)| frame(tags, kind, &inside))
+    });
     all.collect()
 }
 
@@ -131,8 +140,11 @@ fn chains() -> Vec<Vec<u8>> {
     ];
     let mut out = Vec::new();
     for which in 0..1_u8 << all.len() {
-        let some =
-            all.iter().enumerate().filter(|(at, _)| which & 1 << at != 0).map(|(_, header)| header.clone());
+        let some = all
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| which & 1 << at != 0)
+            .map(|(_, header)| header.clone());
         let chain: Vec<(u8, Vec<u8>)> = some.collect();
         for last in [TCP, UDP, ICMP6, 50, 59, 135] {
             out.push(frame(&[], 0x86dd, &ipv6(&chain, last, &body(last, 12))));
@@ -149,17 +161,27 @@ fn fragments() -> Vec<Vec<u8>> {
             out.push(frame(&[], 0x0800, &ipv4_saying(protocol, fragment, &body(protocol, 24), 0)));
         }
         out.push(frame(&[], 0x0800, &ipv4_saying(protocol, 0x2000, &body(protocol, 0)[..8], 0)));
-        out.push(frame(&[[0x81, 0, 0, 2]], 0x0800, &ipv4_saying(protocol, 0x0003, &body(protocol, 24), 0)));
+        out.push(frame(
+            &[[0x81, 0, 0, 2]],
+            0x0800,
+            &ipv4_saying(protocol, 0x0003, &body(protocol, 24), 0),
+        ));
     }
     for protocol in [TCP, UDP, ICMP6] {
-        for (offset, more) in [(0, false), (0, true), (3, true), (3, false), (1, true), (0x1fff, false)] {
+        for (offset, more) in
+            [(0, false), (0, true), (3, true), (3, false), (1, true), (0x1fff, false)]
+        {
             let chains = [vec![], vec![(0, options(0))], vec![(60, options(1))]];
             for before in chains {
                 let chain = [before, vec![fragment_header(offset, more)]].concat();
                 out.push(frame(&[], 0x86dd, &ipv6(&chain, protocol, &body(protocol, 24))));
             }
         }
-        out.push(frame(&[], 0x86dd, &ipv6(&[fragment_header(0, true)], protocol, &body(protocol, 0)[..8])));
+        out.push(frame(
+            &[],
+            0x86dd,
+            &ipv6(&[fragment_header(0, true)], protocol, &body(protocol, 0)[..8]),
+        ));
         let authentication = (51, vec![0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]);
         let hidden = [authentication.clone(), fragment_header(0, true), (60, options(0))];
         out.push(frame(&[], 0x86dd, &ipv6(&hidden, protocol, &body(protocol, 24))));
@@ -193,7 +215,8 @@ fn sizes() -> Vec<Vec<u8>> {
 
 /// Packets cut at every byte.
 fn truncated() -> Vec<Vec<u8>> {
-    let long = ipv6(&[(0, options(1)), fragment_header(0, true), (60, options(0))], TCP, &body(TCP, 2));
+    let long =
+        ipv6(&[(0, options(1)), fragment_header(0, true), (60, options(0))], TCP, &body(TCP, 2));
     let whole = [
         (0x0800, ipv4(TCP, &body(TCP, 2))),
         (0x0800, ipv4(ICMP, &body(ICMP, 2))),
@@ -253,7 +276,11 @@ fn conversations() -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     for (protocol, v6) in [(TCP, false), (UDP, false), (ICMP, false), (TCP, true), (UDP, true)] {
         let address = |host: u8| -> Vec<u8> {
-            if v6 { [&[0x20, 1, 0xd, 0xb8][..], &[0; 11], &[host]].concat() } else { vec![10, 0, 0, host] }
+            if v6 {
+                [&[0x20, 1, 0xd, 0xb8][..], &[0; 11], &[host]].concat()
+            } else {
+                vec![10, 0, 0, host]
+            }
         };
         let mut packet = |from: &str, to: &str, hosts: (u8, u8), swap: bool| {
             let mut inside = body(protocol, 5);
@@ -289,7 +316,12 @@ fn conversations() -> Vec<Vec<u8>> {
 /// All captures.
 pub fn all() -> Vec<Capture> {
     let q = |kind: u8, id: u16| {
-        [if kind == 0 { 0x81 } else { 0x88 }, if kind == 0 { 0 } else { 0xa8 }, (id >> 8) as u8, id as u8]
+        [
+            if kind == 0 { 0x81 } else { 0x88 },
+            if kind == 0 { 0 } else { 0xa8 },
+            (id >> 8) as u8,
+            id as u8,
+        ]
     };
     let one: Vec<Vec<[u8; 4]>> = [q(0, 2), q(0, 0), q(0, 0xefff), q(0, 0x3064), q(1, 2), q(1, 100)]
         .into_iter()

@@ -1,28 +1,31 @@
 //! The real daemon, run by a test in the namespace of its thread.
 
-use nfqd::status::{Status, ask};
-use nfqd_shmctl::Region;
-use nfqd_shmctl::mailbox::send_command;
+use nfqd::api::Status;
+use nfqd::api::client::status;
+use nfqd_shmctl::mailbox::guest::send_command;
+use nfqd_shmctl::{Region, Reply};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Which way into the queue this kernel offers: what the daemon itself finds out, or what `NFQD_TESTS_STEER` says.
+/// Returns the queue path to test: what the daemon detects, or `NFQD_TESTS_STEER`.
 pub fn steer() -> String {
     std::env::var("NFQD_TESTS_STEER").unwrap_or_else(|_| "auto".to_string())
 }
 
-/// A program of the workspace, built beside this one: tests are one folder below.
+/// The name of the program that is nfqd, built with this package.
+pub const NFQD: &str = "nfqd-under-test";
+
+/// Returns a program of this package, which is built with the tests, one folder above them.
 ///
 /// # Panics
-/// When it is not built.
+/// If it is not there.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("exe");
-    let found = test.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.exists());
-    found.unwrap_or_else(|| {
-        panic!("{name} is not built beside {}; run 'cargo build --workspace' first", test.display())
-    })
+    let mut folders = test.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    let found = folders.find(|path| path.exists());
+    found.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display()))
 }
 
 /// A running nfqd with a directory of its own.
@@ -60,8 +63,11 @@ impl Daemon {
         let directory = tempfile::tempdir().expect("directory");
         let bound = if mac.is_empty() { String::new() } else { format!(",mac={mac}") };
         let shm = format!("{}{bound}", directory.path().join("shm").display());
-        let arguments: Vec<String> =
-            ["--shm", &shm].into_iter().chain(arguments.iter().copied()).map(str::to_string).collect();
+        let arguments: Vec<String> = ["--shm", &shm]
+            .into_iter()
+            .chain(arguments.iter().copied())
+            .map(str::to_string)
+            .collect();
         // br_netfilter is on in every new namespace. Where it is not the way into the queue it only changes what the bridge
         // does, and cut ARP frames are dropped for the sake of a table that nobody has here.
         let by_br_netfilter = if steer() == "native" { "0" } else { "1" };
@@ -106,9 +112,14 @@ impl Daemon {
         self.directory.path().join("shm")
     }
 
-    /// Its status, if it answers.
+    /// Returns the path of its control socket.
+    pub fn control(&self) -> PathBuf {
+        self.directory.path().join("control")
+    }
+
+    /// Returns its status, if it answers.
     pub fn try_status(&self) -> Option<Status> {
-        ask(&self.directory.path().join("control")).ok()
+        status(&self.control()).ok()
     }
 
     /// Its status.
@@ -119,16 +130,20 @@ impl Daemon {
         self.try_status().unwrap_or_else(|| panic!("no status\n{}", self.log()))
     }
 
-    /// Packets that its engine has judged.
-    pub fn judged(&self) -> u64 {
+    /// Returns how many packets its engine has decided.
+    pub fn queued_packets(&self) -> u64 {
         self.status().queues.iter().map(|queue| queue.packets).sum()
     }
 
-    /// Sends a command through shared memory; the reply.
+    /// Sends a command through shared memory, and returns the reply as text.
     ///
     /// # Panics
-    /// When nobody takes it.
+    /// If nobody takes it.
     pub fn tell(&self, command: &str) -> String {
+        self.replies(command).iter().map(Reply::to_string).collect::<Vec<_>>().join("\n")
+    }
+
+    fn replies(&self, command: &str) -> Vec<Reply> {
         let region = Region::open(&self.region()).expect("region");
         send_command(&region, command, Duration::from_secs(10))
             .unwrap_or_else(|error| panic!("{command}: {error}\n{}", self.log()))
@@ -137,10 +152,10 @@ impl Daemon {
     /// Sends a command that must be accepted.
     ///
     /// # Panics
-    /// When it is not.
+    /// If it is not.
     pub fn must(&self, command: &str) {
-        let reply = self.tell(command);
-        assert!(reply.starts_with("OK"), "{command}: {reply}\n{}", self.log());
+        let replies = self.replies(command);
+        assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}\n{}", self.log());
     }
 
     /// Ends it as a crash would: SIGKILL.
@@ -195,8 +210,12 @@ impl Drop for Daemon {
 }
 
 fn spawn(directory: &Path, arguments: &[String]) -> Child {
-    let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).expect("log");
-    Command::new(program("nfqd"))
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(directory.join("log"))
+        .expect("log");
+    Command::new(program(NFQD))
         .args(["--steer", &steer(), "--state"])
         .arg(directory.join("state"))
         .arg("--control")

@@ -28,7 +28,8 @@ fn ip4() -> impl Strategy<Value = [u8; 4]> {
 }
 
 fn ip6() -> impl Strategy<Value = [u8; 16]> {
-    select(vec![1_u8, 2, 3, 4]).prop_map(|last| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last])
+    select(vec![1_u8, 2, 3, 4])
+        .prop_map(|last| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last])
 }
 
 /// A protocol and what is behind the IP header, checksums right or not.
@@ -59,7 +60,8 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
 }
 
 fn checksum(header: &[u8]) -> [u8; 2] {
-    let mut sum: u32 = header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let mut sum: u32 =
+        header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -71,7 +73,7 @@ fn checksum(header: &[u8]) -> [u8; 2] {
 struct Talk {
     middlebox: u8,
     client: u8,
-    vip: u8,
+    frontend: u8,
     cport: u16,
     port: u16,
     v6: bool,
@@ -101,7 +103,7 @@ struct Word {
 }
 
 fn said(talk: Talk, word: Word) -> Vec<u8> {
-    let Talk { middlebox, client, vip, cport, port, v6, udp } = talk;
+    let Talk { middlebox, client, frontend, cport, port, v6, udp } = talk;
     let Word { said, backend, own_port, flags, more } = word;
     let transport = |source: u16, destination: u16| -> Vec<u8> {
         let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
@@ -142,14 +144,14 @@ fn said(talk: Talk, word: Word) -> Vec<u8> {
     let there = |to: u8, port: u16| ip(client, to, protocol, &transport(cport, port));
     let host = |last: u8| [2, 0, 0, 0, 0, last];
     let (to, from, payload) = match said {
-        Said::There => (host(middlebox), host(0x0c), there(vip, port)),
+        Said::There => (host(middlebox), host(0x0c), there(frontend, port)),
         Said::Back => {
             let back = ip(backend, client, protocol, &transport(backends, cport));
             (host(0x0c), host(0xb0 + backend - 2), back)
         }
         Said::ErrorThere => {
-            let quoted = ip(vip, client, protocol, &transport(port, cport));
-            (host(middlebox), host(0x0c), ip(client, vip, icmp, &error(quoted)))
+            let quoted = ip(frontend, client, protocol, &transport(port, cport));
+            (host(middlebox), host(0x0c), ip(client, frontend, icmp, &error(quoted)))
         }
         Said::ErrorBack(router) => {
             let source = if router { 1 } else { backend };
@@ -167,13 +169,15 @@ fn said(talk: Talk, word: Word) -> Vec<u8> {
 /// Some packets of a conversation, that begins as one does.
 fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let rarely = || prop::bool::weighted(0.25);
-    let ends = (prop::bool::weighted(0.85), select(vec![4_u8, 4, 4, 1, 3]), select(vec![2_u8, 2, 2, 9]));
+    let ends =
+        (prop::bool::weighted(0.85), select(vec![4_u8, 4, 4, 1, 3]), select(vec![2_u8, 2, 2, 9]));
     let ports = (select(vec![1000_u16, 1000, 81]), select(vec![80_u16, 80, 80, 80, 81, 53]));
-    let talk =
-        (ends, ports, rarely(), any::<bool>()).prop_map(|((first, client, vip), (cport, port), v6, udp)| {
-            let vip = if v6 { 2 } else { vip };
-            Talk { middlebox: if first { 1 } else { 2 }, client, vip, cport, port, v6, udp }
-        });
+    let talk = (ends, ports, rarely(), any::<bool>()).prop_map(
+        |((first, client, frontend), (cport, port), v6, udp)| {
+            let frontend = if v6 { 2 } else { frontend };
+            Talk { middlebox: if first { 1 } else { 2 }, client, frontend, cport, port, v6, udp }
+        },
+    );
     let what = prop_oneof![
         4 => Just(Said::There),
         4 => Just(Said::Back),
@@ -181,8 +185,9 @@ fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
         2 => any::<bool>().prop_map(Said::ErrorBack),
     ];
     let flags = select(vec![2_u8, 0x12, 0x10, 0x10, 0x10, 0x18, 0x11, 4]);
-    let word = (what, select(vec![3_u8, 4]), any::<bool>(), flags, 0..40_usize)
-        .prop_map(|(said, backend, own_port, flags, more)| Word { said, backend, own_port, flags, more });
+    let word = (what, select(vec![3_u8, 4]), any::<bool>(), flags, 0..40_usize).prop_map(
+        |(said, backend, own_port, flags, more)| Word { said, backend, own_port, flags, more },
+    );
     (talk, proptest::collection::vec(word, 1..8)).prop_map(|(talk, words)| {
         let opening = Word { said: Said::There, backend: 3, own_port: false, flags: 2, more: 0 };
         let answer = Word { flags: 0x10, ..opening };
@@ -238,7 +243,8 @@ fn ipv6(base: u16) -> impl Strategy<Value = (u16, Vec<u8>)> {
     let extensions = prop_oneof![6 => Just(Vec::new()), 4 => extensions(base)];
     (ip6(), ip6(), select(vec![0_u8, 16, 17]), extensions, transport()).prop_map(
         |(source, destination, class, extensions, (protocol, body))| {
-            let following = |index: usize| extensions.get(index).map_or(protocol, |(kind, _)| *kind);
+            let following =
+                |index: usize| extensions.get(index).map_or(protocol, |(kind, _)| *kind);
             let mut chain = Vec::new();
             for (index, (_, bytes)) in extensions.iter().enumerate() {
                 chain.push(following(index + 1));
@@ -271,7 +277,8 @@ fn other() -> impl Strategy<Value = (u16, Vec<u8>)> {
 
 /// VLAN tags: none, one or two, of both kinds.
 fn tags() -> impl Strategy<Value = Vec<[u8; 4]>> {
-    let tag = (select(vec![[0x81_u8, 0], [0x88, 0xa8]]), 1..4_u8).prop_map(|([a, b], id)| [a, b, 0, id]);
+    let tag =
+        (select(vec![[0x81_u8, 0], [0x88, 0xa8]]), 1..4_u8).prop_map(|([a, b], id)| [a, b, 0, id]);
     prop_oneof![
         7 => Just(Vec::new()),
         2 => tag.clone().prop_map(|tag| vec![tag]),
@@ -316,7 +323,8 @@ fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
 /// those of one case are no others'.
 pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Value = Vec<Vec<u8>>> {
     (any::<u16>(), count).prop_flat_map(move |(base, count)| {
-        let some = prop_oneof![4 => any_frame(base).prop_map(|frame| vec![frame]), 1 => conversation()];
+        let some =
+            prop_oneof![4 => any_frame(base).prop_map(|frame| vec![frame]), 1 => conversation()];
         proptest::collection::vec(some, count / 2).prop_map(|some| some.concat())
     })
 }
@@ -339,11 +347,12 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         ]);
         prop_oneof![3 => ip(), 2 => wide.prop_map(str::to_string)]
     };
-    let ports =
-        || prop_oneof![3 => port(), 1 => select(vec!["80-81", "0-65535", "54-999"]).prop_map(str::to_string)];
+    let ports = || prop_oneof![3 => port(), 1 => select(vec!["80-81", "0-65535", "54-999"]).prop_map(str::to_string)];
     let stations = || {
-        let masked =
-            select(vec!["02:00:00:00:00:b0/ff:ff:ff:ff:ff:f0", "02:00:00:00:00:00/01:00:00:00:00:00"]);
+        let masked = select(vec![
+            "02:00:00:00:00:b0/ff:ff:ff:ff:ff:f0",
+            "02:00:00:00:00:00/01:00:00:00:00:00",
+        ]);
         prop_oneof![3 => host(), 1 => masked.prop_map(str::to_string)]
     };
     let tags = select(vec!["1", "2", "2-3", "0-4095"]).prop_map(str::to_string);
@@ -352,12 +361,19 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
             .prop_map(Option::unwrap_or_default)
     };
     let tos = select(vec!["0", "16", "17"]).prop_map(str::to_string).boxed();
-    let protocol = select(vec!["tcp", "udp", "icmp", "58", "47", "51"]).prop_map(str::to_string).boxed();
-    let types =
-        select(vec!["ip", "ip6", "arp", "0x88cc", "0x8100", "0x9000"]).prop_map(str::to_string).boxed();
-    let inet =
-        (0..16_u8, key('s', hosts().boxed()), key('d', hosts().boxed()), key('t', tos), key('p', protocol))
-            .prop_map(|(bits, s, d, t, p)| format!("I {bits}{s}{d}{t}{p}"));
+    let protocol =
+        select(vec!["tcp", "udp", "icmp", "58", "47", "51"]).prop_map(str::to_string).boxed();
+    let types = select(vec!["ip", "ip6", "arp", "0x88cc", "0x8100", "0x9000"])
+        .prop_map(str::to_string)
+        .boxed();
+    let inet = (
+        0..16_u8,
+        key('s', hosts().boxed()),
+        key('d', hosts().boxed()),
+        key('t', tos),
+        key('p', protocol),
+    )
+        .prop_map(|(bits, s, d, t, p)| format!("I {bits}{s}{d}{t}{p}"));
     let link = (
         0..8_u8,
         key('s', stations().boxed()),
@@ -365,8 +381,9 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         key('p', types),
     )
         .prop_map(|(bits, s, d, p)| format!("M {bits}{s}{d}{p}"));
-    let transport = (select(vec!['T', 'U']), 0..4_u8, key('s', ports().boxed()), key('d', ports().boxed()))
-        .prop_map(|(class, bits, s, d)| format!("{class} {bits}{s}{d}"));
+    let transport =
+        (select(vec!['T', 'U']), 0..4_u8, key('s', ports().boxed()), key('d', ports().boxed()))
+            .prop_map(|(class, bits, s, d)| format!("{class} {bits}{s}{d}"));
     let vlan = (0..2_u8, key('s', tags.boxed())).prop_map(|(bits, s)| format!("V {bits}{s}"));
     let words = |words: &[&'static str]| select(words.to_vec()).prop_map(str::to_string).boxed();
     let icmp = (
@@ -376,9 +393,11 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         key('c', words(&["0", "0-3", "1-255"])),
     )
         .prop_map(|(class, bits, t, c)| format!("{class} {bits}{t}{c}"));
-    let flags =
-        (0..2_u8, key('f', words(&["syn", "syn/syn,ack", "none", "none/rst", "ack,fin", "psh/all", "all"])))
-            .prop_map(|(bits, f)| format!("F {bits}{f}"));
+    let flags = (
+        0..2_u8,
+        key('f', words(&["syn", "syn/syn,ack", "none", "none/rst", "ack,fin", "psh/all", "all"])),
+    )
+        .prop_map(|(bits, f)| format!("F {bits}{f}"));
     let whole = (
         0..4_u8,
         key('l', words(&["0-39", "0-60", "44", "48-100", "61-65535", "20", "40-44"])),
@@ -386,12 +405,13 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
     )
         .prop_map(|(bits, l, f)| format!("P {bits}{l}{f}"));
     let middlebox = || select(MIDDLEBOXES.to_vec());
-    let filter =
-        prop_oneof![8 => inet, 6 => link, 8 => transport, 3 => vlan, 3 => icmp, 2 => flags, 3 => whole];
-    let backend = select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
-    let backend6 = select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
+    let filter = prop_oneof![8 => inet, 6 => link, 8 => transport, 3 => vlan, 3 => icmp, 2 => flags, 3 => whole];
+    let backend =
+        select(vec![("10.0.0.3", "02:00:00:00:00:b1"), ("10.0.0.4", "02:00:00:00:00:b2")]);
+    let backend6 =
+        select(vec![("2001:db8::3", "02:00:00:00:00:b1"), ("2001:db8::4", "02:00:00:00:00:b2")]);
     let vip4 = select(vec!["10.0.0.2", "10.0.0.9"]);
-    let vips = select(vec![
+    let frontends = select(vec![
         "10.0.0.2",
         "10.0.0.2:80",
         "10.0.0.2:80",
@@ -408,8 +428,16 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         "rr 10.0.0.3:81@02:00:00:00:00:b1",
         "0 10.0.0.4:81@02:00:00:00:00:b2",
     ]);
-    let options =
-        select(vec!["", "", "", " dsr", " affinity", " on-empty=pass", " on-dead=reset", " seed=3"]);
+    let options = select(vec![
+        "",
+        "",
+        "",
+        " dsr",
+        " affinity",
+        " on-empty=pass",
+        " on-dead=reset",
+        " seed=3",
+    ]);
     let edits = select(vec![
         "+ 10.0.0.4@02:00:00:00:00:b2",
         "- 10.0.0.3",
@@ -419,38 +447,42 @@ pub fn policy() -> impl Strategy<Value = Vec<String>> {
         "10.0.0.2:80 = 10.0.0.4 up",
     ]);
     let mostly = select(vec![MIDDLEBOXES[0], MIDDLEBOXES[0], MIDDLEBOXES[0], MIDDLEBOXES[1]]);
-    let pool = (mostly, vips, pools, options)
-        .prop_map(|(mac, vip, pool, option)| {
-            let (port, v6) = (vip.ends_with(":80") || vip.contains('/'), vip.contains("2001"));
-            let pool = if port { pool.to_string() } else { pool.replace(":81", "").replace(":53", "") };
+    let pool = (mostly, frontends, pools, options)
+        .prop_map(|(mac, frontend, pool, option)| {
+            let (port, v6) =
+                (frontend.ends_with(":80") || frontend.contains('/'), frontend.contains("2001"));
+            let pool =
+                if port { pool.to_string() } else { pool.replace(":81", "").replace(":53", "") };
             let pool = if v6 { pool.replace("10.0.0.", "2001:db8::") } else { pool };
             let pool = if v6 && port { bracketed(&pool) } else { pool };
-            format!("R L {mac} {vip} {pool}{option}")
+            format!("R L {mac} {frontend} {pool}{option}")
         })
         .boxed();
     let edit = (middlebox(), edits).prop_map(|(mac, edit)| format!("B {mac} {edit}")).boxed();
-    let balancing = proptest::collection::vec(prop_oneof![4 => pool.clone(), 1 => edit.clone()], 3..10);
+    let balancing =
+        proptest::collection::vec(prop_oneof![4 => pool.clone(), 1 => edit.clone()], 3..10);
     let command = prop_oneof![
         12 => (middlebox(), select(vec!['#', '#', '+']), 1..6_u16, filter)
             .prop_map(|(mac, sign, n, filter)| format!("A {mac} {sign}{n} {filter}")),
         1 => (middlebox(), select(vec!['#', '+']), 1..6_u16).prop_map(|(mac, sign, n)| format!("D {mac} {sign}{n}")),
         2 => (middlebox(), vip4.clone(), backend.clone())
-            .prop_map(|(mac, vip, (ip, at))| format!("R L {mac} {vip} 0 {ip}@{at}")),
+            .prop_map(|(mac, frontend, (ip, at))| format!("R L {mac} {frontend} 0 {ip}@{at}")),
         1 => (middlebox(), vip4, ip(), backend)
-            .prop_map(|(mac, vip, from, (ip, at))| format!("R L {mac} {vip} 1 {from} {ip}@{at}")),
+            .prop_map(|(mac, frontend, from, (ip, at))| format!("R L {mac} {frontend} 1 {from} {ip}@{at}")),
         4 => pool.clone(),
         2 => edit.clone(),
         1 => (middlebox(), backend6)
             .prop_map(|(mac, (ip, at))| format!("R L {mac} 2001:db8::2 0 {ip}@{at}")),
     ];
     let closed = (prop::bool::weighted(0.2), prop::bool::weighted(0.2));
-    let mixed = (closed, proptest::collection::vec(command, 0..16)).prop_map(|((a, b), commands)| {
-        let register = |(mac, closed): (&str, bool)| {
-            let default = if closed { " deny" } else { "" };
-            format!("R F {mac} 10.0.0.2{default}")
-        };
-        MIDDLEBOXES.into_iter().zip([a, b]).map(register).chain(commands).collect()
-    });
+    let mixed =
+        (closed, proptest::collection::vec(command, 0..16)).prop_map(|((a, b), commands)| {
+            let register = |(mac, closed): (&str, bool)| {
+                let default = if closed { " deny" } else { "" };
+                format!("R F {mac} 10.0.0.2{default}")
+            };
+            MIDDLEBOXES.into_iter().zip([a, b]).map(register).chain(commands).collect()
+        });
     prop_oneof![mixed, balancing]
 }
 

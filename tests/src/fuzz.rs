@@ -1,10 +1,9 @@
 //! What the fuzz targets of `fuzz/` do with their input, so that plain tests can do the same with the corpus.
 
 use nfqd_rules::Policy;
-use nfqd_rules::decide::decide;
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
-use nfqd_shmctl::{Action, Command, MacAddr, split_lines};
+use nfqd_shmctl::{Action, MacAddr, ParsedCommand, Reply, split_lines};
 use std::net::IpAddr;
 use std::sync::OnceLock;
 
@@ -17,12 +16,15 @@ pub fn command(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut policy = Policy::default();
     for (_, line) in split_lines(&text) {
-        match Command::parse(line) {
-            Ok(command) => {
-                let printed = command.to_string();
-                assert_eq!(Command::parse(&printed).as_ref(), Ok(&command), "{printed}");
-                if let Err(error) = policy.obey(&command, line) {
+        match ParsedCommand::parse(line) {
+            Ok(parsed) => {
+                let printed = parsed.command.to_string();
+                let again = ParsedCommand::parse(&printed).map(|parsed| parsed.command);
+                assert_eq!(again.as_ref(), Ok(&parsed.command), "{printed}");
+                if let Err(error) = policy.apply(&parsed.command) {
+                    let error = error.locate(&parsed);
                     assert!(error.column >= 1 && error.column <= line.len() + 1, "{line}: {error}");
+                    assert!(Reply::from(error).to_string().parse::<Reply>().is_ok(), "{line}");
                 }
             }
             Err(error) => {
@@ -67,7 +69,8 @@ pub fn packet(data: &[u8]) {
     let Some(mut packet) = Packet::from_cut_frame(frame, length) else { return };
     let policy = rules();
     packet.link.destination = MacAddr([2, 0, 0, 0, 0, 1 + last % 3]);
-    let _ = decide(policy, &packet);
+    let middlebox = policy.get(packet.link.destination);
+    let _ = middlebox.and_then(|middlebox| middlebox.service_for(&packet));
     let firewall = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall());
     if let Some(firewall) = firewall {
         let all: Vec<_> = firewall.conditions(packet.link.destination).collect();
@@ -75,15 +78,17 @@ pub fn packet(data: &[u8]) {
         let hidden = packet.ip.is_some_and(|ip| ip.hides_transport)
             && all.iter().any(|(_, wanted)| wanted.need_transport());
         let may = all.iter().filter(|(_, wanted)| !(hidden && wanted.need_transport()));
-        let expected = may.clone().find(|(_, wanted)| wanted.match_packet(&packet)).map(|(rule, _)| *rule);
+        let expected =
+            may.clone().find(|(_, wanted)| wanted.match_packet(&packet)).map(|(rule, _)| *rule);
         let default = if hidden { Action::Deny } else { firewall.default_action() };
-        let filtered = firewall.filter(&packet);
+        let filtered = firewall.decide(&packet);
         assert_eq!(filtered.rule, expected, "{packet:?}");
         assert_eq!(filtered.action, expected.map_or(default, |rule| rule.action), "{packet:?}");
     }
     let Some(ip) = packet.ip else { return };
     let mut out = frame.to_vec();
-    let new = if ip.source.is_ipv4() { IpAddr::from([10, 0, 0, last]) } else { IpAddr::from([0x20; 16]) };
+    let new =
+        if ip.source.is_ipv4() { IpAddr::from([10, 0, 0, last]) } else { IpAddr::from([0x20; 16]) };
     set_destination_mac(&mut out, MacAddr([2; 6]));
     if translate(&mut out, &packet, Side::Destination, new, Some(last.into())) {
         assert_eq!(out.len(), frame.len());
@@ -93,10 +98,16 @@ pub fn packet(data: &[u8]) {
         assert_eq!(port, ip.ports.map(|_| last.into()));
     }
     let l3 = l3_offset(frame);
-    if translate_quoted(out.get_mut(l3..).unwrap_or_default(), &ip, Side::Source, new, Some(last.into())) {
+    if translate_quoted(
+        out.get_mut(l3..).unwrap_or_default(),
+        &ip,
+        Side::Source,
+        new,
+        Some(last.into()),
+    ) {
         assert_eq!(out.len(), frame.len());
         let again = Packet::from_cut_frame(&out, length).and_then(|packet| packet.ip?.quoted);
         assert_eq!(again.map(|again| again.source), Some(new));
     }
-    let _ = nfqd::refusal::answer(&packet, frame.get(l3..).unwrap_or_default());
+    let _ = nfqd::packet_path::reject::answer(&packet, frame.get(l3..).unwrap_or_default());
 }

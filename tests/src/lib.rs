@@ -5,11 +5,11 @@
 
 pub mod captures;
 pub mod counting;
-pub mod crowd;
 pub mod daemon;
 pub mod frames;
 pub mod fuzz;
-pub mod lab;
+pub mod load;
 pub mod netns;
 pub mod tap;
+pub mod topology;
 pub mod vm;

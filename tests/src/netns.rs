@@ -6,22 +6,19 @@ use std::process::{Child, Command, Stdio};
 
 /// Runs a test on a thread with a fresh network namespace.
 ///
-/// Without root there is none: the test says so and counts as skipped, unless `NFQD_TESTS_NEED_ROOT` is set, as
-/// `tests/run.sh` does.
+/// # Panics
+/// If the test does, or without the privilege: tests that use it are ignored unless they are asked
+/// for.
 pub fn in_netns(test: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(|| match unshare(CloneFlags::CLONE_NEWNET) {
-        Ok(()) => {
-            run("ip link set lo up");
-            // The kernel's own chatter would be taken for frames of the test.
-            for which in ["all", "default"] {
-                std::fs::write(format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6"), "1").expect("sysctl");
-            }
-            test();
+    let thread = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace; run as root");
+        run("ip link set lo up");
+        // The kernel's own chatter would be taken for frames of the test.
+        for which in ["all", "default"] {
+            let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
+            std::fs::write(path, "1").expect("sysctl");
         }
-        Err(errno) if std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none() => {
-            eprintln!("SKIPPED: no network namespace ({errno}); run as root, or tests/run.sh");
-        }
-        Err(errno) => panic!("no network namespace: {errno}"),
+        test();
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -73,7 +70,10 @@ impl Host {
             std::thread::sleep(std::time::Duration::from_millis(2));
         }
         let host = Host { holder };
-        run(&format!("ip link add {port} type veth peer name eth0 address {mac} netns {}", host.holder.id()));
+        run(&format!(
+            "ip link add {port} type veth peer name eth0 address {mac} netns {}",
+            host.holder.id()
+        ));
         run(&format!("ip link set {port} up"));
         for which in ["all", "default", "eth0"] {
             host.run(&format!("sysctl -qw net.ipv6.conf.{which}.disable_ipv6=0"));

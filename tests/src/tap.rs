@@ -34,7 +34,8 @@ impl Tap {
         request[16..18].copy_from_slice(&flags.to_ne_bytes());
         // SAFETY: needed because no safe interface makes a TAP device; TUNSETIFF reads and writes one struct ifreq,
         // which is 40 bytes, and the buffer outlives the call.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+        let result =
+            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
         assert_eq!(result, 0, "TUNSETIFF {name}: {}", std::io::Error::last_os_error());
         // Room for the largest frames of the captures.
         run(&format!("ip link set {name} mtu 9000"));

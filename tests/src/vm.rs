@@ -38,7 +38,17 @@ impl Vm {
                 "-display",
                 "none",
             ])
-            .args(["-no-reboot", "-machine", "pc,accel=tcg", "-cpu", "max", "-smp", "1", "-m", "128"])
+            .args([
+                "-no-reboot",
+                "-machine",
+                "pc,accel=tcg",
+                "-cpu",
+                "max",
+                "-smp",
+                "1",
+                "-m",
+                "128",
+            ])
             .arg("-kernel")
             .arg(files.join("kernel"))
             .arg("-initrd")
@@ -49,7 +59,10 @@ impl Vm {
             .args(["-chardev", "stdio,id=commands,signal=off", "-serial", "chardev:commands"])
             .args([
                 "-object",
-                &format!("memory-backend-file,id=region,share=on,mem-path={},size=1M", region.display()),
+                &format!(
+                    "memory-backend-file,id=region,share=on,mem-path={},size=1M",
+                    region.display()
+                ),
             ])
             .args(["-device", "ivshmem-plain,memdev=region"])
             .args(["-netdev", "tap,id=net,ifname=vm,script=no,downscript=no,vhost=off"])

@@ -22,6 +22,7 @@ fn br_netfilter(directory: &Path, job: &str, variables: &[(&str, &str)]) -> (i32
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn up_twice_and_down_leave_the_host_as_it_was() {
     in_netns(|| {
         let dir = tempfile::tempdir().unwrap();
@@ -37,7 +38,10 @@ fn up_twice_and_down_leave_the_host_as_it_was() {
         assert!(text.contains("bridge kvmbr0: MISSING"), "{text}");
         let (code, text) = br_netfilter(dir.path(), "up", &variables);
         assert_eq!(code, 0, "{text}");
-        assert!(text.contains("bridge kvmbr0: created") && text.contains("port tap1: on kvmbr0"), "{text}");
+        assert!(
+            text.contains("bridge kvmbr0: created") && text.contains("port tap1: on kvmbr0"),
+            "{text}"
+        );
         let (code, text) = br_netfilter(dir.path(), "up", &variables);
         assert_eq!(code, 0, "{text}");
         assert!(
@@ -53,8 +57,9 @@ fn up_twice_and_down_leave_the_host_as_it_was() {
         assert_eq!(code, 0, "{text}");
         run("ip link set tap0 down");
         run("ip link set tap1 down");
-        let names =
-            |text: &str| text.lines().map(|l| l.split(':').nth(1).unwrap().to_string()).collect::<Vec<_>>();
+        let names = |text: &str| {
+            text.lines().map(|l| l.split(':').nth(1).unwrap().to_string()).collect::<Vec<_>>()
+        };
         assert_eq!(names(&links()), names(&before));
         assert!(!links().contains("master"));
         assert_eq!(std::fs::read_to_string(sysctl).unwrap(), value);
@@ -63,6 +68,7 @@ fn up_twice_and_down_leave_the_host_as_it_was() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn what_others_own_is_left_and_mistakes_are_named() {
     in_netns(|| {
         let dir = tempfile::tempdir().unwrap();

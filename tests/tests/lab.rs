@@ -2,34 +2,37 @@
 //! nfqd dies, leaves, or is interfered with.
 #![allow(clippy::unwrap_used)]
 
-use nfqd::status::{BackendState, Status};
-use nfqd_tests::daemon::{Daemon, program};
-use nfqd_tests::lab::{BACKEND, CLIENT_MAC, Lab, Server, VM, connect, ip6, pings, wait_for, who};
+use nfqd::api::{BackendState, Status};
+use nfqd::cli::status::text;
+use nfqd_tests::daemon::{Daemon, NFQD, program};
 use nfqd_tests::netns::{in_netns, run};
+use nfqd_tests::topology::{
+    BACKEND, CLIENT_MAC, Server, Topology, VM, connect, ip6, pings, wait_for, who,
+};
 use std::process::Command;
 use std::time::Duration;
 
 const STATIC: &str = "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17";
 
-struct Scene {
-    lab: Lab,
+struct Fixture {
+    topology: Topology,
     daemon: Daemon,
     _vm: Server,
     backend: Server,
 }
 
-impl Scene {
-    fn new(arguments: &[&str]) -> Scene {
-        let lab = Lab::new(true);
+impl Fixture {
+    fn new(arguments: &[&str]) -> Fixture {
+        let topology = Topology::new(true);
         let daemon = Daemon::start(arguments);
-        let vm = Server::start(lab.vm.as_ref().unwrap(), "vm", 80);
-        let backend = Server::start(&lab.backend, "backend", 80);
-        Scene { lab, daemon, _vm: vm, backend }
+        let vm = Server::start(topology.vm.as_ref().unwrap(), "vm", 80);
+        let backend = Server::start(&topology.backend, "backend", 80);
+        Fixture { topology, daemon, _vm: vm, backend }
     }
 
     /// Who answers the client at the middlebox' address.
     fn at_vm(&self) -> Option<String> {
-        who(&self.lab.client, VM, self.backend.port())
+        who(&self.topology.client, VM, self.backend.port())
     }
 
     /// Redirects the middlebox' traffic, and waits until the backend's MAC is found.
@@ -41,60 +44,75 @@ impl Scene {
     }
 }
 
-fn in_both_modes(test: fn(&Scene)) {
+fn in_both_modes(test: fn(&Fixture)) {
     for mode in ["full", "off"] {
-        in_netns(move || test(&Scene::new(&["--fast-path", mode])));
+        in_netns(move || test(&Fixture::new(&["--fast-path", mode])));
     }
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_documented_examples_do_what_they_say() {
-    in_both_modes(|scene| {
-        let (daemon, client, other) = (&scene.daemon, &scene.lab.client, &scene.lab.other);
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"));
+    in_both_modes(|fixture| {
+        let (daemon, client, other) =
+            (&fixture.daemon, &fixture.topology.client, &fixture.topology.other);
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"));
 
-        scene.redirect();
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"), "{}", daemon.log());
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "{}", daemon.log());
         assert!(pings(client, VM), "ICMP goes there and comes back as well");
-        assert_eq!(who(client, BACKEND, 80).as_deref(), Some("backend"), "the backend by its own address");
+        assert_eq!(
+            who(client, BACKEND, 80).as_deref(),
+            Some("backend"),
+            "the backend by its own address"
+        );
 
         daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"), "no bit set: forward");
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "no bit set: forward");
 
         daemon.must("A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8");
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"), "another source MAC");
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "another source MAC");
         daemon.must(&format!("A 12:13:14:15:16:17 M 5 s {CLIENT_MAC} p 8"));
-        assert_eq!(scene.at_vm(), None, "this source MAC, IPv4: dropped");
+        assert_eq!(fixture.at_vm(), None, "this source MAC, IPv4: dropped");
         assert_eq!(who(other, VM, 80).as_deref(), Some("backend"), "not from another MAC");
 
         daemon.must("D 12:13:14:15:16:17 M 4 s");
         assert_eq!(who(other, VM, 80), None, "only the EtherType is left: all IPv4 is dropped");
         client.run("ip neigh flush dev eth0");
         assert!(!pings(client, VM));
-        assert!(client.run("ip neigh show 10.129.126.15").contains("12:13:14:15:16:17"), "ARP is not");
+        assert!(
+            client.run("ip neigh show 10.129.126.15").contains("12:13:14:15:16:17"),
+            "ARP is not"
+        );
 
         daemon.must("X 12:13:14:15:16:17 F");
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
         daemon.must("X 12:13:14:15:16:17");
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"));
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn filters_on_addresses_ports_and_protocols() {
-    in_both_modes(|scene| {
-        let (daemon, client, other) = (&scene.daemon, &scene.lab.client, &scene.lab.other);
+    in_both_modes(|fixture| {
+        let (daemon, client, other) =
+            (&fixture.daemon, &fixture.topology.client, &fixture.topology.other);
         daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         daemon.must("A 12:13:14:15:16:17 T 2 d 80");
-        assert_eq!((scene.at_vm(), pings(client, VM)), (None, true), "T alone drops, and only that port");
+        assert_eq!(
+            (fixture.at_vm(), pings(client, VM)),
+            (None, true),
+            "T alone drops, and only that port"
+        );
         daemon.must("A 12:13:14:15:16:17 I 1 s 10.129.126.2");
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"), "both must match");
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"), "both must match");
         assert_eq!(who(other, VM, 80), None);
         daemon.must("D 12:13:14:15:16:17 T 0");
         assert!(!pings(other, VM), "the source alone");
         daemon.must("D 12:13:14:15:16:17 I 0 s");
         daemon.must("A 12:13:14:15:16:17 #2 I 8 p icmp");
-        assert_eq!((scene.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
+        assert_eq!((fixture.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
         daemon.must("D 12:13:14:15:16:17 #2");
         assert!(pings(client, VM));
         let reply = daemon.tell("A 12:13:14:15:16:17 I 4");
@@ -103,28 +121,30 @@ fn filters_on_addresses_ports_and_protocols() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_closed_middlebox_lets_in_what_is_allowed() {
-    in_both_modes(|scene| {
-        let (daemon, client, other) = (&scene.daemon, &scene.lab.client, &scene.lab.other);
+    in_both_modes(|fixture| {
+        let (daemon, client, other) =
+            (&fixture.daemon, &fixture.topology.client, &fixture.topology.other);
         daemon.must("R F 12:13:14:15:16:17 10.129.126.15 deny");
         client.run("ip neigh flush dev eth0");
         assert!(!pings(client, VM), "not even ARP");
         daemon.must("A 12:13:14:15:16:17 +1 M 4 p arp");
-        assert_eq!((scene.at_vm(), pings(client, VM)), (None, false));
+        assert_eq!((fixture.at_vm(), pings(client, VM)), (None, false));
         daemon.must("A 12:13:14:15:16:17 +2 T 2 d 80");
-        assert_eq!((scene.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
+        assert_eq!((fixture.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
         daemon.must("A 12:13:14:15:16:17 +3 C 1 t echo-request");
         assert!(pings(client, VM));
         // What is allowed goes before what is denied.
         daemon.must("A 12:13:14:15:16:17 #1 I 1 s 10.129.126.0/24");
-        assert_eq!((scene.at_vm().as_deref(), pings(client, VM)), (Some("vm"), true));
+        assert_eq!((fixture.at_vm().as_deref(), pings(client, VM)), (Some("vm"), true));
         daemon.must("D 12:13:14:15:16:17 +3");
         daemon.must("A 12:13:14:15:16:17 +2 I 1 s 10.129.126.2");
-        assert_eq!((scene.at_vm(), pings(client, VM)), (None, false));
+        assert_eq!((fixture.at_vm(), pings(client, VM)), (None, false));
         assert_eq!(who(other, VM, 80).as_deref(), Some("vm"));
         // What is allowed is balanced all the same.
-        scene.redirect();
-        assert_eq!((scene.at_vm(), who(other, VM, 80).as_deref()), (None, Some("backend")));
+        fixture.redirect();
+        assert_eq!((fixture.at_vm(), who(other, VM, 80).as_deref()), (None, Some("backend")));
         let rules = daemon.status().middleboxes[0].rules.clone();
         let names: Vec<&str> = rules.iter().map(|rule| rule.rule.as_str()).collect();
         assert_eq!(names, ["+1", "+2", "#1", "default"]);
@@ -132,10 +152,11 @@ fn a_closed_middlebox_lets_in_what_is_allowed() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn status_tells_which_rules_are_looked_at_one_by_one() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        let fixture = Fixture::new(&[]);
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         for rule in [
             "#1 T 2 d 80",
             "#2 T 2 d 80-90",
@@ -143,11 +164,11 @@ fn status_tells_which_rules_are_looked_at_one_by_one() {
             "#4 V 1 s 7",
             "#5 M 1 s 2:0:0:0:0:0/ff:0:ff:0:0:0",
         ] {
-            scene.daemon.must(&format!("A 12:13:14:15:16:17 {rule}"));
+            fixture.daemon.must(&format!("A 12:13:14:15:16:17 {rule}"));
         }
-        let status = scene.daemon.status();
+        let status = fixture.daemon.status();
         let why: Vec<Option<&str>> =
-            status.middleboxes[0].rules.iter().map(|rule| rule.one_by_one.as_deref()).collect();
+            status.middleboxes[0].rules.iter().map(|rule| rule.not_indexed.as_deref()).collect();
         assert_eq!(
             why,
             [
@@ -158,62 +179,65 @@ fn status_tells_which_rules_are_looked_at_one_by_one() {
                 Some("its MAC mask has holes")
             ]
         );
-        assert!(
-            status
-                .text()
-                .contains("rule #4 has dropped 0 packets, 0 bytes - looked at by itself: nftables has")
-        );
+        assert!(text(&status).contains(
+            "rule #4 has dropped 0 packets, 0 bytes - looked at by itself: nftables has"
+        ));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn what_a_guest_changes_is_no_interference() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        let fixture = Fixture::new(&[]);
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         // Each makes the chain of all of them anew, of which the kernel tells rule by rule.
         for n in 1..=120 {
-            scene.daemon.must(&format!("A 12:13:14:15:16:17 #{n} V 1 s {n}"));
+            fixture.daemon.must(&format!("A 12:13:14:15:16:17 #{n} V 1 s {n}"));
         }
         std::thread::sleep(Duration::from_millis(1500));
-        let status = scene.daemon.status();
-        assert_eq!((status.repairs, status.repair_error), (0, None), "{}", scene.daemon.log());
+        let status = fixture.daemon.status();
+        assert_eq!((status.repairs, status.repair_error), (0, None), "{}", fixture.daemon.log());
         assert_eq!(run("nft list table bridge nfqd").matches("comment \"rule #").count(), 240);
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_repair_that_fails_is_tried_again() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        scene.redirect();
+        let fixture = Fixture::new(&[]);
+        fixture.redirect();
         let script = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(script.path(), "delete table bridge nfqd\nadd table bridge nfqd\n").unwrap();
         run(&format!("nft -f {}", script.path().display()));
         wait_for("the complaint", || {
-            let error = scene.daemon.status().repair_error;
+            let error = fixture.daemon.status().repair_error;
             error.is_some_and(|error| error.contains("that nfqd did not make"))
         });
-        assert!(scene.daemon.status().text().contains("NOT ENFORCED: there is a table 'bridge nfqd'"));
-        assert_eq!(scene.daemon.status().repairs, 0);
-        let reply = scene.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
+        assert!(
+            text(&fixture.daemon.status()).contains("NOT ENFORCED: there is a table 'bridge nfqd'")
+        );
+        assert_eq!(fixture.daemon.status().repairs, 0);
+        let reply = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
         assert!(reply.starts_with("ERR internal the host cannot enforce it"), "{reply}");
         // Of two frames at once each gets its own answer.
-        let replies = scene.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15@@Q");
+        let replies = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15@@Q");
         let (first, second) = replies.split_once('\n').expect("two replies");
         assert!(first.starts_with("ERR internal") && second.starts_with("OK"), "{replies}");
         run("nft delete table bridge nfqd");
-        wait_for("the repair", || scene.daemon.status().repair_error.is_none());
-        assert_eq!(scene.daemon.status().repairs, 1);
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        wait_for("the repair", || fixture.daemon.status().repair_error.is_none());
+        assert_eq!(fixture.daemon.status().repairs, 1);
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn rules_and_middleboxes_count_what_they_see() {
-    in_both_modes(|scene| {
-        let (daemon, client) = (&scene.daemon, &scene.lab.client);
+    in_both_modes(|fixture| {
+        let (daemon, client) = (&fixture.daemon, &fixture.topology.client);
         daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         // An exact rule is an element of a set, a range a plain rule.
         daemon.must("A 12:13:14:15:16:17 I 8 p icmp");
@@ -225,10 +249,15 @@ fn rules_and_middleboxes_count_what_they_see() {
         }
         let rules = || {
             let rules = daemon.status().middleboxes[0].rules.clone();
-            rules.iter().map(|rule| (rule.rule.clone(), rule.packets, rule.bytes)).collect::<Vec<_>>()
+            rules
+                .iter()
+                .map(|rule| (rule.rule.clone(), rule.packets, rule.bytes))
+                .collect::<Vec<_>>()
         };
         // A ping of 56 bytes and two datagrams of 100, with their headers.
-        wait_for("the counts", || rules() == [("#1".to_string(), 1, 84), ("#2".to_string(), 2, 256)]);
+        wait_for("the counts", || {
+            rules() == [("#1".to_string(), 1, 84), ("#2".to_string(), 2, 256)]
+        });
         let middlebox = daemon.status().middleboxes[0].clone();
         assert!(middlebox.packets >= 4 && middlebox.bytes >= 84 + 3 * 128, "{middlebox:?}");
         let reply = daemon.tell("Q 12:13:14:15:16:17");
@@ -236,50 +265,57 @@ fn rules_and_middleboxes_count_what_they_see() {
         let expected = "; R F 12:13:14:15:16:17 10.129.126.15; A 12:13:14:15:16:17 I 8 p icmp; \
                         A 12:13:14:15:16:17 #2 U 2 d 5000-5001; #1 packets 1 bytes 84; #2 packets 2 bytes 256";
         assert!(reply.ends_with(expected), "{reply}");
-        assert_eq!(daemon.tell("Q 2:0:0:0:0:9"), "ERR unknown-mac column 3: '2:0:0:0:0:9': not registered");
+        assert_eq!(
+            daemon.tell("Q 2:0:0:0:0:9"),
+            "ERR unknown-mac column 3: '2:0:0:0:0:9': not registered"
+        );
         daemon.must("X 12:13:14:15:16:17");
         assert_eq!(daemon.tell("Q"), "OK nothing registered");
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn by_source_only_that_source_is_redirected() {
-    in_both_modes(|scene| {
-        scene
-            .daemon
-            .must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.2 10.129.126.17@02:00:00:00:00:17");
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"));
-        assert_eq!(who(&scene.lab.other, VM, 80).as_deref(), Some("backend"));
+    in_both_modes(|fixture| {
+        fixture.daemon.must(
+            "R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.2 10.129.126.17@02:00:00:00:00:17",
+        );
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"));
+        assert_eq!(who(&fixture.topology.other, VM, 80).as_deref(), Some("backend"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn ipv6_is_filtered_and_redirected_as_well() {
-    in_both_modes(|scene| {
-        let (daemon, client, vm) = (&scene.daemon, &scene.lab.client, ip6(VM));
+    in_both_modes(|fixture| {
+        let (daemon, client, vm) = (&fixture.daemon, &fixture.topology.client, ip6(VM));
         assert_eq!(who(client, vm, 80).as_deref(), Some("vm"));
         daemon.must(&format!("R L 12:13:14:15:16:17 {vm} 0 {}@02:00:00:00:00:17", ip6(BACKEND)));
         let connection = connect(client, vm, 80).unwrap();
         assert_eq!(connection.server, "backend");
         connection.transfer(32 << 20);
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"), "the other family is left alone");
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"), "the other family is left alone");
         daemon.must(&format!("R F 12:13:14:15:16:17 {vm}"));
         daemon.must("A 12:13:14:15:16:17 I 10 d p tcp");
-        assert_eq!((who(client, vm, 80), scene.at_vm().as_deref()), (None, Some("vm")));
+        assert_eq!((who(client, vm, 80), fixture.at_vm().as_deref()), (None, Some("vm")));
     });
 }
 
 /// UDP datagrams of 4000 bytes go as fragments, there and back.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn fragmented_datagrams_go_there_and_come_back() {
-    in_both_modes(|scene| {
-        scene.redirect();
+    in_both_modes(|fixture| {
+        fixture.redirect();
         let bind = |host: &nfqd_tests::netns::Host, port: u16| {
             let socket = host.enter(|| std::net::UdpSocket::bind(("0.0.0.0", port)).unwrap());
             socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
             socket
         };
-        let (client, backend) = (bind(&scene.lab.client, 5000), bind(&scene.lab.backend, 53));
+        let (client, backend) =
+            (bind(&fixture.topology.client, 5000), bind(&fixture.topology.backend, 53));
         client.connect((VM, 53)).unwrap();
         let mut buffer = [0; 9000];
         for size in [10, 4000, 8000] {
@@ -292,19 +328,20 @@ fn fragmented_datagrams_go_there_and_come_back() {
                 client.recv(&mut buffer).unwrap(),
                 size,
                 "fast path {}",
-                scene.daemon.status().fast_path
+                fixture.daemon.status().fast_path
             );
         }
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_large_transfer_leaves_user_space_after_its_first_packets() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        scene.redirect();
+        let fixture = Fixture::new(&[]);
+        fixture.redirect();
         let counters = |field: &str| -> Vec<u64> {
-            let text = scene.lab.backend.run("cat /proc/net/snmp");
+            let text = fixture.topology.backend.run("cat /proc/net/snmp");
             let lines: Vec<Vec<&str>> = text
                 .lines()
                 .filter(|l| l.starts_with("Tcp:") || l.starts_with("Udp:"))
@@ -316,17 +353,22 @@ fn a_large_transfer_leaves_user_space_after_its_first_packets() {
                 .collect()
         };
         let received = || -> (u64, u64) {
-            let text = scene.lab.backend.run("ip -s -o link show eth0");
-            let numbers: Vec<u64> =
-                text.split('\\').nth(3).unwrap().split_whitespace().filter_map(|n| n.parse().ok()).collect();
+            let text = fixture.topology.backend.run("ip -s -o link show eth0");
+            let numbers: Vec<u64> = text
+                .split('\\')
+                .nth(3)
+                .unwrap()
+                .split_whitespace()
+                .filter_map(|n| n.parse().ok())
+                .collect();
             (numbers[0], numbers[1])
         };
-        let (judged, before) = (scene.daemon.judged(), received());
-        let connection = connect(&scene.lab.client, VM, 80).unwrap();
+        let (judged, before) = (fixture.daemon.queued_packets(), received());
+        let connection = connect(&fixture.topology.client, VM, 80).unwrap();
         assert_eq!(connection.server, "backend");
         const TOTAL: u64 = 1 << 30;
         connection.transfer(TOTAL);
-        let (judged, after) = (scene.daemon.judged() - judged, received());
+        let (judged, after) = (fixture.daemon.queued_packets() - judged, received());
         let (bytes, packets) = (after.0 - before.0, after.1 - before.1);
         println!("{bytes} bytes in {packets} packets; {judged} of them went to the engine");
         assert!(
@@ -339,14 +381,15 @@ fn a_large_transfer_leaves_user_space_after_its_first_packets() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_engine_alone_carries_large_segments_too() {
     in_netns(|| {
-        let scene = Scene::new(&["--fast-path", "off"]);
-        scene.redirect();
-        let connection = connect(&scene.lab.client, VM, 80).unwrap();
+        let fixture = Fixture::new(&["--fast-path", "off"]);
+        fixture.redirect();
+        let connection = connect(&fixture.topology.client, VM, 80).unwrap();
         assert_eq!(connection.server, "backend");
         connection.transfer(64 << 20);
-        assert!(scene.daemon.judged() > 100, "every packet is judged");
+        assert!(fixture.daemon.queued_packets() > 100, "every packet is judged");
     });
 }
 
@@ -363,67 +406,79 @@ fn base_chains() -> Vec<String> {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn killed_in_the_middle_of_traffic() {
     in_netns(|| {
-        let mut scene = Scene::new(&[]);
-        scene.redirect();
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
-        scene.daemon.must("A 12:13:14:15:16:17 T 2 d 81");
-        let before = scene.daemon.status();
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        fixture.daemon.must("A 12:13:14:15:16:17 T 2 d 81");
+        let before = fixture.daemon.status();
         let chains = base_chains();
-        let mut connection = connect(&scene.lab.client, VM, 80).unwrap();
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
         let chunk = vec![7; 1 << 20];
         connection.send(&chunk);
 
-        scene.daemon.kill();
+        fixture.daemon.kill();
         (0..20).for_each(|_| connection.send(&chunk));
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"), "a static redirect needs no engine");
-        assert_eq!(who(&scene.lab.client, VM, 81), None, "nor does a filter");
+        assert_eq!(
+            fixture.at_vm().as_deref(),
+            Some("backend"),
+            "a static redirect needs no engine"
+        );
+        assert_eq!(who(&fixture.topology.client, VM, 81), None, "nor does a filter");
 
-        scene.daemon.restart();
+        fixture.daemon.restart();
         (0..20).for_each(|_| connection.send(&chunk));
-        assert!(connection.finish().starts_with(&format!("{} ", 41 << 20)), "the connection outlived it all");
+        assert!(
+            connection.finish().starts_with(&format!("{} ", 41 << 20)),
+            "the connection outlived it all"
+        );
         assert_eq!(base_chains(), chains, "no base chain was made anew");
-        let after = scene.daemon.status();
-        let registered =
-            |status: &Status| status.middleboxes.iter().map(|m| m.commands.clone()).collect::<Vec<_>>();
+        let after = fixture.daemon.status();
+        let registered = |status: &Status| {
+            status.middleboxes.iter().map(|m| m.commands.clone()).collect::<Vec<_>>()
+        };
         assert_eq!(registered(&after), registered(&before), "nothing is registered twice or lost");
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn leaving_in_order_keeps_the_rules_and_flush_removes_them() {
     in_netns(|| {
-        let mut scene = Scene::new(&[]);
-        scene.redirect();
-        assert!(scene.daemon.terminate().success());
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
-        let flush = Command::new(program("nfqd")).arg("flush").output().unwrap();
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        assert!(fixture.daemon.terminate().success());
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        let flush = Command::new(program(NFQD)).arg("flush").output().unwrap();
         assert!(flush.status.success());
         assert!(!run("nft list tables").contains("nfqd"));
-        assert_eq!(scene.at_vm().as_deref(), Some("vm"));
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn fail_closed_drops_what_nobody_judges() {
     in_netns(|| {
-        let mut scene = Scene::new(&["--fail", "closed"]);
-        scene.redirect();
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
-        scene.daemon.kill();
-        assert_eq!(scene.at_vm(), None);
-        scene.daemon.restart();
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        let mut fixture = Fixture::new(&["--fail", "closed"]);
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        fixture.daemon.kill();
+        assert_eq!(fixture.at_vm(), None);
+        fixture.daemon.restart();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn another_program_changes_our_tables() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
-        scene.redirect();
+        let fixture = Fixture::new(&[]);
+        fixture.redirect();
         for (number, interference) in [
             "nft delete table bridge nfqd",
             "nft flush chain bridge nfqd steer",
@@ -435,9 +490,10 @@ fn another_program_changes_our_tables() {
         {
             let chains = run("nft -a list table bridge nfqd");
             run(interference);
-            wait_for(interference, || scene.daemon.status().repairs == number as u64 + 1);
-            assert_eq!(scene.at_vm().as_deref(), Some("backend"), "{interference}");
-            let handle = |text: &str| text.lines().find(|l| l.contains("chain steer")).map(str::to_string);
+            wait_for(interference, || fixture.daemon.status().repairs == number as u64 + 1);
+            assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "{interference}");
+            let handle =
+                |text: &str| text.lines().find(|l| l.contains("chain steer")).map(str::to_string);
             if number != 0 {
                 assert_eq!(
                     handle(&run("nft -a list table bridge nfqd")),
@@ -447,38 +503,39 @@ fn another_program_changes_our_tables() {
             }
         }
         // Our own changes and other tables are no interference.
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         run("nft add table bridge other");
         std::thread::sleep(Duration::from_millis(1500));
-        assert_eq!(scene.daemon.status().repairs, 4);
+        assert_eq!(fixture.daemon.status().repairs, 4);
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_restart_takes_over_what_the_kernel_remembers() {
     in_netns(|| {
-        let mut scene = Scene::new(&[]);
-        scene.redirect();
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
         let index = || run("nft list map bridge nfqd backend_vip4");
         // Another edition, then the first again: its number is new, and a restart does not give the old ones away.
-        scene.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
-        scene.daemon.must(STATIC);
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
+        fixture.daemon.must(STATIC);
         let before = index();
         assert!(before.contains("0x00000300"), "{before}");
-        let mut connection = connect(&scene.lab.client, VM, 80).unwrap();
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
         connection.send(b"x");
-        scene.daemon.kill();
+        fixture.daemon.kill();
         // The neighbour is forgotten: the backend's MAC is known from the kernel's map until it answers again.
         run("ip neigh flush dev br0");
-        scene.daemon.restart();
+        fixture.daemon.restart();
         assert_eq!(index(), before);
         assert_eq!(
-            scene.daemon.status().middleboxes[0].services[0].backends[0].mac.as_deref(),
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.as_deref(),
             Some("02:00:00:00:00:17")
         );
-        assert!(scene.daemon.status().flows.count >= 1, "the ways back are known again");
-        scene.daemon.must("R L 02:00:00:00:00:99 10.129.126.99 0 10.129.126.2@02:00:00:00:00:02");
+        assert!(fixture.daemon.status().flows.count >= 1, "the ways back are known again");
+        fixture.daemon.must("R L 02:00:00:00:00:99 10.129.126.99 0 10.129.126.2@02:00:00:00:00:02");
         let after = index();
         assert!(after.contains("0x00000400") && !after.contains("0x00000100"), "{after}");
         assert_eq!(connection.finish().split(' ').next(), Some("1"));
@@ -486,17 +543,21 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn an_administrator_s_neighbours_are_left_alone() {
     in_netns(|| {
-        let scene = Scene::new(&[]);
+        let fixture = Fixture::new(&[]);
         run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
-        scene.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
-        wait_for("its MAC", || scene.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some());
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
+        wait_for("its MAC", || {
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
         assert!(run("ip neigh show 10.129.126.200").contains("PERMANENT"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_configuration_is_read_again() {
     in_netns(|| {
         run("ip link add br0 type bridge");
@@ -514,7 +575,11 @@ fn the_configuration_is_read_again() {
         write("", "R F 02:00:00:00:00:01 10.0.0.1\nR F 02:00:00:00:00:02 10.0.0.2 # new\n");
         daemon.signal(nix::sys::signal::Signal::SIGHUP);
         wait_for("the new middlebox", || daemon.status().middleboxes.len() == 2);
-        assert!(commands_of(0).contains("T 2 d 80"), "what guests have added stays: {}", commands_of(0));
+        assert!(
+            commands_of(0).contains("T 2 d 80"),
+            "what guests have added stays: {}",
+            commands_of(0)
+        );
         // What is wrong changes nothing.
         write("", "X 02:00:00:00:00:01\nnonsense\n");
         daemon.signal(nix::sys::signal::Signal::SIGHUP);
@@ -524,6 +589,7 @@ fn the_configuration_is_read_again() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_guest_does_not_disturb_another() {
     in_netns(|| {
         run("ip link add br0 type bridge");
@@ -533,7 +599,9 @@ fn a_guest_does_not_disturb_another() {
         let daemon = Daemon::start_bound(&["--shm", &second], "02:00:00:00:00:01");
         let region = || nfqd_shmctl::Region::open(&path).unwrap();
         let tell = |command: &str| {
-            nfqd_shmctl::mailbox::send_command(&region(), command, Duration::from_secs(5)).unwrap()
+            nfqd_shmctl::mailbox::guest::send_command(&region(), command, Duration::from_secs(5))
+                .unwrap()[0]
+                .to_string()
         };
         daemon.must("R F 02:00:00:00:00:01 10.0.0.1");
         for (command, expected) in [
@@ -556,7 +624,8 @@ fn a_guest_does_not_disturb_another() {
             assert!(reply.starts_with(expected), "{command}: {reply}");
         }
         // Garbage for a megabyte, over and over: the other guest is served all the same.
-        let garbage: Vec<u8> = (0..1_u32 << 20).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect();
+        let garbage: Vec<u8> =
+            (0..1_u32 << 20).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect();
         for _ in 0..20 {
             region().write(0, &garbage);
             region().store(0, b'@');
@@ -568,14 +637,15 @@ fn a_guest_does_not_disturb_another() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_mac_that_one_guest_says_is_no_others_after_a_restart() {
     in_netns(|| {
         run("ip link add br0 type bridge");
         let mut daemon = Daemon::start(&[]);
-        let backend = |daemon: &Daemon, vip: &str| {
+        let backend = |daemon: &Daemon, frontend: &str| {
             let status = daemon.status();
             let services = status.middleboxes.iter().flat_map(|middlebox| &middlebox.services);
-            let service = services.into_iter().find(|service| service.vip == vip).unwrap();
+            let service = services.into_iter().find(|service| service.vip == frontend).unwrap();
             (service.backends[0].state, service.backends[0].mac.clone())
         };
         daemon.must("R L 02:00:00:00:00:02 10.0.0.2 0 10.0.0.7@02:ee:ee:ee:ee:ee");
@@ -605,7 +675,7 @@ fn refused(arguments: &[&str]) -> (Option<i32>, String) {
     let state = tempfile::tempdir().unwrap();
     let output = Command::new("timeout")
         .arg("10")
-        .arg(program("nfqd"))
+        .arg(program(NFQD))
         .arg("--state")
         .arg(state.path())
         .args(arguments)
@@ -620,6 +690,7 @@ fn refused(arguments: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn what_keeps_it_from_starting_is_said() {
     in_netns(|| {
         run("ip link add br0 type bridge");
@@ -628,7 +699,7 @@ fn what_keeps_it_from_starting_is_said() {
         assert_eq!(code, Some(3), "{message}");
         assert!(message.contains("queue 6 is taken") && message.contains("--queue"), "{message}");
         drop(daemon);
-        assert!(Command::new(program("nfqd")).arg("flush").status().unwrap().success());
+        assert!(Command::new(program(NFQD)).arg("flush").status().unwrap().success());
 
         run("nft add table bridge nfqd");
         let (code, message) = refused(&[]);
@@ -658,14 +729,17 @@ fn what_keeps_it_from_starting_is_said() {
         let (code, message) = refused(&["--steer", "br-netfilter"]);
         std::fs::write(sysctl, before).unwrap();
         assert_eq!(code, Some(3), "{message}");
-        assert!(message.contains("br-netfilter.sh up") || message.contains("--steer native"), "{message}");
+        assert!(
+            message.contains("br-netfilter.sh up") || message.contains("--steer native"),
+            "{message}"
+        );
 
         let (code, message) = refused(&["--queue", "3-1"]);
         assert_eq!(code, Some(2), "{message}");
         // Without the privilege.
         let output = Command::new("setpriv")
             .args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--"])
-            .arg(program("nfqd"))
+            .arg(program(NFQD))
             .args(["--state", "/tmp/nfqd-refused", "--control", "/tmp/nfqd-refused.sock"])
             .output()
             .unwrap();
@@ -677,21 +751,25 @@ fn what_keeps_it_from_starting_is_said() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn check_prints_every_error_with_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("x");
-    std::fs::write(&file, "# fine\nR F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 1\nX 2:0:0:0:0:9\n").unwrap();
-    let output = Command::new(program("nfqd")).arg("check").arg(&file).output().unwrap();
+    std::fs::write(&file, "# fine\nR F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 1\nX 2:0:0:0:0:9\n")
+        .unwrap();
+    let output = Command::new(program(NFQD)).arg("check").arg(&file).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout).unwrap();
     let name = file.display();
     let expected = [
-        format!("{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"),
+        format!(
+            "{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"
+        ),
         format!("{name}:4:3: '2:0:0:0:0:9': not registered; Q shows what is"),
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
     std::fs::write(&file, "R F 2:0:0:0:0:1 10.0.0.1\n").unwrap();
-    let output = Command::new(program("nfqd")).arg("check").arg(&file).output().unwrap();
+    let output = Command::new(program(NFQD)).arg("check").arg(&file).output().unwrap();
     assert_eq!((output.status.code(), output.stdout, output.stderr), (Some(0), vec![], vec![]));
 }
 
@@ -713,34 +791,38 @@ impl Drop for SmallDisk<'_> {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_full_disk_is_said_and_the_policy_holds() {
     in_netns(|| {
-        let mut scene = Scene::new(&[]);
-        let state = std::path::PathBuf::from(scene.daemon.status().state);
-        scene.daemon.terminate();
+        let mut fixture = Fixture::new(&[]);
+        let state = std::path::PathBuf::from(fixture.daemon.status().state);
+        fixture.daemon.terminate();
         let disk = SmallDisk::mount(state.parent().unwrap());
-        scene.daemon.restart();
-        scene.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        fixture.daemon.restart();
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         let filler = disk.0.join("filler");
         assert!(std::fs::write(&filler, vec![0; 1 << 20]).is_err(), "the disk is full");
         // What is appended to a page that is there needs no room.
         let fails = (1..400).find(|n| {
-            scene.daemon.must(&format!("A 12:13:14:15:16:17 #{n} T 2 d {}", 1000 + n));
-            scene.daemon.status().state_error.is_some()
+            fixture.daemon.must(&format!("A 12:13:14:15:16:17 #{n} T 2 d {}", 1000 + n));
+            fixture.daemon.status().state_error.is_some()
         });
-        let error = scene.daemon.status().state_error.unwrap();
+        let error = fixture.daemon.status().state_error.unwrap();
         assert!(fails.is_some() && error.contains("No space left"), "{error}");
-        scene.redirect();
-        assert_eq!(scene.at_vm().as_deref(), Some("backend"));
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
         std::fs::remove_file(&filler).unwrap();
-        wait_for("the state is saved again", || scene.daemon.status().state_error.is_none());
+        wait_for("the state is saved again", || fixture.daemon.status().state_error.is_none());
         let saved = std::fs::read_to_string(&state).unwrap();
-        assert!(saved.contains(STATIC) && saved.contains(&format!("#{} T", fails.unwrap())), "{saved}");
+        assert!(
+            saved.contains(STATIC) && saved.contains(&format!("#{} T", fails.unwrap())),
+            "{saved}"
+        );
         // Killed, it takes back all of it.
-        let commands = scene.daemon.status().middleboxes[0].commands.clone();
-        scene.daemon.kill();
-        scene.daemon.restart();
-        assert_eq!(scene.daemon.status().middleboxes[0].commands, commands);
-        scene.daemon.terminate();
+        let commands = fixture.daemon.status().middleboxes[0].commands.clone();
+        fixture.daemon.kill();
+        fixture.daemon.restart();
+        assert_eq!(fixture.daemon.status().middleboxes[0].commands, commands);
+        fixture.daemon.terminate();
     });
 }

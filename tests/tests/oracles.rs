@@ -23,7 +23,7 @@ const FRAMES: usize = 60;
 /// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out, everything before it has.
 const SENTINEL: &str = "R L 02:00:00:00:00:5e 10.0.0.94 0 10.0.0.95@02:00:00:00:00:5f";
 
-struct Lab {
+struct Topology {
     uplink: Tap,
     /// Ports with the MACs that are behind them.
     ports: Vec<(Tap, Vec<[u8; 6]>)>,
@@ -36,8 +36,8 @@ fn bytes(mac: &str) -> [u8; 6] {
     mac.parse::<nfqd_shmctl::MacAddr>().unwrap().0
 }
 
-impl Lab {
-    fn new(fast_path: &str) -> Lab {
+impl Topology {
+    fn new(fast_path: &str) -> Topology {
         run("ip link add br0 type bridge mcast_snooping 0");
         run("ip link set br0 up");
         let uplink = Tap::on_bridge("br0", "uplink", &[]);
@@ -51,7 +51,7 @@ impl Lab {
         let daemon = Daemon::start(&["--queue", "7", "--fast-path", fast_path]);
         daemon.must(SENTINEL);
         let by_br_netfilter = daemon.status().steer == "br-netfilter";
-        Lab { uplink, ports, sentinel, daemon, by_br_netfilter }
+        Topology { uplink, ports, sentinel, daemon, by_br_netfilter }
     }
 
     /// Sends a frame and waits until it is through; what came out where. Floods reach the sentinel's port, too.
@@ -60,7 +60,8 @@ impl Lab {
         self.uplink.send(&sentinel_frame());
         loop {
             let out = self.sentinel.receive(Duration::from_secs(10));
-            let out = out.unwrap_or_else(|| panic!("no sentinel after {frame:02x?}\n{}", self.daemon.log()));
+            let out = out
+                .unwrap_or_else(|| panic!("no sentinel after {frame:02x?}\n{}", self.daemon.log()));
             if out[..6] == bytes("02:00:00:00:00:5f") {
                 break;
             }
@@ -75,10 +76,12 @@ impl Lab {
     /// What must come out where, when `leaves` leaves the middle of the bridge.
     fn expected(&self, leaves: Option<Vec<u8>>) -> Vec<(usize, Vec<u8>)> {
         let Some(frame) = leaves else { return Vec::new() };
-        let Some(frame) = (if self.by_br_netfilter { br_netfilter(&frame) } else { Some(frame) }) else {
+        let Some(frame) = (if self.by_br_netfilter { br_netfilter(&frame) } else { Some(frame) })
+        else {
             return Vec::new();
         };
-        let at = self.ports.iter().position(|(_, macs)| macs.iter().any(|mac| frame[..6] == mac[..]));
+        let at =
+            self.ports.iter().position(|(_, macs)| macs.iter().any(|mac| frame[..6] == mac[..]));
         match at {
             Some(index) => vec![(index, frame)],
             None => (0..self.ports.len()).map(|index| (index, frame.clone())).collect(),
@@ -102,13 +105,15 @@ fn sentinel_frame() -> Vec<u8> {
 fn br_netfilter(frame: &[u8]) -> Option<Vec<u8>> {
     let l3 = l3_offset(frame);
     let payload = frame.get(l3..).unwrap_or_default();
-    let word =
-        |at: usize| payload.get(at..at + 2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]));
+    let word = |at: usize| {
+        payload.get(at..at + 2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]))
+    };
     let ether_type = [frame[l3 - 2], frame[l3 - 1]];
     let length = match ether_type {
         [8, 0] => {
             let header_len = usize::from(payload.first()? & 15) * 4;
-            let header = payload.get(..header_len).filter(|_| payload[0] >> 4 == 4 && header_len >= 20)?;
+            let header =
+                payload.get(..header_len).filter(|_| payload[0] >> 4 == 4 && header_len >= 20)?;
             let mut sum: u32 =
                 header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
             while sum > 0xffff {
@@ -173,7 +178,7 @@ struct Tally {
 
 /// A lab and a replay, which see the same frames under the same policies at the same time.
 struct Oracles {
-    lab: Lab,
+    topology: Topology,
     replay: Replay,
     start: Instant,
     tally: Tally,
@@ -181,9 +186,9 @@ struct Oracles {
 
 impl Oracles {
     fn new(fast_path: &str) -> Oracles {
-        let lab = Lab::new(fast_path);
+        let topology = Topology::new(fast_path);
         Oracles {
-            lab,
+            topology,
             replay: Replay::new(&Policy::default()),
             start: Instant::now(),
             tally: Tally::default(),
@@ -192,7 +197,7 @@ impl Oracles {
 
     /// Makes a policy hold on both sides, step by step: what is registered anew has no flows.
     fn set_policy(&mut self, commands: &[String]) -> Result<(), TestCaseError> {
-        let daemon = &self.lab.daemon;
+        let daemon = &self.topology.daemon;
         let mut policy = Policy::default();
         for mac in MIDDLEBOXES {
             let reply = daemon.tell(&format!("X {mac}"));
@@ -221,14 +226,19 @@ impl Oracles {
         self.set_policy(commands)?;
         let mut history = Vec::new();
         for frame in frames {
-            if self.lab.by_br_netfilter && ambiguous_by_br_netfilter(frame) {
+            if self.topology.by_br_netfilter && ambiguous_by_br_netfilter(frame) {
                 self.tally.skipped += 1;
                 continue;
             }
             // A frame that br_netfilter drops on its way to the engine leaves no trace there.
-            if self.lab.by_br_netfilter && br_netfilter(frame).is_none() {
-                let seen = self.lab.pass(frame);
-                prop_assert!(seen.is_empty(), "br_netfilter let {:02x?} through: {:02x?}", frame, seen);
+            if self.topology.by_br_netfilter && br_netfilter(frame).is_none() {
+                let seen = self.topology.pass(frame);
+                prop_assert!(
+                    seen.is_empty(),
+                    "br_netfilter let {:02x?} through: {:02x?}",
+                    frame,
+                    seen
+                );
                 continue;
             }
             let now = self.start.elapsed().as_secs() as u32;
@@ -243,10 +253,10 @@ impl Oracles {
                 let balanced = line.to.is_some() || line.from.is_some();
                 self.tally.errors += usize::from(line.reason.contains("about a flow"));
                 self.tally.replies += usize::from(balanced && line.from.is_some());
-                expected.extend(self.lab.expected(leaves.clone()));
+                expected.extend(self.topology.expected(leaves.clone()));
             }
             self.tally.held += usize::from(outcomes.is_empty());
-            let mut seen = self.lab.pass(frame);
+            let mut seen = self.topology.pass(frame);
             // What a port has seen is in order; of several ports it is not.
             expected.sort_by_key(|(port, _)| *port);
             seen.sort_by_key(|(port, _)| *port);
@@ -263,7 +273,7 @@ impl Oracles {
                 commands.join("\n"),
                 history.join("\n"),
                 run("nft list table bridge nfqd"),
-                self.lab.daemon.log().lines().rev().take(30).collect::<Vec<_>>().join("\n"),
+                self.topology.daemon.log().lines().rev().take(30).collect::<Vec<_>>().join("\n"),
             );
         }
         Ok(())
@@ -289,7 +299,8 @@ fn found_before() -> Vec<Case> {
     let mut later = [bytes(one), bytes(backend)].concat();
     later.extend([8, 0, 0x45, 0, 0, 32, 0, 2, 0x20, 1, 64, 6, 0, 0, 10, 0, 0, 3, 10, 0, 0, 3]);
     later.extend([0x00, 0x51, 0x03, 0xe8, 1, 2, 3, 4, 5, 6, 7, 8]);
-    let sum: u32 = later[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let sum: u32 =
+        later[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     later[24..26].copy_from_slice(&sum.to_be_bytes());
     // A flow outlives its service, is taken for the backend's own, and the service comes back.
@@ -298,7 +309,8 @@ fn found_before() -> Vec<Case> {
     let there = udp(two, client, 4, 9, 53, 80);
     let back = udp(client, backend, 3, 4, 80, 53);
     // By br_netfilter the engine does not see the tag that the kernel has let pass.
-    let closed = [&format!("R F {two} 10.0.0.9 deny"), &format!("A {two} +3 V 1 s 0-4095"), &service];
+    let closed =
+        [&format!("R F {two} 10.0.0.9 deny"), &format!("A {two} +3 V 1 s 0-4095"), &service];
     let plain = udp(two, client, 4, 9, 53, 80);
     let tagged = [&plain[..12], &[0x88, 0xa8, 0, 2], &plain[12..]].concat();
     vec![
@@ -311,6 +323,7 @@ fn found_before() -> Vec<Case> {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn what_was_found_before_does_not_come_back() {
     for fast_path in ["full", "off"] {
         in_netns(move || {
@@ -326,6 +339,7 @@ fn what_was_found_before_does_not_come_back() {
 
 /// The captures under each of the policies beside them.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_oracles_agree_about_the_captures() {
     for (name, frames) in captures::all() {
         let file = captures::folder().join(format!("{name}.pcap"));
@@ -347,7 +361,9 @@ fn the_oracles_agree_about_the_captures() {
                 std::thread::sleep(Duration::from_secs(4));
                 for (name, frames) in captures::all() {
                     let case = (commands.clone(), frames);
-                    oracles.compare(&case).unwrap_or_else(|error| panic!("{name} under {policy}: {error}"));
+                    oracles
+                        .compare(&case)
+                        .unwrap_or_else(|error| panic!("{name} under {policy}: {error}"));
                 }
             }
             println!("captures, fast path {fast_path}: {:?}", oracles.tally);
@@ -371,17 +387,19 @@ fn random(fast_path: &'static str) {
             failure_persistence: None,
             ..Config::default()
         };
-        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
-        let result =
-            runner.run(&(policy(), case_frames(1..=2 * FRAMES)), |case| oracles.borrow_mut().compare(&case));
+        let mut runner =
+            TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+        let result = runner.run(&(policy(), case_frames(1..=2 * FRAMES)), |case| {
+            oracles.borrow_mut().compare(&case)
+        });
         if let Err(error) = result {
             panic!("{error}");
         }
-        let Oracles { lab, tally, .. } = &*oracles.borrow();
+        let Oracles { topology, tally, .. } = &*oracles.borrow();
         println!(
             "fast path {fast_path}, {}: {policies} policies, {tally:?}, {} went to the engine",
-            lab.daemon.status().steer,
-            lab.daemon.judged()
+            topology.daemon.status().steer,
+            topology.daemon.queued_packets()
         );
         let least = tally.accepted.min(tally.dropped).min(tally.redirected);
         assert!(least > policies as usize, "a verdict hardly came up: {tally:?}");
@@ -393,11 +411,13 @@ fn random(fast_path: &'static str) {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_fast_path_and_replay_agree() {
     random("full");
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn the_engine_alone_and_replay_agree() {
     random("off");
 }

@@ -4,11 +4,11 @@
 //! `NFQD_TESTS_CONNECTIONS` sets how many connections are held at once (10 000).
 #![allow(clippy::unwrap_used)]
 
-use nfqd::status::{BackendState, BackendStatus};
-use nfqd_tests::crowd::{Crowd, Member, allow_files, ask_all, connect_all, shares};
+use nfqd::api::{BackendState, BackendStatus};
 use nfqd_tests::daemon::Daemon;
-use nfqd_tests::lab::{CLIENT, CLIENT_MAC, Server, VM, VM_MAC, connect, ip6, wait_for, who};
+use nfqd_tests::load::{LoadServer, Member, allow_files, ask_all, connect_all, shares};
 use nfqd_tests::netns::{Host, in_netns, run};
+use nfqd_tests::topology::{CLIENT, CLIENT_MAC, Server, VM, VM_MAC, connect, ip6, wait_for, who};
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -24,20 +24,25 @@ fn backend_mac(n: u8) -> String {
 }
 
 /// A client, a middlebox, and backends, on bridge `br0`.
-struct Scene {
+struct Fixture {
     client: Host,
     vm: Host,
     backends: Vec<Host>,
 }
 
-impl Scene {
-    fn new(backends: u8) -> Scene {
+impl Fixture {
+    fn new(backends: u8) -> Fixture {
         run("ip link add br0 type bridge mcast_snooping 0");
         // The host itself has an address, for its checks.
         run("ip link set br0 up");
         run("ip addr add 10.129.126.254/24 dev br0");
-        Scene {
-            client: Host::attach("br0", "client", CLIENT_MAC, &["10.129.126.1/24", "2001:db8::1/64 nodad"]),
+        Fixture {
+            client: Host::attach(
+                "br0",
+                "client",
+                CLIENT_MAC,
+                &["10.129.126.1/24", "2001:db8::1/64 nodad"],
+            ),
             vm: Host::attach("br0", "vm", VM_MAC, &["10.129.126.15/24", "2001:db8::f/64 nodad"]),
             backends: (0..backends).map(attach).collect(),
         }
@@ -46,7 +51,12 @@ impl Scene {
 
 fn attach(n: u8) -> Host {
     let (ip, mac) = (backend_ip(n), backend_mac(n));
-    Host::attach("br0", &format!("b{n}"), &mac, &[&format!("{ip}/24"), &format!("{}/64 nodad", ip6(ip))])
+    Host::attach(
+        "br0",
+        &format!("b{n}"),
+        &mac,
+        &[&format!("{ip}/24"), &format!("{}/64 nodad", ip6(ip))],
+    )
 }
 
 /// A backend as a command names it.
@@ -60,30 +70,37 @@ fn register(daemon: &Daemon, rest: &str) {
 
 fn backends(daemon: &Daemon) -> HashMap<String, BackendStatus> {
     let services = daemon.status().middleboxes.remove(0).services;
-    services.into_iter().flat_map(|service| service.backends).map(|b| (b.backend.clone(), b)).collect()
+    services
+        .into_iter()
+        .flat_map(|service| service.backends)
+        .map(|b| (b.backend.clone(), b))
+        .collect()
 }
 
 /// New connections to the service.
-fn crowd(scene: &Scene, daemon: &Daemon, count: usize) -> Vec<Member> {
-    connect_all(&scene.client, VM.into(), 80, count)
-        .unwrap_or_else(|error| panic!("{error}\n{}\n{}", daemon.log(), daemon.status().text()))
+fn load(fixture: &Fixture, daemon: &Daemon, count: usize) -> Vec<Member> {
+    connect_all(&fixture.client, VM.into(), 80, count).unwrap_or_else(|error| {
+        panic!("{error}\n{}\n{}", daemon.log(), nfqd::cli::status::text(&daemon.status()))
+    })
 }
 
 /// Ten thousand connections while backends are added, drained and lost, and nfqd is killed again and again.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn connections_keep_their_backend_whatever_happens_to_others() {
     in_netns(|| {
         allow_files();
         let count: usize =
             std::env::var("NFQD_TESTS_CONNECTIONS").map_or(10_000, |text| text.parse().unwrap());
-        let mut scene = Scene::new(5);
-        let mut crowds: Vec<Option<Crowd>> =
-            (0..5).map(|n| Some(Crowd::start(&scene.backends[usize::from(n)], b'0' + n, 80))).collect();
+        let mut fixture = Fixture::new(5);
+        let mut crowds: Vec<Option<LoadServer>> = (0..5)
+            .map(|n| Some(LoadServer::start(&fixture.backends[usize::from(n)], b'0' + n, 80)))
+            .collect();
         // A burst that fills the queue is dropped and sent again, instead of going to the middlebox, which serves nobody.
         let mut daemon = Daemon::start(&["--fail", "closed"]);
         let four: Vec<String> = (0..4).map(to).collect();
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", four.join(" ")));
-        let mut members = crowd(&scene, &daemon, count);
+        let mut members = load(&fixture, &daemon, count);
         let share = shares(&members);
         assert_eq!(share.len(), 4, "{share:?}");
         assert!(share.values().all(|share| share.abs_diff(count / 4) <= 1), "by turns: {share:?}");
@@ -93,13 +110,13 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
 
         daemon.must(&format!("B {VM_MAC} + {}", to(4)));
         ask_all(&mut members, "a backend more");
-        let new = crowd(&scene, &daemon, 100);
+        let new = load(&fixture, &daemon, 100);
         assert_eq!(shares(&new).len(), 5);
         drop(new);
 
         daemon.must(&format!("B {VM_MAC} = {} drain", backend_ip(1)));
         ask_all(&mut members, "one draining");
-        let new = crowd(&scene, &daemon, 100);
+        let new = load(&fixture, &daemon, 100);
         assert_eq!(shares(&new).get(&b'1'), None, "a draining backend gets no new connections");
         drop(new);
 
@@ -107,23 +124,23 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         ask_all(&mut members, "without nfqd");
         daemon.restart();
         ask_all(&mut members, "nfqd killed and started again");
-        let new = crowd(&scene, &daemon, 100);
+        let new = load(&fixture, &daemon, 100);
         assert_eq!(shares(&new).get(&b'1'), None, "it is still draining");
         drop(new);
         // Everything through the engine: it knows all flows by what the kernel remembered.
         daemon.kill();
         daemon.set_arguments(&["--fail", "closed", "--fast-path", "off"]);
         daemon.restart();
-        let judged = daemon.judged();
+        let judged = daemon.queued_packets();
         ask_all(&mut members, "killed, and without the fast path");
-        assert!(daemon.judged() - judged >= 2 * count as u64, "every packet was judged");
+        assert!(daemon.queued_packets() - judged >= 2 * count as u64, "every packet was judged");
         daemon.kill();
         daemon.set_arguments(&["--fail", "closed"]);
         daemon.restart();
         ask_all(&mut members, "killed, and with it again");
 
         // A backend is gone for good.
-        scene.backends.remove(2);
+        fixture.backends.remove(2);
         drop(crowds[2].take());
         wait_for("the checks", || {
             backends(&daemon)[&format!("{}:80", backend_ip(2))].state == BackendState::Dead
@@ -141,7 +158,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
                 "told so, not left alone: {error}"
             );
         }
-        let new = crowd(&scene, &daemon, 100);
+        let new = load(&fixture, &daemon, 100);
         assert_eq!(shares(&new).get(&b'2'), None, "a dead backend gets no new connections");
         drop(new);
 
@@ -165,8 +182,8 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
 /// The backend is behind a router and a link with a small MTU: large packets come back as errors, which must name the
 /// address that the client talks to.
 fn path_mtu(v6: bool) {
-    let scene = Scene::new(1);
-    let router = &scene.backends[0];
+    let fixture = Fixture::new(1);
+    let router = &fixture.backends[0];
     // A network behind the backend's host, which is a router now: its far end is the backend.
     let far = router.enter(|| Host::linked("far", "02:00:00:00:02:01", &[]));
     router.run("ip link set far mtu 1300");
@@ -181,16 +198,22 @@ fn path_mtu(v6: bool) {
     far.run(&format!("ip addr add {far_ip}{prefix} dev eth0"));
     far.run(&format!("ip route add default via {near_ip}"));
     let gateway = if v6 { ip6(backend_ip(0)).to_string() } else { backend_ip(0).to_string() };
-    let vip: IpAddr = if v6 { ip6(VM).into() } else { VM.into() };
+    let frontend: IpAddr = if v6 { ip6(VM).into() } else { VM.into() };
     let daemon = Daemon::start(&[]);
-    let named = |ip: &str, port: u16| if v6 { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") };
+    let named =
+        |ip: &str, port: u16| if v6 { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") };
     register(
         &daemon,
-        &format!("{} hash {}@{}", named(&vip.to_string(), 80), named(far_ip, 8080), backend_mac(0)),
+        &format!(
+            "{} hash {}@{}",
+            named(&frontend.to_string(), 80),
+            named(far_ip, 8080),
+            backend_mac(0)
+        ),
     );
     let _server = Server::start(&far, "far", 8080);
-    let _vm = Server::start(&scene.vm, "vm", 80);
-    scene.client.run(&format!(
+    let _vm = Server::start(&fixture.vm, "vm", 80);
+    fixture.client.run(&format!(
         "ip route add {} via {}",
         if v6 { "2001:db8:1::/64" } else { "10.200.0.0/24" },
         gateway
@@ -198,38 +221,49 @@ fn path_mtu(v6: bool) {
     // Link-local addresses are not there at once.
     let client = if v6 { ip6(CLIENT).to_string() } else { CLIENT.to_string() };
     wait_for("the way back", || {
-        far.command("ping").args(["-q", "-c", "1", "-W", "1", &client]).output().unwrap().status.success()
+        far.command("ping")
+            .args(["-q", "-c", "1", "-W", "1", &client])
+            .output()
+            .unwrap()
+            .status
+            .success()
     });
     // Both ends think that 1500 bytes go through; the client's segments are too large for the link behind the router.
-    let connection = connect(&scene.client, vip, 80).unwrap_or_else(|| panic!("{}", daemon.log()));
+    let connection =
+        connect(&fixture.client, frontend, 80).unwrap_or_else(|| panic!("{}", daemon.log()));
     assert_eq!(connection.server, "far");
     connection.transfer(4 << 20);
-    let route = scene.client.run(&format!("ip route get {vip}"));
+    let route = fixture.client.run(&format!("ip route get {frontend}"));
     assert!(route.contains("mtu 1300"), "the client has learnt the path's MTU: {route}");
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn path_mtu_discovery_works_through_the_translation() {
     in_netns(|| path_mtu(false));
     in_netns(|| path_mtu(true));
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
     in_netns(|| {
-        let scene = Scene::new(2);
-        let _vm = Server::start(&scene.vm, "vm", 80);
+        let fixture = Fixture::new(2);
+        let _vm = Server::start(&fixture.vm, "vm", 80);
         let daemon = Daemon::start(&[]);
         // Nobody listens at the backends: by TCP checks they are dead.
         let both: Vec<String> = (0..2).map(to).collect();
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", both.join(" ")));
         register(&daemon, &format!("{VM}:53/udp rr {} check=tcp:80", both.join(" ")));
-        wait_for("the checks", || backends(&daemon).values().all(|b| b.state == BackendState::Dead));
-        let refused = scene.client.enter(|| {
-            TcpStream::connect_timeout(&SocketAddr::new(VM.into(), 80), Duration::from_secs(3)).unwrap_err()
+        wait_for("the checks", || {
+            backends(&daemon).values().all(|b| b.state == BackendState::Dead)
+        });
+        let refused = fixture.client.enter(|| {
+            TcpStream::connect_timeout(&SocketAddr::new(VM.into(), 80), Duration::from_secs(3))
+                .unwrap_err()
         });
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "{}", daemon.log());
-        let told = scene.client.enter(|| {
+        let told = fixture.client.enter(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
             socket.connect((VM, 53)).unwrap();
@@ -237,35 +271,40 @@ fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
             socket.recv(&mut [0; 8]).unwrap_err()
         });
         assert_eq!(told.kind(), std::io::ErrorKind::ConnectionRefused, "by ICMP: {told}");
-        assert!(daemon.status().queues.iter().map(|queue| queue.refused).sum::<u64>() >= 2);
+        assert!(daemon.status().queues.iter().map(|queue| queue.rejected).sum::<u64>() >= 2);
         // Passed, when the service says so.
         register(&daemon, &format!("{VM}:80 rr {} check=tcp on-empty=pass", both.join(" ")));
-        wait_for("the checks", || who(&scene.client, VM, 80).as_deref() == Some("vm"));
+        wait_for("the checks", || who(&fixture.client, VM, 80).as_deref() == Some("vm"));
         // One comes to life.
-        let _server = Server::start(&scene.backends[1], "one", 80);
-        wait_for("life", || who(&scene.client, VM, 80).as_deref() == Some("one"));
+        let _server = Server::start(&fixture.backends[1], "one", 80);
+        wait_for("life", || who(&fixture.client, VM, 80).as_deref() == Some("one"));
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn no_mark_of_ours_leaves_when_a_backend_goes() {
     in_netns(|| {
-        let scene = Scene::new(1);
+        let fixture = Fixture::new(1);
         let daemon = Daemon::start(&[]);
         register(&daemon, &format!("{VM}:53/udp rr {}", to(0)));
         register(&daemon, &format!("{VM}:99/udp rr {}", to(0)));
         run("nft add table bridge watch");
         run("nft add chain bridge watch leaves { type filter hook postrouting priority 300 ; }");
         run("nft add rule bridge watch leaves meta mark & 0xffffff00 != 0 counter comment marked");
-        run(&format!("nft add rule bridge watch leaves ip saddr {} counter comment seen", backend_ip(0)));
+        run(&format!(
+            "nft add rule bridge watch leaves ip saddr {} counter comment seen",
+            backend_ip(0)
+        ));
         let counted = |comment: &str| -> u32 {
             let listed = run("nft list table bridge watch");
             let line = listed.lines().find(|line| line.contains(comment)).unwrap().to_string();
             let packets = line.split("packets ").nth(1).unwrap().split(' ').next().unwrap();
             packets.parse().unwrap()
         };
-        let bind = |host: &Host, port: u16| host.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
-        let (backend, client) = (bind(&scene.backends[0], 53), bind(&scene.client, 1000));
+        let bind =
+            |host: &Host, port: u16| host.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
+        let (backend, client) = (bind(&fixture.backends[0], 53), bind(&fixture.client, 1000));
         for socket in [&backend, &client] {
             socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         }
@@ -281,7 +320,7 @@ fn no_mark_of_ours_leaves_when_a_backend_goes() {
         run("nft add chain bridge watch marks { type filter hook prerouting priority 0 ; }");
         run("nft add rule bridge watch marks icmp type echo-request meta mark set 0x4000");
         run("nft insert rule bridge watch leaves meta mark 0x4000 counter accept comment theirs");
-        scene.client.run(&format!("ping -q -c 1 -W 2 {}", backend_ip(0)));
+        fixture.client.run(&format!("ping -q -c 1 -W 2 {}", backend_ip(0)));
         assert_eq!(counted("theirs"), 1);
         daemon.must(&format!("X {VM_MAC} L {VM}:53/udp"));
         let before = counted("seen");
@@ -299,39 +338,49 @@ fn no_mark_of_ours_leaves_when_a_backend_goes() {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_host_that_cannot_check_says_so_and_takes_the_backend_as_alive() {
     in_netns(|| {
-        let scene = Scene::new(1);
-        let _server = Server::start(&scene.backends[0], "zero", 80);
+        let fixture = Fixture::new(1);
+        let _server = Server::start(&fixture.backends[0], "zero", 80);
         // An address elsewhere is none to ask from: no answer would come to the bridge.
         run("ip addr flush dev br0");
         run("ip addr add 192.0.2.1/32 dev lo");
         let daemon = Daemon::start(&[]);
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", backend_ip(0)));
         let key = format!("{}:80", backend_ip(0));
-        wait_for("that it says so", || backends(&daemon)[&key].unchecked.is_some());
+        wait_for("that it says so", || backends(&daemon)[&key].health_unknown_reason.is_some());
         // Longer than three checks take.
         std::thread::sleep(Duration::from_millis(4500));
         assert_eq!(backends(&daemon)[&key].state, BackendState::Up, "{}", daemon.log());
-        assert_eq!(who(&scene.client, VM, 80).as_deref(), Some("zero"));
+        assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"));
         // It does as soon as it can, whatever label the address has.
         run("ip addr add 10.129.126.254/24 dev br0 label br0:1");
-        wait_for("the check", || backends(&daemon)[&key].unchecked.is_none());
+        wait_for("the check", || backends(&daemon)[&key].health_unknown_reason.is_none());
     });
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() {
     for option in ["on-dead=reset", "on-dead=move"] {
         in_netns(move || {
-            let scene = Scene::new(2);
-            let _servers =
-                [Server::start(&scene.backends[0], "zero", 80), Server::start(&scene.backends[1], "one", 80)];
+            let fixture = Fixture::new(2);
+            let _servers = [
+                Server::start(&fixture.backends[0], "zero", 80),
+                Server::start(&fixture.backends[1], "one", 80),
+            ];
             let daemon = Daemon::start(&[]);
             // No MACs: the host finds them, and watches whether they answer.
-            register(&daemon, &format!("{VM}:80 least {} {} {option}", backend_ip(0), backend_ip(1)));
-            wait_for("the MACs", || backends(&daemon).values().all(|b| b.state == BackendState::Up));
-            let mut connections: Vec<_> = (0..8).map(|_| connect(&scene.client, VM, 80).unwrap()).collect();
+            register(
+                &daemon,
+                &format!("{VM}:80 least {} {} {option}", backend_ip(0), backend_ip(1)),
+            );
+            wait_for("the MACs", || {
+                backends(&daemon).values().all(|b| b.state == BackendState::Up)
+            });
+            let mut connections: Vec<_> =
+                (0..8).map(|_| connect(&fixture.client, VM, 80).unwrap()).collect();
             let of = |name: &str| connections.iter().filter(|c| c.server == name).count();
             assert_eq!((of("zero"), of("one")), (4, 4), "the least loaded by turns");
             let zero = || backends(&daemon).remove(&format!("{}:80", backend_ip(0))).unwrap();
@@ -340,7 +389,10 @@ fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() 
             run("ip link set b0 down");
             wait_for("death", || zero().state == BackendState::Dead);
             let dead = zero();
-            assert!(dead.packets >= counted.packets && dead.reply_bytes >= counted.reply_bytes, "{dead:?}");
+            assert!(
+                dead.packets >= counted.packets && dead.reply_bytes >= counted.reply_bytes,
+                "{dead:?}"
+            );
             for connection in &mut connections {
                 if connection.server == "one" {
                     connection.send(b"more");
@@ -353,24 +405,25 @@ fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() 
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn connections_of_the_middlebox_itself_go_on() {
     in_netns(|| {
-        let scene = Scene::new(1);
-        let _vm = Server::start(&scene.vm, "vm", 80);
-        let _backend = Server::start(&scene.backends[0], "zero", 80);
-        let client = Server::start(&scene.client, "client", 81);
+        let fixture = Fixture::new(1);
+        let _vm = Server::start(&fixture.vm, "vm", 80);
+        let _backend = Server::start(&fixture.backends[0], "zero", 80);
+        let client = Server::start(&fixture.client, "client", 81);
         let daemon = Daemon::start(&[]);
-        let mut before = connect(&scene.client, VM, 80).unwrap();
+        let mut before = connect(&fixture.client, VM, 80).unwrap();
         assert_eq!(before.server, "vm");
         // All TCP and UDP to the address.
         register(&daemon, &format!("{VM} rr {}", to(0)));
         for _ in 0..20 {
             before.send(&[7; 10_000]);
         }
-        assert_eq!(who(&scene.client, VM, 80).as_deref(), Some("zero"));
+        assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"));
         assert!(before.finish().starts_with("200000 "), "the connection from before");
         // What the middlebox asks others itself comes back to it.
-        let own = connect(&scene.vm, CLIENT, client.port()).unwrap();
+        let own = connect(&fixture.vm, CLIENT, client.port()).unwrap();
         assert_eq!(own.server, "client");
         own.transfer(8 << 20);
     });
@@ -378,12 +431,14 @@ fn connections_of_the_middlebox_itself_go_on() {
 
 /// TCP and UDP with the same ports, a backend that is a client, several services with ports of their own, and IPv6.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn services_and_clients_of_all_kinds_do_not_mix() {
     for mode in ["full", "off"] {
         in_netns(move || {
-            let scene = Scene::new(3);
+            let fixture = Fixture::new(3);
             let name = ["zero", "one", "two"];
-            let web: Vec<Server> = (0..3).map(|n| Server::start(&scene.backends[n], name[n], 8080)).collect();
+            let web: Vec<Server> =
+                (0..3).map(|n| Server::start(&fixture.backends[n], name[n], 8080)).collect();
             let daemon = Daemon::start(&["--fast-path", mode]);
             let ported = |n: u8| format!("{}:8080@{}", backend_ip(n), backend_mac(n));
             register(&daemon, &format!("{VM}:80/tcp rr {} {}", ported(0), ported(1)));
@@ -391,13 +446,13 @@ fn services_and_clients_of_all_kinds_do_not_mix() {
             register(&daemon, &format!("{VM}:81 0 {}", ported(2)));
             let six = |n: u8| format!("[{}]:8080@{}", ip6(backend_ip(n)), backend_mac(n));
             register(&daemon, &format!("[{}]:80 hash {} {} {}", ip6(VM), six(0), six(1), six(2)));
-            let udp = scene.backends[2].enter(|| UdpSocket::bind(("0.0.0.0", 5353)).unwrap());
+            let udp = fixture.backends[2].enter(|| UdpSocket::bind(("0.0.0.0", 5353)).unwrap());
             udp.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
             for round in 0..4_u16 {
                 let port = 30_000 + round;
                 // One client port through both protocols at once.
-                let mut tcp = connect_from(&scene.client, port, VM.into(), 80);
-                let socket = scene.client.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
+                let mut tcp = connect_from(&fixture.client, port, VM.into(), 80);
+                let socket = fixture.client.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
                 socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
                 socket.connect((VM, 80)).unwrap();
                 let mut buffer = [0; 9000];
@@ -406,20 +461,24 @@ fn services_and_clients_of_all_kinds_do_not_mix() {
                     let (len, from) = udp.recv_from(&mut buffer).unwrap();
                     assert_eq!((len, from.port()), (size, port), "{mode}: pieces and ports");
                     udp.send_to(&vec![9; size], from).unwrap();
-                    assert_eq!(socket.recv(&mut buffer).unwrap(), size, "{mode}: from where it was sent to");
+                    assert_eq!(
+                        socket.recv(&mut buffer).unwrap(),
+                        size,
+                        "{mode}: from where it was sent to"
+                    );
                 }
                 assert!(["zero", "one"].contains(&greeting(&mut tcp).as_str()));
             }
-            assert_eq!(who(&scene.client, VM, 81).as_deref(), Some("two"));
+            assert_eq!(who(&fixture.client, VM, 81).as_deref(), Some("two"));
             let answers: std::collections::BTreeSet<String> =
-                (0..40).filter_map(|_| who(&scene.client, ip6(VM), 80)).collect();
+                (0..40).filter_map(|_| who(&fixture.client, ip6(VM), 80)).collect();
             assert_eq!(answers.len(), 3, "{mode}: {answers:?}");
             // A backend asks the service that it is a backend of: the other one answers.
             for _ in 0..4 {
-                assert_eq!(who(&scene.backends[0], VM, 80).as_deref(), Some("one"), "{mode}");
+                assert_eq!(who(&fixture.backends[0], VM, 80).as_deref(), Some("one"), "{mode}");
             }
             // And a backend by its own address.
-            assert_eq!(who(&scene.client, backend_ip(1), web[1].port()).as_deref(), Some("one"));
+            assert_eq!(who(&fixture.client, backend_ip(1), web[1].port()).as_deref(), Some("one"));
             wait_for("the counts", || {
                 let two = backends(&daemon).remove(&format!("{}:5353", backend_ip(2))).unwrap();
                 two.packets > 10 && two.reply_bytes > 40_000
@@ -432,11 +491,13 @@ fn services_and_clients_of_all_kinds_do_not_mix() {
 fn connect_from(host: &Host, port: u16, to: IpAddr, dport: u16) -> TcpStream {
     host.enter(|| {
         use nix::sys::socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+            AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket,
+            sockopt,
         };
         use std::os::fd::AsRawFd;
         let IpAddr::V4(to) = to else { panic!("IPv4") };
-        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let socket =
+            socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
         setsockopt(&socket, sockopt::ReuseAddr, &true).unwrap();
         bind(socket.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port)).unwrap();
         let [a, b, c, d] = to.octets();
@@ -458,17 +519,18 @@ fn greeting(stream: &mut TcpStream) -> String {
 
 /// Direct server return: backends own the address and answer clients themselves.
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn with_dsr_only_the_mac_is_rewritten() {
     in_netns(|| {
-        let scene = Scene::new(1);
-        let backend = &scene.backends[0];
+        let fixture = Fixture::new(1);
+        let backend = &fixture.backends[0];
         backend.run("sysctl -qw net.ipv4.conf.all.arp_ignore=1");
         backend.run("sysctl -qw net.ipv4.conf.all.arp_announce=2");
         backend.run(&format!("ip addr add {VM}/32 dev lo"));
-        let _server = Server::start(&scene.backends[0], "zero", 80);
+        let _server = Server::start(&fixture.backends[0], "zero", 80);
         let daemon = Daemon::start(&[]);
         register(&daemon, &format!("{VM}:80 hash {} dsr", to(0)));
-        let connection = connect(&scene.client, VM, 80).unwrap();
+        let connection = connect(&fixture.client, VM, 80).unwrap();
         assert_eq!(connection.server, "zero");
         connection.transfer(16 << 20);
         assert_eq!(

@@ -4,9 +4,9 @@
 
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::frames::{HOSTS, MIDDLEBOXES};
-use nfqd_tests::lab::wait_for;
 use nfqd_tests::netns::{in_netns, run};
 use nfqd_tests::tap::Tap;
+use nfqd_tests::topology::wait_for;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::AtomicBool;
@@ -70,7 +70,8 @@ fn configuration(which: usize) -> String {
         let _ = writeln!(out, "R L {two} 10.0.0.2 0 10.0.0.3@{}", HOSTS[1]);
         out.extend((10..200).map(|n| format!("A {one} #{n} I 1 s 10.1.0.{n}\n")));
     } else {
-        let _ = writeln!(out, "A {one} #300 U 2 d 5-9\nA {one} +7 U 2 d 900-1100\nA {one} +7 V 0 s 5");
+        let _ =
+            writeln!(out, "A {one} #300 U 2 d 5-9\nA {one} +7 U 2 d 900-1100\nA {one} +7 V 0 s 5");
         let _ = writeln!(out, "R L {two} 10.0.0.9 0 10.0.0.7@{}", HOSTS[2]);
         let _ = writeln!(out, "R L {two} 10.0.0.2 0 10.0.0.3@{}", HOSTS[1]);
         out.extend((10..200).map(|n| format!("A {one} #{n} I 1 s 10.{n}.0.0/16\n")));
@@ -79,7 +80,11 @@ fn configuration(which: usize) -> String {
 }
 
 /// Takes what arrives at a port: how often each numbered datagram came, and whether it is as it must be.
-fn take(port: &Tap, stop: &AtomicBool, fits: impl Fn(&[u8], u8) -> bool) -> BTreeMap<(u8, u32), usize> {
+fn take(
+    port: &Tap,
+    stop: &AtomicBool,
+    fits: impl Fn(&[u8], u8) -> bool,
+) -> BTreeMap<(u8, u32), usize> {
     let mut out = BTreeMap::new();
     loop {
         let Some(frame) = port.receive(Duration::from_millis(100)) else {
@@ -114,8 +119,10 @@ fn changes_under_traffic(fast_path: &str) {
     let stop = AtomicBool::new(false);
     let done = AtomicBool::new(false);
     let plain = |_: &[u8], kind: u8| kind == Kind::Pass as u8 || kind == Kind::Differs as u8;
-    let redirected = |frame: &[u8], kind: u8| kind == Kind::Redirect as u8 && frame[30..34] == [10, 0, 0, 3];
-    let translated = |frame: &[u8], kind: u8| kind == Kind::Reply as u8 && frame[26..30] == [10, 0, 0, 2];
+    let redirected =
+        |frame: &[u8], kind: u8| kind == Kind::Redirect as u8 && frame[30..34] == [10, 0, 0, 3];
+    let translated =
+        |frame: &[u8], kind: u8| kind == Kind::Reply as u8 && frame[26..30] == [10, 0, 0, 2];
     let [at_vm, at_client, at_backend, at_other, sent] = std::thread::scope(|scope| {
         let takers = [
             scope.spawn(|| take(&vm, &stop, plain)),
@@ -130,7 +137,8 @@ fn changes_under_traffic(fast_path: &str) {
                 for kind in [Kind::Pass, Kind::Drop, Kind::Differs, Kind::Redirect, Kind::Reply] {
                     // A reply goes out when its flow is there.
                     if kind != Kind::Reply || number > u32::from(FLOWS) {
-                        (if kind == Kind::Reply { &backend } else { &uplink }).send(&datagram(kind, number));
+                        (if kind == Kind::Reply { &backend } else { &uplink })
+                            .send(&datagram(kind, number));
                         sent.insert((kind as u8, number), 1);
                     }
                 }
@@ -178,9 +186,11 @@ fn changes_under_traffic(fast_path: &str) {
         lost(&at_backend, Kind::Redirect),
         lost(&at_client, Kind::Reply),
         of(&at_vm, Kind::Differs),
-        daemon.judged(),
+        daemon.queued_packets(),
     );
-    for (map, kind) in [(&at_vm, Kind::Pass), (&at_backend, Kind::Redirect), (&at_client, Kind::Reply)] {
+    for (map, kind) in
+        [(&at_vm, Kind::Pass), (&at_backend, Kind::Redirect), (&at_client, Kind::Reply)]
+    {
         assert_eq!(lost(map, kind), 0, "{kind:?}\n{}", daemon.log());
         assert!(map.values().all(|&count| count == 1), "{kind:?} came twice");
     }
@@ -191,11 +201,13 @@ fn changes_under_traffic(fast_path: &str) {
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn by_the_fast_path() {
     in_netns(|| changes_under_traffic("full"));
 }
 
 #[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn by_the_engine_alone() {
     in_netns(|| changes_under_traffic("off"));
 }

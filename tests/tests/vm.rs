@@ -3,11 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::Daemon;
-use nfqd_tests::lab::{CLIENT_MAC, Lab, Server, VM, VM_MAC, connect, pings, wait_for, who};
 use nfqd_tests::netns::in_netns;
+use nfqd_tests::topology::{
+    CLIENT_MAC, Server, Topology, VM, VM_MAC, connect, pings, wait_for, who,
+};
 use nfqd_tests::vm::{Vm, directory};
 
 #[test]
+#[ignore = "needs root: tests/run.sh vm"]
 fn a_virtual_machine_hands_its_work_to_the_host() {
     let Some(files) = directory() else {
         assert!(
@@ -20,13 +23,13 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         return;
     };
     in_netns(move || {
-        let lab = Lab::new(false);
+        let topology = Topology::new(false);
         let daemon = Daemon::start(&[]);
         let console = daemon.region().with_file_name("console");
         let mut vm = Vm::boot(&files, &daemon.region(), VM_MAC, "10.129.126.15/24", &console);
-        let server = Server::start(&lab.backend, "backend", 80);
+        let server = Server::start(&topology.backend, "backend", 80);
         assert_eq!(vm.run("nc -ll -p 80 -e echo vm > /tmp/nc.log 2>&1 &").0, 0);
-        let at_vm = || who(&lab.client, VM, server.port());
+        let at_vm = || who(&topology.client, VM, server.port());
         wait_for("the virtual machine answers", || at_vm().as_deref() == Some("vm"));
 
         // Typed in the guest, word for word.
@@ -43,16 +46,16 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         assert_eq!(at_vm().as_deref(), Some("backend"), "another source MAC");
         type_in(&format!("@A 12:13:14:15:16:17 M 5 s {CLIENT_MAC} p 8@"));
         assert_eq!(at_vm(), None);
-        assert_eq!(who(&lab.other, VM, 80).as_deref(), Some("backend"));
+        assert_eq!(who(&topology.other, VM, 80).as_deref(), Some("backend"));
         type_in("@D 12:13:14:15:16:17 M 4 s@");
-        assert_eq!(who(&lab.other, VM, 80), None, "all IPv4");
+        assert_eq!(who(&topology.other, VM, 80), None, "all IPv4");
         type_in("@X 12:13:14:15:16:17 F@");
-        let transfer = connect(&lab.client, VM, 80).unwrap();
+        let transfer = connect(&topology.client, VM, 80).unwrap();
         assert_eq!(transfer.server, "backend");
         transfer.transfer(256 << 20);
         type_in("@X 12:13:14:15:16:17@");
         assert_eq!(at_vm().as_deref(), Some("vm"));
-        assert!(pings(&lab.client, VM));
+        assert!(pings(&topology.client, VM));
 
         // Words instead of a frame; refusals; nobody there.
         let (code, output) = vm.run("nfqd-guest R F 12:13:14:15:16:17 10.129.126.15");

@@ -1,7 +1,7 @@
-//! Which backends are alive: what checks say, made steady.
+//! Health of backends: the results of checks, damped.
 //!
-//! A backend is dead after some checks that failed in a row, alive after some that succeeded. One that goes up and down
-//! stays down longer each time.
+//! A backend is dead after some checks in a row that failed, and alive after some that succeeded. One
+//! that flaps stays dead longer each time.
 
 use nfqd_rules::service::{Backend, Service};
 use nfqd_shmctl::{BackendName, Check};
@@ -19,9 +19,9 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// The check of a backend of a service; none where it is taken as alive.
+    /// Returns the check of a backend of a service; `None` if it is always considered alive.
     pub fn of(service: &Service, name: &BackendName, backend: &Backend) -> Option<Probe> {
-        match service.terms().check {
+        match service.options().check {
             Check::None => None,
             Check::Default if backend.mac.is_some() => None,
             Check::Default | Check::Neighbour => Some(Probe::Neighbour(name.ip)),
@@ -32,8 +32,8 @@ impl Probe {
         }
     }
 
-    /// Checks that fail in a row until the backend is dead. The kernel has asked three times before it says that a
-    /// neighbour does not answer.
+    /// Returns how many checks must fail in a row before a backend is dead. The kernel has asked
+    /// three times before it reports that a neighbour does not answer.
     fn fall(self) -> u32 {
         match self {
             Probe::Neighbour(_) => 1,
@@ -41,7 +41,7 @@ impl Probe {
         }
     }
 
-    /// The address.
+    /// Returns the backend's address.
     pub fn ip(self) -> IpAddr {
         match self {
             Probe::Neighbour(ip) | Probe::Tcp(ip, _) => ip,
@@ -49,90 +49,102 @@ impl Probe {
     }
 }
 
-/// Checks that succeed in a row until a dead backend is alive.
+/// Checks that must fail in a row before a backend is dead that has never passed one: it is not
+/// worth waiting for.
+const FALL_UNPROVEN: u32 = 2;
+/// Checks that must succeed in a row before a dead backend is alive.
 const RISE: u32 = 2;
-/// How long a backend stays dead that was alive for long before; each time that it dies again soon doubles it.
-const SHORTEST_DEATH: Duration = Duration::from_secs(2);
-const LONGEST_DEATH: Duration = Duration::from_secs(64);
-/// A backend that was alive for so long has not been flapping.
-const STEADY: Duration = Duration::from_secs(60);
+/// The least time that a backend stays dead; each death soon after the last one doubles it.
+const MIN_DOWN_TIME: Duration = Duration::from_secs(2);
+/// The limit of that doubling.
+const MAX_DOWN_TIME: Duration = Duration::from_secs(64);
+/// A backend that was alive for this long has not been flapping.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Debug)]
-struct Track {
+struct BackendHealth {
     alive: bool,
-    /// Checks in a row that speak against that.
-    against: u32,
+    /// Checks in a row that contradict `alive`.
+    contradicting: u32,
     /// Whether a check has ever succeeded.
-    proven: bool,
+    has_passed: bool,
     since: Instant,
-    death: Duration,
+    down_time: Duration,
 }
 
-/// What all checks have said.
+/// The health of all backends that are checked.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
-    tracks: BTreeMap<Probe, Track>,
+    backends: BTreeMap<Probe, BackendHealth>,
 }
 
 impl Health {
-    /// Checks these, and forgets others. What was never checked is taken as alive.
-    pub fn watch(&mut self, wanted: &BTreeSet<Probe>, now: Instant) {
-        self.tracks.retain(|probe, _| wanted.contains(probe));
+    /// Tracks these checks and no others. A backend is alive until it has been checked.
+    pub fn track(&mut self, wanted: &BTreeSet<Probe>, now: Instant) {
+        self.backends.retain(|probe, _| wanted.contains(probe));
         for probe in wanted {
-            self.tracks.entry(*probe).or_insert(Track {
+            self.backends.entry(*probe).or_insert(BackendHealth {
                 alive: true,
-                against: 0,
-                proven: false,
+                contradicting: 0,
+                has_passed: false,
                 since: now,
-                death: SHORTEST_DEATH,
+                down_time: MIN_DOWN_TIME,
             });
         }
     }
 
-    /// Takes the result of a check. True when the backend died or came back by it.
-    pub fn take(&mut self, probe: Probe, succeeded: bool, now: Instant) -> bool {
-        let Some(track) = self.tracks.get_mut(&probe) else { return false };
-        track.proven |= succeeded;
-        if succeeded == track.alive {
-            track.against = 0;
+    /// Records the result of a check. Returns whether the backend has died or come back.
+    pub fn record(&mut self, probe: Probe, succeeded: bool, now: Instant) -> bool {
+        let Some(health) = self.backends.get_mut(&probe) else { return false };
+        health.has_passed |= succeeded;
+        if succeeded == health.alive {
+            health.contradicting = 0;
             return false;
         }
-        track.against += 1;
-        let age = now.saturating_duration_since(track.since);
-        let turns = if track.alive {
-            // What has never answered is not worth waiting for.
-            track.against >= if track.proven { probe.fall() } else { probe.fall().min(2) }
+        health.contradicting += 1;
+        let age = now.saturating_duration_since(health.since);
+        let fall = if health.has_passed { probe.fall() } else { probe.fall().min(FALL_UNPROVEN) };
+        let changes = if health.alive {
+            health.contradicting >= fall
         } else {
-            track.against >= RISE && age >= track.death
+            health.contradicting >= RISE && age >= health.down_time
         };
-        if !turns {
+        if !changes {
             return false;
         }
-        if track.alive {
-            track.death = if age >= STEADY { SHORTEST_DEATH } else { (track.death * 2).min(LONGEST_DEATH) };
+        if health.alive {
+            let doubled = (health.down_time * 2).min(MAX_DOWN_TIME);
+            health.down_time = if age >= STABLE_AFTER { MIN_DOWN_TIME } else { doubled };
         }
-        track.alive = !track.alive;
-        track.against = 0;
-        track.since = now;
+        health.alive = !health.alive;
+        health.contradicting = 0;
+        health.since = now;
         true
     }
 
-    /// Begins anew with a check that cannot be made any more. True when the backend was dead by it.
-    pub fn forget(&mut self, probe: Probe, now: Instant) -> bool {
-        let Some(track) = self.tracks.get_mut(&probe) else { return false };
-        let was_dead = !track.alive;
-        *track = Track { alive: true, against: 0, proven: false, since: now, death: track.death };
+    /// Resets the health of a backend whose check the host cannot make any more. Returns whether it
+    /// was dead.
+    pub fn reset(&mut self, probe: Probe, now: Instant) -> bool {
+        let Some(health) = self.backends.get_mut(&probe) else { return false };
+        let was_dead = !health.alive;
+        *health = BackendHealth {
+            alive: true,
+            contradicting: 0,
+            has_passed: false,
+            since: now,
+            down_time: health.down_time,
+        };
         was_dead
     }
 
-    /// Whether a backend is taken as alive.
+    /// Whether a backend is considered alive.
     pub fn is_alive(&self, probe: Probe) -> bool {
-        self.tracks.get(&probe).is_none_or(|track| track.alive)
+        self.backends.get(&probe).is_none_or(|health| health.alive)
     }
 
-    /// All checks.
+    /// Returns all checks.
     pub fn probes(&self) -> impl Iterator<Item = Probe> {
-        self.tracks.keys().copied()
+        self.backends.keys().copied()
     }
 }
 
@@ -147,50 +159,49 @@ mod tests {
         let start = Instant::now();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut health = Health::default();
-        health.watch(&BTreeSet::from([PROBE]), start);
-        assert!(health.is_alive(PROBE), "nothing speaks against it yet");
-        assert!(!health.take(PROBE, true, at(1)));
-        let failures = [(100, false), (101, false), (102, true)];
-        for (second, turned) in failures {
-            assert_eq!(health.take(PROBE, false, at(second)), turned, "{second}");
+        health.track(&BTreeSet::from([PROBE]), start);
+        assert!(health.is_alive(PROBE), "no check has failed yet");
+        assert!(!health.record(PROBE, true, at(1)));
+        for (second, died) in [(100, false), (101, false), (102, true)] {
+            assert_eq!(health.record(PROBE, false, at(second)), died, "{second}");
         }
         assert!(!health.is_alive(PROBE));
-        assert!(!health.take(PROBE, true, at(103)));
-        assert!(!health.take(PROBE, false, at(104)), "not in a row");
-        assert!(!health.take(PROBE, true, at(105)));
-        assert!(!health.take(PROBE, true, at(105)) || health.is_alive(PROBE));
-        health.watch(&BTreeSet::new(), at(106));
+        assert!(!health.record(PROBE, true, at(103)));
+        assert!(!health.record(PROBE, false, at(104)), "not in a row");
+        assert!(!health.record(PROBE, true, at(105)));
+        assert!(!health.record(PROBE, true, at(105)) || health.is_alive(PROBE));
+        health.track(&BTreeSet::new(), at(106));
         assert!(health.is_alive(PROBE) && health.probes().next().is_none());
     }
 
     #[test]
-    fn what_goes_up_and_down_stays_down_longer() {
+    fn a_backend_that_flaps_stays_dead_longer() {
         let mut health = Health::default();
         let mut now = Instant::now();
-        health.watch(&BTreeSet::from([PROBE]), now);
-        health.take(PROBE, true, now);
-        let mut deaths = Vec::new();
+        health.track(&BTreeSet::from([PROBE]), now);
+        health.record(PROBE, true, now);
+        let mut down_times = Vec::new();
         for _ in 0..7 {
-            while !health.take(PROBE, false, now) {
+            while !health.record(PROBE, false, now) {
                 now += Duration::from_secs(1);
             }
             let died = now;
-            while !health.take(PROBE, true, now) {
+            while !health.record(PROBE, true, now) {
                 now += Duration::from_secs(1);
             }
-            deaths.push((now - died).as_secs());
+            down_times.push((now - died).as_secs());
         }
-        assert_eq!(deaths, [4, 8, 16, 32, 64, 64, 64]);
-        now += STEADY * 2;
-        while !health.take(PROBE, false, now) {}
-        assert_eq!(health.tracks[&PROBE].death, SHORTEST_DEATH);
+        assert_eq!(down_times, [4, 8, 16, 32, 64, 64, 64]);
+        now += STABLE_AFTER * 2;
+        while !health.record(PROBE, false, now) {}
+        assert_eq!(health.backends[&PROBE].down_time, MIN_DOWN_TIME);
     }
 
     #[test]
-    fn what_never_answered_is_dead_soon() {
+    fn a_backend_that_never_answered_is_dead_soon() {
         let now = Instant::now();
         let mut health = Health::default();
-        health.watch(&BTreeSet::from([PROBE]), now);
-        assert!(!health.take(PROBE, false, now) && health.take(PROBE, false, now));
+        health.track(&BTreeSet::from([PROBE]), now);
+        assert!(!health.record(PROBE, false, now) && health.record(PROBE, false, now));
     }
 }

@@ -1,19 +1,19 @@
-//! The MACs of backends: from the host's neighbour table, which the kernel is asked to fill.
+//! The MACs of backends, from the host's neighbour table, which the kernel is asked to fill.
 //!
 //! An entry with `NTF_USE` makes the kernel resolve an address on a bridge with its own timers and retries, by ARP or
 //! neighbour discovery. That needs no address of the host on the bridge (the ARP request then comes from 0.0.0.0) and
 //! no packet socket; the loopback device must be up, for without it the kernel takes every IPv4 address for a broadcast
 //! one.
 
-use crate::netlink::{
-    HEADER, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes, bytes_at, finish,
+use nfqd_rules::netlink::{
+    HEADER, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, attributes, bytes_at, finish,
     messages, put,
 };
 use nfqd_shmctl::MacAddr;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
-    socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send,
+    setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -35,55 +35,59 @@ const NDA_LLADDR: u16 = 2;
 const LINK_HEADER: usize = 16;
 const NEIGHBOUR_HEADER: usize = 12;
 
-/// States in which an entry's MAC holds or held until lately: reachable, stale, delay, probe, permanent.
+/// States in which the MAC of an entry is valid, or was until recently: reachable, stale, delay,
+/// probe, permanent.
 const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
-/// The neighbour has answered lately, or need not.
+/// States in which the neighbour has answered recently, or need not: reachable, permanent.
 const ANSWERS: u16 = 0x02 | 0x80;
-/// What may be asked whether it still answers: all that an administrator has not made, and that is not being asked.
+/// States in which a neighbour may be probed: all that neither an administrator has set nor the kernel
+/// is probing.
 const PROBABLE: u16 = 0x02 | 0x04 | 0x08;
-/// The kernel asks the neighbour by itself: three times, a second apart, before it gives up.
+/// The state in which the kernel probes the neighbour: three times, a second apart, before it gives up.
 const PROBE: u16 = 0x10;
-/// Flags of entries that others look after: `NTF_EXT_LEARNED`, `NTF_STICKY`.
+/// Flags of entries that other programs maintain: `NTF_EXT_LEARNED`, `NTF_STICKY`.
 const FOREIGN: u8 = 0x10 | 0x40;
-/// The kernel has given up; it may be asked again.
+/// The state in which the kernel has given up; it may be asked again.
 const FAILED: u16 = 0x20;
 const NTF_USE: u8 = 1;
-/// Addresses that are asked for in one call. Guests name them, and the kernel's table is bounded.
-const AT_A_TIME: usize = 64;
+/// The most addresses that are asked for in one call. Guests name them, and the kernel's table is
+/// bounded.
+const MAX_PER_CALL: usize = 64;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_REPLACE: u16 = 0x100;
 
-/// What the kernel knows of a neighbour.
+/// The state of a neighbour, as the kernel knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// It is there.
+    /// It is known.
     At {
-        /// Its MAC.
+        /// The MAC.
         mac: MacAddr,
-        /// Whether it has answered lately; it may be asked just now.
+        /// Whether it has answered recently; the kernel may be probing it just now.
         answers: bool,
         /// The bridge.
         bridge: String,
     },
     /// It has not answered.
     Silent,
-    /// Two bridges have two of them.
+    /// Two bridges have it, with different MACs.
     Ambiguous,
 }
 
 /// The host's neighbour table, over one socket.
 pub struct Neighbours {
     socket: OwnedFd,
-    /// Whose turn it is to be looked for, and to be asked whether it is there.
-    turn_to_find: usize,
-    turn_to_probe: usize,
+    /// Where the next round of resolving starts.
+    next_to_resolve: usize,
+    /// Where the next round of probing starts.
+    next_to_probe: usize,
 }
 
 impl Neighbours {
     /// Opens the socket.
     ///
     /// # Errors
-    /// When there is none to be had.
+    /// If the kernel refuses.
     pub fn open() -> Result<Neighbours, Errno> {
         let socket = socket(
             AddressFamily::Netlink,
@@ -93,15 +97,15 @@ impl Neighbours {
         )?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Neighbours { socket, turn_to_find: 0, turn_to_probe: 0 })
+        Ok(Neighbours { socket, next_to_resolve: 0, next_to_probe: 0 })
     }
 
-    /// What the kernel knows on bridges of these addresses, as far as it knows something. It is asked to find those that it
-    /// knows nothing of, and whether those in `probe` still answer: a few at a time, each in its turn. What another program
-    /// has made is not touched.
+    /// Returns what the kernel knows on bridges about these addresses. It is asked to resolve those
+    /// that it does not know, and to probe those in `probe`: a few at a time, each in its turn. Entries
+    /// of other programs are not touched.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// If the kernel cannot be asked.
     pub fn resolve(
         &mut self,
         wanted: &BTreeSet<IpAddr>,
@@ -129,7 +133,7 @@ impl Neighbours {
                     let answers = n.state & ANSWERS != 0;
                     found.insert(*ip, Found::At { mac: *mac, answers, bridge });
                 }
-                // On two bridges two hosts have it: nobody can tell which is meant.
+                // Two hosts on two bridges have it: there is no telling which is meant.
                 None if !known.is_empty() => drop(found.insert(*ip, Found::Ambiguous)),
                 None if silent => drop(found.insert(*ip, Found::Silent)),
                 None => {}
@@ -145,16 +149,19 @@ impl Neighbours {
             .filter(|ip| bridges.keys().any(|bridge| !asked(*bridge, ip)))
             .copied()
             .collect();
-        for ip in some_of(&unknown, &mut self.turn_to_find) {
+        for ip in some_of(&unknown, &mut self.next_to_resolve) {
             for &bridge in bridges.keys().filter(|bridge| !asked(**bridge, &ip)) {
-                // An address that cannot be resolved on this bridge is no reason to leave the others.
+                // That an address cannot be resolved on this bridge does not matter for the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
         }
-        let unsure: Vec<IpAddr> = probe.iter().filter(|ip| entries.contains_key(*ip)).copied().collect();
-        for ip in some_of(&unsure, &mut self.turn_to_probe) {
+        let unsure: Vec<IpAddr> =
+            probe.iter().filter(|ip| entries.contains_key(*ip)).copied().collect();
+        for ip in some_of(&unsure, &mut self.next_to_probe) {
             for n in entries.get(&ip).into_iter().flatten() {
-                if let Some(mac) = n.mac.filter(|_| n.state & PROBABLE != 0 && n.flags & FOREIGN == 0) {
+                if let Some(mac) =
+                    n.mac.filter(|_| n.state & PROBABLE != 0 && n.flags & FOREIGN == 0)
+                {
                     let _ = self.request(&state_message(n.link, ip, mac), |_, _| {});
                 }
             }
@@ -162,10 +169,10 @@ impl Neighbours {
         Ok(found)
     }
 
-    /// The bridges of this network namespace: interface index and name.
+    /// Returns the bridges of this network namespace: interface index and name.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// If the kernel cannot be asked.
     pub fn bridges(&self) -> Result<BTreeMap<i32, String>, Errno> {
         let mut out = BTreeMap::new();
         self.request(&dump(RTM_GETLINK, LINK_HEADER), |kind, message| {
@@ -174,7 +181,7 @@ impl Neighbours {
         Ok(out)
     }
 
-    /// Sends a request and gives each message of the answer to `each`, until its end.
+    /// Sends a request and passes each message of the answer to `each`, until its end.
     fn request(&self, message: &[u8], mut each: impl FnMut(u16, &[u8])) -> Result<(), Errno> {
         send(self.socket.as_raw_fd(), message, MsgFlags::empty())?;
         let mut buffer = vec![0; 1 << 16];
@@ -183,25 +190,24 @@ impl Neighbours {
                 Err(Errno::EINTR) => continue,
                 other => other?,
             };
-            for (kind, message) in messages(buffer.get(..len).unwrap_or_default()) {
-                match kind {
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => {
-                        let code = bytes_at(message, HEADER).map_or(0, i32::from_ne_bytes);
-                        return if code == 0 { Ok(()) } else { Err(Errno::from_raw(-code)) };
-                    }
-                    kind => each(kind, message),
+            for message in messages(buffer.get(..len).unwrap_or_default()) {
+                if message.kind == NLMSG_DONE {
+                    return Ok(());
+                }
+                match message.result() {
+                    Some(result) => return result,
+                    None => each(message.kind, message.bytes),
                 }
             }
         }
     }
 }
 
-/// A few of all, from the turn on; next time those behind them.
-fn some_of(all: &[IpAddr], turn: &mut usize) -> Vec<IpAddr> {
-    let start = turn.checked_rem(all.len()).unwrap_or(0);
-    let count = all.len().min(AT_A_TIME);
-    *turn = start + count;
+/// Returns some of all addresses, from `next` on, and moves `next` behind them.
+fn some_of(all: &[IpAddr], next: &mut usize) -> Vec<IpAddr> {
+    let start = next.checked_rem(all.len()).unwrap_or(0);
+    let count = all.len().min(MAX_PER_CALL);
+    *next = start + count;
     all.iter().cycle().skip(start).take(count).copied().collect()
 }
 
@@ -220,14 +226,14 @@ fn dump(kind: u16, header: usize) -> Vec<u8> {
     out
 }
 
-/// Makes the kernel resolve an address.
+/// Returns a message that makes the kernel resolve an address.
 fn use_message(link: i32, ip: IpAddr) -> Vec<u8> {
     let mut out = entry_message(NLM_F_ACK | NLM_F_CREATE, link, ip, 0, NTF_USE);
     finish(&mut out, 0);
     out
 }
 
-/// Makes the kernel ask a neighbour whether it is still there.
+/// Returns a message that makes the kernel probe a neighbour.
 fn state_message(link: i32, ip: IpAddr, mac: MacAddr) -> Vec<u8> {
     let mut out = entry_message(NLM_F_ACK | NLM_F_REPLACE, link, ip, PROBE, 0);
     put(&mut out, NDA_LLADDR, &mac.0);
@@ -250,11 +256,11 @@ fn entry_message(flags: u16, link: i32, ip: IpAddr, state: u16, entry_flags: u8)
     out
 }
 
-/// The interface index and name of a link message, when the link is a bridge.
+/// Reads the interface index and name of a link message, if the link is a bridge.
 fn bridge(message: &[u8]) -> Option<(i32, String)> {
     let index = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
-    let (_, info) =
-        attributes(message.get(HEADER + LINK_HEADER..)?).find(|(kind, _)| *kind == IFLA_LINKINFO)?;
+    let (_, info) = attributes(message.get(HEADER + LINK_HEADER..)?)
+        .find(|(kind, _)| *kind == IFLA_LINKINFO)?;
     let (_, name) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND)?;
     if name.split(|&byte| byte == 0).next() != Some(b"bridge") {
         return None;
@@ -295,13 +301,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everybody_has_a_turn() {
+    fn every_address_has_its_turn() {
         for count in [1, 63, 64, 96, 128, 200, 256] {
             let all: Vec<IpAddr> =
                 (0..count).map(|n: u32| IpAddr::from((0x0a00_0000 + n).to_be_bytes())).collect();
-            let mut turn = 0;
-            let rounds = (count as usize).div_ceil(AT_A_TIME);
-            let asked: BTreeSet<IpAddr> = (0..rounds).flat_map(|_| some_of(&all, &mut turn)).collect();
+            let mut next = 0;
+            let rounds = (count as usize).div_ceil(MAX_PER_CALL);
+            let asked: BTreeSet<IpAddr> =
+                (0..rounds).flat_map(|_| some_of(&all, &mut next)).collect();
             assert_eq!(asked.len(), all.len(), "{count}");
         }
         assert!(some_of(&[], &mut 7).is_empty());

@@ -1,44 +1,31 @@
 //! What a change of the policy changes in the ruleset, found from the changed middleboxes alone.
 
+use super::build::{Ruleset, build_visiting};
 use super::field::Value;
+use super::middlebox::MiddleboxPart;
 use super::model::{Element, Family, Table};
-use super::part::Part;
-use super::ruleset::{Options, Ruleset, build_of, frame};
-use super::steps::RuleList;
-use crate::policy::Policy;
+use super::names::SLOT_MAPS;
+use super::options::RulesetOptions;
+use super::table::base_table;
+use super::transition::RuleList;
+use crate::desired::Desired;
 use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-/// What is to hold: a policy, and the numbers that its ruleset has. A clone costs nothing.
-#[derive(Clone, Debug, Default)]
-pub struct Desired {
-    /// The policy.
-    pub policy: Policy,
-    /// The numbers.
-    pub slots: Slots,
-}
-
-impl Desired {
-    /// The middleboxes that differ between the two; found without looking at what both share.
-    pub fn changed(&self, before: &Desired) -> BTreeSet<MacAddr> {
-        self.policy.changed(&before.policy).into_iter().chain(self.slots.changed(&before.slots)).collect()
-    }
-}
+use std::collections::{BTreeMap, HashMap};
 
 /// What stands in the kernel: not the ruleset itself, only what tells how to change it.
 #[derive(Debug)]
-pub struct Standing {
-    options: Options,
+pub struct Installed {
+    options: RulesetOptions,
     /// What stands whatever is registered.
-    frame: Table,
+    base: Table,
     /// How many middleboxes use each set and chain that comes and goes.
     users: HashMap<String, usize>,
 }
 
 /// A change of the ruleset, in steps, so that what both ends treat alike is treated so all the way. Most changes have one.
 #[derive(Debug)]
-pub struct Change {
+pub struct Transition {
     pub(super) steps: Vec<Step>,
     users: BTreeMap<String, usize>,
 }
@@ -50,17 +37,15 @@ pub(super) struct Step {
     pub new: Table,
 }
 
-/// Maps from slots to addresses.
-pub(super) const SLOT_MAPS: &str = "backend_";
-
-impl Change {
+impl Transition {
     /// The slots that go, by map: packets on their way may still carry them when the rest of the change is made.
     pub(super) fn leftovers(&self) -> BTreeMap<&String, BTreeMap<&Vec<Value>, &Element>> {
         let mut out: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for Step { old, new } in &self.steps {
             for (name, set) in old.sets.iter().filter(|(name, _)| name.starts_with(SLOT_MAPS)) {
-                let stays =
-                    |key: &Vec<Value>| new.sets.get(name).is_some_and(|set| set.elements.contains_key(key));
+                let stays = |key: &Vec<Value>| {
+                    new.sets.get(name).is_some_and(|set| set.elements.contains_key(key))
+                };
                 let gone = set.elements.iter().filter(|(key, _)| !stays(key));
                 out.entry(name).or_default().extend(gone);
             }
@@ -77,15 +62,15 @@ impl Change {
 
 /// The parts of the changed middleboxes at one moment of a change, and whose numbers they have.
 struct Stage<'a> {
-    parts: Vec<Part>,
+    parts: Vec<MiddleboxPart>,
     slots: &'a Slots,
 }
 
-impl Standing {
+impl Installed {
     /// The ruleset to be loaded, and what then stands.
-    pub fn new(state: &Desired, options: &Options) -> (Standing, Ruleset) {
+    pub fn new(state: &Desired, options: &RulesetOptions) -> (Installed, Ruleset) {
         let mut users: HashMap<String, usize> = HashMap::new();
-        let ruleset = build_of(&state.policy, &state.slots, options, |part| {
+        let ruleset = build_visiting(&state.policy, &state.slots, options, |part| {
             for name in part.sets.keys().chain(part.chains.keys()) {
                 match users.get_mut(name) {
                     Some(count) => *count += 1,
@@ -93,15 +78,17 @@ impl Standing {
                 }
             }
         });
-        let frame = frame(options);
-        (Standing { options: *options, frame, users }, ruleset)
+        let base = base_table(options);
+        (Installed { options: *options, base, users }, ruleset)
     }
 
     /// What changes between what stands and what is to stand.
-    pub fn change(&self, old: &Desired, new: &Desired) -> Change {
+    pub fn change(&self, old: &Desired, new: &Desired) -> Transition {
         let mut stages = self.stages(old, new).into_iter();
         let mut before = stages.next().unwrap_or(Stage { parts: Vec::new(), slots: &old.slots });
-        let names = |part: &Part| part.sets.keys().chain(part.chains.keys()).cloned().collect::<Vec<_>>();
+        let names = |part: &MiddleboxPart| {
+            part.sets.keys().chain(part.chains.keys()).cloned().collect::<Vec<_>>()
+        };
         let (mut steps, mut users) = (Vec::new(), BTreeMap::new());
         for after in stages {
             if after.parts == before.parts {
@@ -113,7 +100,7 @@ impl Standing {
                 users.entry(name.clone()).or_insert_with(count);
             }
             let used_before = users.clone();
-            let mut count = |parts: &[Part], by: fn(usize, usize) -> usize| {
+            let mut count = |parts: &[MiddleboxPart], by: fn(usize, usize) -> usize| {
                 for name in parts.iter().flat_map(names) {
                     users.entry(name).and_modify(|count| *count = by(*count, 1));
                 }
@@ -125,39 +112,47 @@ impl Standing {
             steps.push(Step { old, new });
             before = after;
         }
-        Change { steps, users }
+        Transition { steps, users }
     }
 
     /// The parts of the changed middleboxes, step by step from what stands to what is to stand.
     fn stages<'a>(&self, old: &'a Desired, new: &'a Desired) -> Vec<Stage<'a>> {
         let changed = new.changed(old);
         let rules = |desired: &Desired, mac: MacAddr| {
-            desired.policy.get(mac).map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
+            desired
+                .policy
+                .get(mac)
+                .map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
         };
         let lists: Vec<(MacAddr, RuleList, Vec<RuleList>)> = changed
             .into_iter()
             .map(|mac| (mac, rules(old, mac), rules(new, mac)))
-            .map(|(mac, before, after)| (mac, before.clone(), before.steps(&after)))
+            .map(|(mac, before, after)| (mac, before.clone(), before.transition_to(&after)))
             .collect();
         let steps = lists.iter().map(|(.., steps)| steps.len()).max().unwrap_or(0);
         let mut stages = vec![Stage { parts: Vec::new(), slots: &old.slots }];
         stages.extend((0..steps).map(|_| Stage { parts: Vec::new(), slots: &new.slots }));
         for (mac, before, lists) in &lists {
-            let mut made: Option<(&RuleList, Part)> = None;
+            let mut made: Option<(&RuleList, MiddleboxPart)> = None;
             for (at, stage) in stages.iter_mut().enumerate() {
                 // What is not registered any more stays until the last step.
                 let (desired, list) = match at.checked_sub(1) {
                     None => (old, before),
                     Some(at) => {
                         let is_new = new.policy.get(*mac).is_some() || at + 1 == steps;
-                        (if is_new { new } else { old }, lists.get(at).or(lists.last()).unwrap_or(before))
+                        (
+                            if is_new { new } else { old },
+                            lists.get(at).or(lists.last()).unwrap_or(before),
+                        )
                     }
                 };
                 let Some(middlebox) = desired.policy.get(*mac) else { continue };
                 // Behind the first stage only the rules make a difference.
                 let part = match made.take().filter(|(before, _)| at > 1 && *before == list) {
                     Some((_, part)) => part,
-                    None => Part::with(*mac, middlebox, list, &desired.slots, &self.options),
+                    None => {
+                        MiddleboxPart::with(*mac, middlebox, list, &desired.slots, &self.options)
+                    }
                 };
                 stage.parts.push(part.clone());
                 made = Some((list, part));
@@ -167,7 +162,12 @@ impl Standing {
     }
 
     /// The part of the ruleset that a step touches, at one end of it; `others` are the parts at the other end.
-    fn table(&self, stage: &Stage<'_>, others: &[Part], users: &BTreeMap<String, usize>) -> Table {
+    fn table(
+        &self,
+        stage: &Stage<'_>,
+        others: &[MiddleboxPart],
+        users: &BTreeMap<String, usize>,
+    ) -> Table {
         let mut table = Table::new(Family::Bridge);
         let used = |name: &String| users.get(name).is_some_and(|count| *count != 0);
         // What stays for the sake of middleboxes that do not change is the same before and after.
@@ -177,12 +177,13 @@ impl Standing {
             let kept = part.chains.iter().filter(|(name, _)| used(name));
             table.chains.extend(kept.map(|(name, chain)| (name.clone(), chain.clone())));
         }
-        table.sets.extend(self.frame.sets.iter().map(|(name, set)| (name.clone(), set.clone())));
+        table.sets.extend(self.base.sets.iter().map(|(name, set)| (name.clone(), set.clone())));
         stage.parts.iter().for_each(|part| table.add(part.clone()));
         // Addresses of backends may be shared with middleboxes that do not change.
         for (name, set) in table.sets.iter_mut().filter(|(name, _)| name.starts_with("backends")) {
             let touched = others.iter().filter_map(|part| part.elements.get(name)).flatten();
-            let is_backend = |key: &[Value]| matches!(key, [Value::Ip(ip)] if stage.slots.is_backend(*ip));
+            let is_backend =
+                |key: &[Value]| matches!(key, [Value::Ip(ip)] if stage.slots.is_backend(*ip));
             let kept = touched.filter(|(key, _)| is_backend(key));
             set.elements.extend(kept.map(|(key, element)| (key.clone(), element.clone())));
         }
@@ -190,7 +191,7 @@ impl Standing {
     }
 
     /// The change has been made.
-    pub fn done(&mut self, change: Change) {
+    pub fn done(&mut self, change: Transition) {
         for (name, count) in change.users {
             if count == 0 {
                 self.users.remove(&name)
@@ -203,17 +204,18 @@ impl Standing {
 
 #[cfg(test)]
 mod tests {
+    use super::super::build::build;
     use super::super::model::Queues;
-    use super::super::ruleset::{FastPath, Steer, build};
+    use super::super::options::{FastPath, QueuePath};
     use super::*;
-    use crate::slots::Seen;
+    use crate::slots::{BackendObservation, BackendRef};
     use nfqd_shmctl::MacAddr;
     use proptest::prelude::*;
     use proptest::sample::select;
     use std::time::Instant;
 
     /// What a transaction makes of a table, as `kernel::difference` sends it.
-    fn apply(table: &mut Table, change: &Change) {
+    fn apply(table: &mut Table, change: &Transition) {
         for Step { old, new } in &change.steps {
             apply_step(table, old, new);
         }
@@ -221,7 +223,11 @@ mod tests {
 
     fn apply_step(table: &mut Table, old: &Table, new: &Table) {
         for name in old.sets.keys().filter(|name| !new.sets.contains_key(*name)) {
-            assert_eq!(table.sets.remove(name).as_ref(), old.sets.get(name), "{name} has elements that stay");
+            assert_eq!(
+                table.sets.remove(name).as_ref(),
+                old.sets.get(name),
+                "{name} has elements that stay"
+            );
         }
         for (name, set) in &new.sets {
             let before = old.sets.get(name);
@@ -253,18 +259,20 @@ mod tests {
             "V 1 s 7",
             "I 0",
         ]);
-        let rule = || (select(vec!["#", "+"]), 1..4_u8).prop_map(|(sign, number)| format!("{sign}{number}"));
+        let rule = || {
+            (select(vec!["#", "+"]), 1..4_u8).prop_map(|(sign, number)| format!("{sign}{number}"))
+        };
         prop_oneof![
             2 => (mac(), select(vec!["", " deny"])).prop_map(|(mac, default)| format!("R F {mac} 10.0.0.9{default}")),
             8 => (mac(), rule(), fields).prop_map(|(mac, rule, fields)| format!("A {mac} {rule} {fields}")),
             2 => (mac(), rule()).prop_map(|(mac, rule)| format!("D {mac} {rule}")),
             4 => (mac(), select(vec!["10.0.0.5", "10.0.0.6"]), select(vec!["10.0.0.7", "10.0.0.8"]))
-                .prop_map(|(mac, vip, to)| format!("R L {mac} {vip} 0 {to}")),
+                .prop_map(|(mac, frontend, to)| format!("R L {mac} {frontend} 0 {to}")),
             4 => (mac(), select(vec!["10.0.0.5", "10.0.0.5:80", "10.0.0.6:80/tcp"]), select(vec!["rr", "hash"]),
                 select(vec!["10.0.0.7", "10.0.0.8*2 10.0.0.7 dsr", "10.0.0.7:81 10.0.0.8", "10.0.0.9"]))
-                .prop_map(|(mac, vip, kind, to)| format!("R L {mac} {vip} {kind} {to}")),
+                .prop_map(|(mac, frontend, kind, to)| format!("R L {mac} {frontend} {kind} {to}")),
             4 => (mac(), select(vec!["10.0.0.5 ", "10.0.0.5:80 ", ""]), select(vec!["+ 10.0.0.9", "- 10.0.0.7", "= 10.0.0.8 drain"]))
-                .prop_map(|(mac, vip, edit)| format!("B {mac} {vip}{edit}")),
+                .prop_map(|(mac, frontend, edit)| format!("B {mac} {frontend}{edit}")),
             1 => (mac(), select(vec!["F", "L", "A"])).prop_map(|(mac, services)| format!("X {mac} {services}")),
         ]
     }
@@ -279,9 +287,9 @@ mod tests {
         ) {
             let queues = Queues { first: 0, count: 1, bypass: true };
             let fast_path = if off { FastPath::Off } else { FastPath::Full };
-            let options = Options { steer: Steer::BrNetfilter, fast_path, queues };
+            let options = RulesetOptions { queue_path: QueuePath::BrNetfilter, fast_path, queues };
             let mut now = Desired::default();
-            let (mut standing, mut ruleset) = Standing::new(&now, &options);
+            let (mut installed, mut ruleset) = Installed::new(&now, &options);
             let table = ruleset.get_mut(&Family::Bridge).unwrap();
             for (commands, known) in steps {
                 let mut next = now.clone();
@@ -289,16 +297,17 @@ mod tests {
                     let _ = next.policy.apply_line(&command);
                 }
                 let mac = known.then_some(MacAddr([2; 6]));
-                next.slots.follow(&next.policy, |_, _, _, _| Seen { mac, ..Seen::NOTHING }, Instant::now());
-                let change = standing.change(&now, &next);
+                let view = |_: &BackendRef<'_>| BackendObservation { mac, ..BackendObservation::UNKNOWN };
+                next.slots.sync_all(&next.policy, &view, Instant::now());
+                let change = installed.change(&now, &next);
                 apply(table, &change);
-                standing.done(change);
+                installed.done(change);
                 now = next;
                 let wanted = build(&now.policy, &now.slots, &options);
                 prop_assert_eq!(&*table, &wanted[&Family::Bridge]);
             }
-            let (fresh, _) = Standing::new(&now, &options);
-            prop_assert_eq!(standing.users, fresh.users);
+            let (fresh, _) = Installed::new(&now, &options);
+            prop_assert_eq!(installed.users, fresh.users);
         }
     }
 }

@@ -144,10 +144,16 @@ impl Field {
         match self {
             Field::EtherDestination | Field::EtherSource => Some(Type::Mac),
             Field::EtherType => Some(Type::EtherType),
-            Field::L4Protocol | Field::Ip6NextHeader | Field::Ip6FragmentNext => Some(Type::Protocol),
+            Field::L4Protocol | Field::Ip6NextHeader | Field::Ip6FragmentNext => {
+                Some(Type::Protocol)
+            }
             Field::Mark(_) => Some(Type::Mark),
-            Field::Ip4Source | Field::Ip4Destination | Field::QuotedIp4Destination => Some(Type::Ip4),
-            Field::Ip6Source | Field::Ip6Destination | Field::QuotedIp6Destination => Some(Type::Ip6),
+            Field::Ip4Source | Field::Ip4Destination | Field::QuotedIp4Destination => {
+                Some(Type::Ip4)
+            }
+            Field::Ip6Source | Field::Ip6Destination | Field::QuotedIp6Destination => {
+                Some(Type::Ip6)
+            }
             Field::SourcePort | Field::DestinationPort => Some(Type::Port),
             Field::IcmpType => Some(Type::IcmpType),
             Field::Icmp6Type => Some(Type::Icmp6Type),

@@ -58,11 +58,20 @@ fn expr(kind: &'static str, attributes: Vec<(u32, Attribute)>) -> Expr {
 }
 
 fn meta(key: u32, register: u32) -> Expr {
-    expr("meta", vec![(sys::NFTNL_EXPR_META_KEY, U32(key)), (sys::NFTNL_EXPR_META_DREG, U32(register))])
+    expr(
+        "meta",
+        vec![(sys::NFTNL_EXPR_META_KEY, U32(key)), (sys::NFTNL_EXPR_META_DREG, U32(register))],
+    )
 }
 
 fn set_mark(register: u32) -> Expr {
-    expr("meta", vec![(sys::NFTNL_EXPR_META_KEY, U32(META_MARK)), (sys::NFTNL_EXPR_META_SREG, U32(register))])
+    expr(
+        "meta",
+        vec![
+            (sys::NFTNL_EXPR_META_KEY, U32(META_MARK)),
+            (sys::NFTNL_EXPR_META_SREG, U32(register)),
+        ],
+    )
 }
 
 fn payload(base: u32, offset: u32, len: u32, register: u32) -> Expr {
@@ -103,8 +112,10 @@ fn bitwise(register: u32, mask: &[u8], xor: &[u8]) -> Expr {
 }
 
 fn lookup(set: &str, from: u32, to: Option<u32>) -> Expr {
-    let mut attributes =
-        vec![(sys::NFTNL_EXPR_LOOKUP_SREG, U32(from)), (sys::NFTNL_EXPR_LOOKUP_SET, Text(set.to_string()))];
+    let mut attributes = vec![
+        (sys::NFTNL_EXPR_LOOKUP_SREG, U32(from)),
+        (sys::NFTNL_EXPR_LOOKUP_SET, Text(set.to_string())),
+    ];
     attributes.extend(to.map(|to| (sys::NFTNL_EXPR_LOOKUP_DREG, U32(to))));
     expr("lookup", attributes)
 }
@@ -176,7 +187,10 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::SourcePort => vec![payload(TRANSPORT, 0, len, register)],
         Field::DestinationPort => vec![payload(TRANSPORT, 2, len, register)],
         Field::Ip6FragmentOffset => {
-            vec![fragment_header(register, 2, len, 0), bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2])]
+            vec![
+                fragment_header(register, 2, len, 0),
+                bitwise(register, &0xfff8_u16.to_be_bytes(), &[0; 2]),
+            ]
         }
         Field::Ip6FragmentNext => vec![fragment_header(register, 0, len, 0)],
         Field::Ip6FragmentHeader => {
@@ -236,7 +250,10 @@ fn write(field: Field, register: u32) -> Expr {
     if let Some(header) = checksum {
         const INET: u32 = 1;
         const PSEUDO_HEADER: u32 = 1;
-        attributes.push((sys::NFTNL_EXPR_PAYLOAD_CSUM_TYPE, U32(if header.is_some() { INET } else { 0 })));
+        attributes.push((
+            sys::NFTNL_EXPR_PAYLOAD_CSUM_TYPE,
+            U32(if header.is_some() { INET } else { 0 }),
+        ));
         attributes.push((sys::NFTNL_EXPR_PAYLOAD_CSUM_OFFSET, U32(header.unwrap_or(0))));
         attributes.push((sys::NFTNL_EXPR_PAYLOAD_FLAGS, U32(PSEUDO_HEADER)));
     }
@@ -271,10 +288,11 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         Statement::IsNot(field, value) => {
             [load(*field, R0), vec![compare(CMP_NEQ, R0, value_bytes(*field, *value))]].concat()
         }
-        Statement::Between(field, first, last) => {
-            [load(*field, R0), vec![compare(CMP_GTE, R0, first.bytes()), compare(CMP_LTE, R0, last.bytes())]]
-                .concat()
-        }
+        Statement::Between(field, first, last) => [
+            load(*field, R0),
+            vec![compare(CMP_GTE, R0, first.bytes()), compare(CMP_LTE, R0, last.bytes())],
+        ]
+        .concat(),
         Statement::Masked(field, mask, bits) => {
             let (mask, bits) = (mask.bytes(), bits.bytes());
             let zero = vec![0; mask.len()];
@@ -284,12 +302,14 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             [load(*field, R0), vec![compare(CMP_GTE, R0, vec![0; field.len()])]].concat()
         }
         Statement::In(key, set) => [load_key(key).0, vec![lookup(set, R0, None)]].concat(),
-        Statement::Vmap(key, map) => [load_key(key).0, vec![lookup(map, R0, Some(VERDICT))]].concat(),
+        Statement::Vmap(key, map) => {
+            [load_key(key).0, vec![lookup(map, R0, Some(VERDICT))]].concat()
+        }
         Statement::SetMark { keep, set } => {
             let change = bitwise(R0, &keep.to_ne_bytes(), &set.to_ne_bytes());
             vec![meta(META_MARK, R0), change, set_mark(R0)]
         }
-        Statement::Rewrite(writes) => look_up_then_write(writes, Field::Mark(mark::INDEX), None),
+        Statement::Rewrite(writes) => look_up_then_write(writes, Field::Mark(mark::ID), None),
         Statement::RewriteFlow { key, flows, writes } => {
             // nft of Debian 12 aborts on a look-up whose key is another look-up's result, so the slot goes through
             // the mark and the mark's own value through a register.
@@ -297,12 +317,16 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             out.insert(0, meta(META_MARK, SAVED_MARK));
             out.push(lookup(flows, R0, Some(R0)));
             out.push(set_mark(R0));
-            out.extend(look_up_then_write(writes, Field::Mark(u32::MAX), Some(set_mark(SAVED_MARK))));
+            out.extend(look_up_then_write(
+                writes,
+                Field::Mark(u32::MAX),
+                Some(set_mark(SAVED_MARK)),
+            ));
             out
         }
         Statement::Learn { key, map, timeout } => {
             let (mut out, data) = load_key(key);
-            out.extend(load(Field::Mark(mark::INDEX), data));
+            out.extend(load(Field::Mark(mark::ID), data));
             out.push(dynset(DYNSET_DELETE, map, Some(data), None));
             out.push(dynset(DYNSET_ADD, map, Some(data), *timeout));
             out
@@ -316,7 +340,7 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         // A map wants data to delete by, and looks at the key only.
         Statement::ForgetFlow { key, map } => {
             let (mut out, data) = load_key(key);
-            out.extend(load(Field::Mark(mark::INDEX), data));
+            out.extend(load(Field::Mark(mark::ID), data));
             out.push(dynset(DYNSET_DELETE, map, Some(data), None));
             out
         }
@@ -356,7 +380,8 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
                 (sys::NFTNL_EXPR_IMM_DREG, U32(VERDICT)),
                 (sys::NFTNL_EXPR_IMM_VERDICT, U32(number as u32)),
             ];
-            attributes.extend(chain.map(|chain| (sys::NFTNL_EXPR_IMM_CHAIN, Text(chain.to_string()))));
+            attributes
+                .extend(chain.map(|chain| (sys::NFTNL_EXPR_IMM_CHAIN, Text(chain.to_string()))));
             vec![expr("immediate", attributes)]
         }
     }

@@ -1,22 +1,28 @@
 //! The fast path: the policy as nftables.
 //!
-//! * [`ruleset`] says what tables, chains, sets and elements a policy needs: a frame that stands, and what each middlebox
-//!   adds to it (`part`), its filters among that ([`filters`]); pure.
-//! * `steps` are the way from one list of rules to another.
-//! * [`delta`] says what a change of the policy changes there, from the changed middleboxes alone; pure.
-//! * [`model`] is what such a ruleset is made of, and its text in nft's own words.
-//! * [`field`] names the packet fields and the values they are compared with.
-//! * `lower` turns a statement into the kernel's expressions, as data.
-//! * `sys` is the only module with `unsafe`: it hands that data to libnftnl.
-//! * [`kernel`] loads a ruleset, or makes a change, in one transaction.
+//! From the bottom up:
+//!
+//! * [`model`] and [`field`]: tables, sets, chains and statements as values, and their text in nft's
+//!   own words. `lower` turns a statement into the kernel's expressions; `sys`, the only module with
+//!   `unsafe`, passes those to libnftnl.
+//! * [`options`], `family`, `names`, `dsl`: what the rules are built with.
+//! * `table`: the base table, in the order a packet meets it.
+//! * `transition`, [`placement`], `middlebox`: what a middlebox adds, its filters among it.
+//! * [`build`], [`delta`]: the ruleset of a policy, and what a change of the policy changes in it.
+//! * [`kernel`]: loads a ruleset or makes a change, in one transaction each.
 
+pub mod build;
 pub mod delta;
+mod dsl;
+mod family;
 pub mod field;
-pub mod filters;
 pub mod kernel;
 mod lower;
+mod middlebox;
 pub mod model;
-mod part;
-pub mod ruleset;
-mod steps;
+mod names;
+pub mod options;
+pub mod placement;
 mod sys;
+mod table;
+mod transition;

@@ -16,6 +16,11 @@ pub enum Family {
     Ip6,
 }
 
+impl Family {
+    /// Every family that nfqd has a table in.
+    pub const ALL: [Family; 3] = [Family::Bridge, Family::Ip, Family::Ip6];
+}
+
 impl fmt::Display for Family {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -47,8 +52,27 @@ impl Table {
 /// The name of every table of nfqd.
 pub const TABLE_NAME: &str = "nfqd";
 
-/// The comment that tells our tables from others' of the same name.
-pub const TABLE_COMMENT: &str = "made by nfqd, which repairs what others change here";
+/// The layout of our tables: the names of their maps, and what the marks in those mean. A newer
+/// layout is not touched.
+pub const TABLE_LAYOUT: u32 = 2;
+
+/// The comment that tells our tables from those of other programs, and their layouts apart. It names
+/// the nfqd that made the table: one that takes a table over cannot change its comment.
+pub const TABLE_COMMENT: &str = concat!(
+    "made by nfqd ",
+    env!("CARGO_PKG_VERSION"),
+    " (layout 2), which repairs what others change"
+);
+
+/// Returns the layout that a table's comment names; `None` if another program made the table.
+/// Comments of layout 1 name none.
+pub fn layout_of_comment(comment: &str) -> Option<u32> {
+    let rest = comment.strip_prefix("made by nfqd")?;
+    if rest.starts_with(',') {
+        return Some(1);
+    }
+    rest.split_once("(layout ")?.1.split_once(')')?.0.parse().ok()
+}
 
 /// A chain.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -358,14 +382,18 @@ impl fmt::Display for Statement {
                 write!(f, "{field} {}", Value::tos_text(*tos, "ip6"))
             }
             // nft shows a mask that is a prefix as one.
-            Statement::Is(Field::Mark(mask), value) if mask.leading_ones() + mask.trailing_zeros() == 32 => {
+            Statement::Is(Field::Mark(mask), value)
+                if mask.leading_ones() + mask.trailing_zeros() == 32 =>
+            {
                 write!(f, "meta mark {value}/{}", mask.leading_ones())
             }
             Statement::Is(field @ (Field::Mark(_) | Field::Ip4FragmentOffset(_)), value) => {
                 write!(f, "{field} == {value}")
             }
             // nft's own spellings for flags.
-            Statement::Is(field @ Field::TcpFlags, Value::Flags(flags)) => write!(f, "{field} == {flags:#x}"),
+            Statement::Is(field @ Field::TcpFlags, Value::Flags(flags)) => {
+                write!(f, "{field} == {flags:#x}")
+            }
             Statement::Masked(field @ Field::TcpFlags, mask, Value::Flags(0)) => {
                 write!(f, "{field} ! {mask}")
             }
@@ -384,28 +412,37 @@ impl fmt::Display for Statement {
             Statement::Present(field) => write!(f, "{field} >= 0"),
             Statement::In(key, set) => write!(f, "{} @{set}", key_text(key)),
             Statement::Vmap(key, map) => write!(f, "{} vmap @{map}", key_text(key)),
-            Statement::SetMark { keep, set: 0 } => write!(f, "meta mark set meta mark & {keep:#010x}"),
+            Statement::SetMark { keep, set: 0 } => {
+                write!(f, "meta mark set meta mark & {keep:#010x}")
+            }
             // nft shows the kernel's (mark & keep) ^ set in this form.
             Statement::SetMark { keep, set } => {
                 write!(f, "meta mark set meta mark & {:#010x} | {set:#010x}", keep | set)
             }
             Statement::Rewrite(writes) => {
-                let one =
-                    |w: &Write| format!("{} set meta mark & {:#010x} map @{}", w.field, mark::INDEX, w.map);
+                let one = |w: &Write| {
+                    format!("{} set meta mark & {:#010x} map @{}", w.field, mark::ID, w.map)
+                };
                 f.write_str(&writes.iter().map(one).collect::<Vec<_>>().join(" "))
             }
             // The mark carries the slot within this rule only; the second statement puts it back.
             Statement::RewriteFlow { key, flows, writes } => {
                 write!(f, "meta mark set {} map @{flows} meta mark set meta mark", key_text(key))?;
-                writes.iter().try_for_each(|w| write!(f, " {} set meta mark map @{}", w.field, w.map))
+                writes
+                    .iter()
+                    .try_for_each(|w| write!(f, " {} set meta mark map @{}", w.field, w.map))
             }
             Statement::Learn { key, map, timeout } => {
-                let (key, slot) = (key_text(key), format!("meta mark & {:#010x}", mark::INDEX));
-                let timeout = timeout.map(|timeout| format!(" timeout {timeout}s")).unwrap_or_default();
-                write!(f, "delete @{map} {{ {key} : {slot} }} add @{map} {{ {key}{timeout} : {slot} }}")
+                let (key, slot) = (key_text(key), format!("meta mark & {:#010x}", mark::ID));
+                let timeout =
+                    timeout.map(|timeout| format!(" timeout {timeout}s")).unwrap_or_default();
+                write!(
+                    f,
+                    "delete @{map} {{ {key} : {slot} }} add @{map} {{ {key}{timeout} : {slot} }}"
+                )
             }
             Statement::ForgetFlow { key, map } => {
-                write!(f, "delete @{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::INDEX)
+                write!(f, "delete @{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::ID)
             }
             Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
             Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),

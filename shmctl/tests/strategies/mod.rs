@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_shmctl::{
-    Action, AddressRange, Balance, Check, Class, Clear, Command, Destination, Edit, EtherType, Field,
-    MAX_WEIGHT, MacAddr, MacMask, Method, NumberRange, OnDead, OnEmpty, Piece, Protocol, RuleId, Services,
-    Set, TcpFlags, Terms, Value, Vip,
+    Action, AddressRange, BackendChange, Check, Class, Command, Destination, EtherType, Field,
+    FieldValue, FilterRemoval, FilterUpdate, FragmentMatch, Frontend, MAX_WEIGHT, MacAddr, MacMask,
+    Method, NumberRange, OnDead, OnEmpty, Protocol, RuleId, ServiceOptions, ServiceSpec, TcpFlags,
+    UnregisterScope,
 };
 use proptest::option::of;
 use proptest::prelude::*;
@@ -20,7 +21,8 @@ fn station() -> impl Strategy<Value = MacAddr> {
 fn host() -> impl Strategy<Value = IpAddr> {
     prop_oneof![
         any::<[u8; 3]>().prop_map(|[b, c, d]| IpAddr::from([10, b, c, d])),
-        any::<[u16; 6]>().prop_map(|[c, d, e, f, g, h]| IpAddr::from([0x2001, 0xdb8, c, d, e, f, g, h])),
+        any::<[u16; 6]>()
+            .prop_map(|[c, d, e, f, g, h]| IpAddr::from([0x2001, 0xdb8, c, d, e, f, g, h])),
     ]
 }
 
@@ -29,7 +31,8 @@ fn hosts() -> impl Strategy<Value = AddressRange> {
         host().prop_map(AddressRange::from),
         (host(), 0u8..=128)
             .prop_filter_map("prefix too long", |(ip, length)| AddressRange::prefix(ip, length)),
-        (host(), host()).prop_filter_map("two families", |(a, b)| AddressRange::new(a.min(b), a.max(b))),
+        (host(), host())
+            .prop_filter_map("two families", |(a, b)| AddressRange::new(a.min(b), a.max(b))),
     ]
 }
 
@@ -38,33 +41,35 @@ fn numbers(most: u16) -> impl Strategy<Value = NumberRange> {
 }
 
 /// Any value of a field.
-fn value(field: Field) -> BoxedStrategy<Value> {
+fn value(field: Field) -> BoxedStrategy<FieldValue> {
     let masks = (any::<[u8; 6]>(), any::<[u8; 6]>())
         .prop_map(|(mac, mask)| MacMask::new(MacAddr(mac), MacAddr(mask)));
     let macs = prop_oneof![station().prop_map(MacMask::from), masks];
-    let pieces = prop_oneof![Just(Piece::Whole), Just(Piece::First), Just(Piece::Later), Just(Piece::Any)];
-    let flags =
-        (any::<u8>(), any::<u8>()).prop_filter_map("no flags", |(on, mask)| TcpFlags::new(on & mask, mask));
+    let fragments = proptest::sample::select(FragmentMatch::ALL.map(|(_, value)| value).to_vec());
+    let flags = (any::<u8>(), any::<u8>())
+        .prop_filter_map("no flags", |(on, mask)| TcpFlags::new(on & mask, mask));
     match field {
-        Field::SourceIp => hosts().prop_map(Value::SourceIp).boxed(),
-        Field::DestinationIp => of(hosts()).prop_map(Value::DestinationIp).boxed(),
-        Field::Tos => any::<u8>().prop_map(Value::Tos).boxed(),
-        Field::Protocol => any::<u8>().prop_map(|n| Value::Protocol(Protocol(n))).boxed(),
-        Field::SourceMac => macs.prop_map(Value::SourceMac).boxed(),
-        Field::DestinationMac => of(station()).prop_map(Value::DestinationMac).boxed(),
-        Field::EtherType => (0x0600u16..).prop_map(|n| Value::EtherType(EtherType::new(n).unwrap())).boxed(),
-        Field::TcpSource => numbers(u16::MAX).prop_map(Value::TcpSource).boxed(),
-        Field::TcpDestination => numbers(u16::MAX).prop_map(Value::TcpDestination).boxed(),
-        Field::UdpSource => numbers(u16::MAX).prop_map(Value::UdpSource).boxed(),
-        Field::UdpDestination => numbers(u16::MAX).prop_map(Value::UdpDestination).boxed(),
-        Field::VlanId => numbers(4095).prop_map(Value::VlanId).boxed(),
-        Field::IcmpType => numbers(255).prop_map(Value::IcmpType).boxed(),
-        Field::IcmpCode => numbers(255).prop_map(Value::IcmpCode).boxed(),
-        Field::Icmp6Type => numbers(255).prop_map(Value::Icmp6Type).boxed(),
-        Field::Icmp6Code => numbers(255).prop_map(Value::Icmp6Code).boxed(),
-        Field::TcpFlags => flags.prop_map(Value::TcpFlags).boxed(),
-        Field::Length => numbers(u16::MAX).prop_map(Value::Length).boxed(),
-        Field::Piece => pieces.prop_map(Value::Piece).boxed(),
+        Field::SourceIp => hosts().prop_map(FieldValue::SourceIp).boxed(),
+        Field::DestinationIp => of(hosts()).prop_map(FieldValue::DestinationIp).boxed(),
+        Field::Tos => any::<u8>().prop_map(FieldValue::Tos).boxed(),
+        Field::Protocol => any::<u8>().prop_map(|n| FieldValue::Protocol(Protocol(n))).boxed(),
+        Field::SourceMac => macs.prop_map(FieldValue::SourceMac).boxed(),
+        Field::DestinationMac => of(station()).prop_map(FieldValue::DestinationMac).boxed(),
+        Field::EtherType => {
+            (0x0600u16..).prop_map(|n| FieldValue::EtherType(EtherType::new(n).unwrap())).boxed()
+        }
+        Field::TcpSource => numbers(u16::MAX).prop_map(FieldValue::TcpSource).boxed(),
+        Field::TcpDestination => numbers(u16::MAX).prop_map(FieldValue::TcpDestination).boxed(),
+        Field::UdpSource => numbers(u16::MAX).prop_map(FieldValue::UdpSource).boxed(),
+        Field::UdpDestination => numbers(u16::MAX).prop_map(FieldValue::UdpDestination).boxed(),
+        Field::VlanId => numbers(4095).prop_map(FieldValue::VlanId).boxed(),
+        Field::IcmpType => numbers(255).prop_map(FieldValue::IcmpType).boxed(),
+        Field::IcmpCode => numbers(255).prop_map(FieldValue::IcmpCode).boxed(),
+        Field::Icmp6Type => numbers(255).prop_map(FieldValue::Icmp6Type).boxed(),
+        Field::Icmp6Code => numbers(255).prop_map(FieldValue::Icmp6Code).boxed(),
+        Field::TcpFlags => flags.prop_map(FieldValue::TcpFlags).boxed(),
+        Field::Length => numbers(u16::MAX).prop_map(FieldValue::Length).boxed(),
+        Field::Fragment => fragments.prop_map(FieldValue::Fragment).boxed(),
     }
 }
 
@@ -72,10 +77,10 @@ fn class() -> impl Strategy<Value = Class> {
     proptest::sample::select(Class::ALL.to_vec())
 }
 
-fn set() -> impl Strategy<Value = Set> {
+fn update() -> impl Strategy<Value = FilterUpdate> {
     class().prop_flat_map(|class| {
         let values: Vec<_> = class.fields().iter().map(|&field| of(value(field))).collect();
-        (0..=class.all(), values).prop_map(move |(bits, values)| Set {
+        (0..=class.all(), values).prop_map(move |(bits, values)| FilterUpdate {
             class,
             bits,
             values: values.into_iter().flatten().collect(),
@@ -83,26 +88,27 @@ fn set() -> impl Strategy<Value = Set> {
     })
 }
 
-fn clear() -> impl Strategy<Value = Clear> {
+fn removal() -> impl Strategy<Value = FilterRemoval> {
     (class(), any::<u8>(), any::<u8>()).prop_map(|(class, keep, blank)| {
         let keep = keep & class.all();
         // A key may be blanked only where its bit goes off, or where it has a default.
-        let may =
-            |field: &Field| blank & field.bit() != 0 && (keep & field.bit() == 0 || field.has_default());
-        Clear { class, keep, blank: class.fields().iter().copied().filter(may).collect() }
+        let may = |field: &Field| {
+            blank & field.bit() != 0 && (keep & field.bit() == 0 || field.has_default())
+        };
+        FilterRemoval { class, keep, blank: class.fields().iter().copied().filter(may).collect() }
     })
 }
 
-fn vip() -> impl Strategy<Value = Vip> {
+fn frontend() -> impl Strategy<Value = Frontend> {
     let protocol = of(prop_oneof![Just(Protocol::TCP), Just(Protocol::UDP)]);
-    (host(), of((1u16.., protocol))).prop_map(|(ip, port)| Vip {
+    (host(), of((1u16.., protocol))).prop_map(|(ip, port)| Frontend {
         ip,
         port: port.map(|(port, _)| port),
         protocol: port.and_then(|(_, protocol)| protocol),
     })
 }
 
-fn terms() -> impl Strategy<Value = Terms> {
+fn options() -> impl Strategy<Value = ServiceOptions> {
     let check = prop_oneof![
         Just(Check::Default),
         Just(Check::None),
@@ -112,7 +118,7 @@ fn terms() -> impl Strategy<Value = Terms> {
     let on_dead = prop_oneof![Just(OnDead::Move), Just(OnDead::Reset), Just(OnDead::Keep)];
     let on_empty = prop_oneof![Just(OnEmpty::Reject), Just(OnEmpty::Pass)];
     (any::<bool>(), any::<bool>(), any::<u32>(), check, on_dead, on_empty).prop_map(
-        |(dsr, affinity, seed, check, on_dead, on_empty)| Terms {
+        |(dsr, affinity, seed, check, on_dead, on_empty)| ServiceOptions {
             dsr,
             affinity,
             seed,
@@ -124,20 +130,21 @@ fn terms() -> impl Strategy<Value = Terms> {
 }
 
 /// Backends for an address: of its family, none twice, with ports only where it has one.
-fn destinations(vip: Vip) -> impl Strategy<Value = Vec<Destination>> {
+fn destinations(frontend: Frontend) -> impl Strategy<Value = Vec<Destination>> {
     let one = (any::<[u16; 4]>(), of(1u16..), of(station()), 1..=MAX_WEIGHT);
     proptest::collection::vec(one, 1..5).prop_map(move |all| {
         let mut out: Vec<Destination> = Vec::new();
         for ([a, b, c, d], port, mac, weight) in all {
-            let ip = match vip.ip {
+            let ip = match frontend.ip {
                 IpAddr::V4(_) => {
                     let ([a, b], [c, _]) = (a.to_be_bytes(), b.to_be_bytes());
                     IpAddr::from([10, a, b, c])
                 }
                 IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, a, b, c, d]),
             };
-            let to = Destination { ip, port: port.filter(|_| vip.port.is_some()), mac, weight };
-            if ip != vip.ip && out.iter().all(|before| before.ip != ip) {
+            let to =
+                Destination { ip, port: port.filter(|_| frontend.port.is_some()), mac, weight };
+            if ip != frontend.ip && out.iter().all(|before| before.ip != ip) {
                 out.push(to);
             }
         }
@@ -145,7 +152,7 @@ fn destinations(vip: Vip) -> impl Strategy<Value = Vec<Destination>> {
     })
 }
 
-fn balance() -> impl Strategy<Value = (Vip, Balance)> {
+fn spec() -> impl Strategy<Value = (Frontend, ServiceSpec)> {
     let method = prop_oneof![
         Just(Method::Static),
         host().prop_map(Method::Source),
@@ -153,39 +160,47 @@ fn balance() -> impl Strategy<Value = (Vip, Balance)> {
         Just(Method::Hash),
         Just(Method::Least)
     ];
-    (vip(), method, terms())
-        .prop_flat_map(|(vip, method, terms)| (Just((vip, method, terms)), destinations(vip)))
-        .prop_filter_map("family, or no backend", |((vip, method, mut terms), mut destinations)| {
-            if !method.is_pool() {
-                terms = Terms { dsr: terms.dsr, ..Terms::default() };
-                destinations.truncate(1);
-            }
-            if terms.check == Check::Tcp(None) && vip.port.is_none() {
-                terms.check = Check::Tcp(Some(80));
-            }
-            if terms.dsr {
-                destinations.iter_mut().for_each(|to| to.port = None);
-            }
-            let fits = match method {
-                Method::Source(from) => from.is_ipv4() == vip.ip.is_ipv4(),
-                _ => true,
-            };
-            (fits && !destinations.is_empty()).then_some((vip, Balance { method, destinations, terms }))
+    (frontend(), method, options())
+        .prop_flat_map(|(frontend, method, options)| {
+            (Just((frontend, method, options)), destinations(frontend))
         })
+        .prop_filter_map(
+            "family, or no backend",
+            |((frontend, method, mut options), mut destinations)| {
+                if !method.is_pool() {
+                    options = ServiceOptions { dsr: options.dsr, ..ServiceOptions::default() };
+                    destinations.truncate(1);
+                }
+                if options.check == Check::Tcp(None) && frontend.port.is_none() {
+                    options.check = Check::Tcp(Some(80));
+                }
+                if options.dsr {
+                    destinations.iter_mut().for_each(|to| to.port = None);
+                }
+                let fits = match method {
+                    Method::Source(from) => from.is_ipv4() == frontend.ip.is_ipv4(),
+                    _ => true,
+                };
+                (fits && !destinations.is_empty())
+                    .then_some((frontend, ServiceSpec { method, destinations, options }))
+            },
+        )
 }
 
-fn edit() -> impl Strategy<Value = (Option<Vip>, Edit)> {
-    (vip(), any::<bool>(), 0..4_u8)
-        .prop_flat_map(|(vip, named, kind)| (Just((vip, named, kind)), destinations(vip)))
-        .prop_filter_map("no backend", |((vip, named, kind), destinations)| {
+fn change() -> impl Strategy<Value = (Option<Frontend>, BackendChange)> {
+    (frontend(), any::<bool>(), 0..4_u8)
+        .prop_flat_map(|(frontend, named, kind)| {
+            (Just((frontend, named, kind)), destinations(frontend))
+        })
+        .prop_filter_map("no backend", |((frontend, named, kind), destinations)| {
             let names: Vec<_> = destinations.iter().map(Destination::name).collect();
-            let edit = match kind {
-                0 => Edit::Add(destinations),
-                1 => Edit::Remove(names.clone()),
-                2 => Edit::Drain(names.clone()),
-                _ => Edit::Up(names.clone()),
+            let change = match kind {
+                0 => BackendChange::Add(destinations),
+                1 => BackendChange::Remove(names.clone()),
+                2 => BackendChange::Drain(names.clone()),
+                _ => BackendChange::Up(names.clone()),
             };
-            (!names.is_empty()).then_some((named.then_some(vip), edit))
+            (!names.is_empty()).then_some((named.then_some(frontend), change))
         })
 }
 
@@ -193,11 +208,11 @@ fn edit() -> impl Strategy<Value = (Option<Vip>, Edit)> {
 pub fn command() -> impl Strategy<Value = Command> {
     let action = || prop_oneof![Just(Action::Allow), Just(Action::Deny)];
     let rule = (action(), 1u16..).prop_map(|(action, number)| RuleId::new(action, number).unwrap());
-    let services = prop_oneof![
-        Just(Services::Firewall),
-        Just(Services::Balance),
-        Just(Services::All),
-        vip().prop_map(Services::One)
+    let scope = prop_oneof![
+        Just(UnregisterScope::Firewall),
+        Just(UnregisterScope::LoadBalancing),
+        Just(UnregisterScope::All),
+        frontend().prop_map(UnregisterScope::Service)
     ];
     prop_oneof![
         (station(), host(), action()).prop_map(|(mac, ip, default)| Command::RegisterFirewall {
@@ -205,20 +220,28 @@ pub fn command() -> impl Strategy<Value = Command> {
             ip,
             default
         }),
-        (station(), balance()).prop_map(|(mac, (vip, balance))| Command::RegisterBalance {
+        (station(), spec()).prop_map(|(mac, (frontend, spec))| Command::RegisterService {
             mac,
-            vip,
-            balance
+            frontend,
+            spec
         }),
-        (station(), edit()).prop_map(|(mac, (vip, edit))| Command::EditBackends { mac, vip, edit }),
-        (station(), rule.clone(), set()).prop_map(|(mac, rule, set)| Command::Add { mac, rule, set }),
-        (station(), rule.clone(), clear()).prop_map(|(mac, rule, clear)| Command::Delete {
+        (station(), change()).prop_map(|(mac, (frontend, change))| Command::ChangeBackends {
+            mac,
+            frontend,
+            change
+        }),
+        (station(), rule.clone(), update()).prop_map(|(mac, rule, update)| Command::Add {
             mac,
             rule,
-            clear
+            update
+        }),
+        (station(), rule.clone(), removal()).prop_map(|(mac, rule, removal)| Command::Delete {
+            mac,
+            rule,
+            removal
         }),
         (station(), rule).prop_map(|(mac, rule)| Command::DeleteRule { mac, rule }),
-        (station(), services).prop_map(|(mac, services)| Command::Unregister { mac, services }),
+        (station(), scope).prop_map(|(mac, scope)| Command::Unregister { mac, scope }),
         of(station()).prop_map(|mac| Command::Query { mac }),
     ]
 }

@@ -1,55 +1,94 @@
-//! A part of the flow table, behind a lock: its entries, the chains of both hashes, and a list for each state.
+//! A shard of the flow table: its entries, the chains of both hash tables, and a list for each state.
 
-use super::{Backward, Event, Forward, Found, LEARN_AGAIN, Live, STATES, State};
-use crate::engine::bounded::Seconds;
+use super::slot_counts::SlotCounts;
+use super::{FlowEvent, FlowMatch, FlowState, OriginalTuple, REINSTALL_AFTER, ReplyTuple, STATES};
+use nfqd_rules::SlotId;
 
-/// No entry.
+/// The index of no entry.
 pub(super) const NONE: u32 = u32::MAX;
 
-/// How far behind what it must acknowledge a client's acknowledgement may be: half of all numbers are behind (RFC 9293, 3.4).
+/// Half of all sequence numbers are behind a given one (RFC 9293, 3.4).
 const WINDOW: u32 = 1 << 31;
 
-/// Seconds after which a UDP flow that is still there is a stream (RFC 4787 has no states; this is conntrack's idea, with
-/// what the engine sees).
-const STREAM_AFTER: Seconds = 50;
+/// Seconds after which a UDP flow that is still active is a stream. RFC 4787 has no such state; it
+/// is conntrack's, as far as the engine sees the packets.
+const STREAM_AFTER: u32 = 50;
 
 pub(super) struct Entry {
-    pub(super) forward: Forward,
-    /// None where backends answer clients themselves.
-    pub(super) backward: Option<Backward>,
-    pub(super) slot: u32,
-    pub(super) state: State,
-    pub(super) born: Seconds,
-    pub(super) seen: Seconds,
-    /// What the client must acknowledge; none before the backend has answered.
-    pub(super) expects: Option<Expects>,
-    /// Who has reset it, when it was established.
-    pub(super) reset_by: Option<Sender>,
-    /// When the kernel may be told next, of the way there and of the way back.
-    pub(super) learn_forward: Seconds,
-    pub(super) learn_backward: Seconds,
-    /// The next in the chain of each hash.
-    pub(super) next_forward: u32,
-    pub(super) next_backward: u32,
-    /// Neighbours in the list of its state: seen longer ago, and later.
-    pub(super) older: u32,
-    pub(super) newer: u32,
+    pub original: OriginalTuple,
+    /// `None` if backends answer clients directly.
+    pub reply: Option<ReplyTuple>,
+    pub slot: SlotId,
+    pub state: FlowState,
+    pub created: u32,
+    pub last_seen: u32,
+    /// What the client must acknowledge; `None` before the backend has answered.
+    pub expected_ack: Option<ExpectedAck>,
+    /// The side that has reset the connection when it was established.
+    pub reset_by: Option<Sender>,
+    /// When the kernel may be told of the original direction next.
+    pub reinstall_original_at: u32,
+    /// When the kernel may be told of the reply direction next.
+    pub reinstall_reply_at: u32,
+    /// The next entry in the chain of each hash table.
+    pub next_original: u32,
+    pub next_reply: u32,
+    /// The neighbours in the list of the state.
+    pub older: u32,
+    pub newer: u32,
 }
 
-/// Who sends a packet.
+/// The sender of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sender {
     Client,
     Backend,
 }
 
-/// What shows that a client has heard the backend.
+/// The acknowledgement that shows that a client has received the backend's answer.
 #[derive(Clone, Copy)]
-pub(super) enum Expects {
-    /// A number that only the backend has said.
+pub(super) enum ExpectedAck {
+    /// This number, which only the backend has sent.
     Number(u32),
-    /// Anything: the beginning was not seen.
-    Anything,
+    /// Any: the beginning of the connection was not seen.
+    Any,
+}
+
+impl Entry {
+    /// Whether an acknowledgement shows that the client has received the backend's answer.
+    fn is_answer_acknowledged(&self, acknowledgement: u32) -> bool {
+        match self.expected_ack {
+            Some(ExpectedAck::Number(number)) => acknowledgement.wrapping_sub(number) < WINDOW,
+            Some(ExpectedAck::Any) => true,
+            // If backends answer clients directly, their answers are not seen.
+            None => self.reply.is_none(),
+        }
+    }
+
+    /// Returns the state after an event.
+    fn next_state(&self, sender: Sender, event: FlowEvent, now: u32) -> FlowState {
+        match (self.state, event) {
+            (FlowState::Opening | FlowState::Established, event) if event.ends() => {
+                FlowState::Closing
+            }
+            // Sequence numbers are not tracked, so anybody can forge a RST; but a side that has
+            // really reset the connection sends nothing more on it.
+            (FlowState::Closing, FlowEvent::Segment { .. } | FlowEvent::Reply)
+                if self.reset_by == Some(sender) =>
+            {
+                FlowState::Established
+            }
+            (FlowState::Opening, FlowEvent::Segment { acknowledgement })
+                if self.is_answer_acknowledged(acknowledgement) =>
+            {
+                FlowState::Established
+            }
+            (FlowState::Datagram, _) if now >= self.created.saturating_add(STREAM_AFTER) => {
+                FlowState::Stream
+            }
+            (state, _) => state,
+        }
+    }
 }
 
 /// The ends of the list of a state.
@@ -61,226 +100,232 @@ struct List {
 }
 
 pub(super) struct Shard {
-    pub(super) capacity: usize,
-    pub(super) entries: Vec<Entry>,
-    /// The first free entry, chained by `next_forward`.
+    pub capacity: usize,
+    pub entries: Vec<Entry>,
+    /// The first free entry; the others are chained by `next_original`.
     free: u32,
-    /// Where each chain begins, one more than the entry: memory that is zero costs nothing until it is used.
-    forward: Vec<u32>,
-    backward: Vec<u32>,
+    /// The first entry of each chain, plus one: memory that is zero costs nothing until it is used.
+    originals: Vec<u32>,
+    replies: Vec<u32>,
     lists: [List; STATES.len()],
-    pub(super) len: usize,
+    pub len: usize,
 }
 
-/// Where a flow is, and its two hashes.
+/// The hashes of the two tuples of a flow.
 #[derive(Clone, Copy)]
-pub(super) struct Hashes {
-    pub(super) forward: u64,
-    pub(super) backward: Option<u64>,
+pub(super) struct TupleHashes {
+    pub original: u64,
+    pub reply: Option<u64>,
 }
 
 impl Shard {
-    pub(super) fn new(capacity: usize) -> Shard {
+    pub fn new(capacity: usize) -> Shard {
         let heads = capacity.next_power_of_two();
         Shard {
             capacity,
             entries: Vec::with_capacity(capacity),
             free: NONE,
-            forward: vec![0; heads],
-            backward: vec![0; heads],
+            originals: vec![0; heads],
+            replies: vec![0; heads],
             lists: [List { oldest: NONE, newest: NONE, len: 0 }; STATES.len()],
             len: 0,
         }
     }
 
-    /// The low bits choose the chain; the shard was chosen by another hash.
+    /// Returns the chain of a hash: its low bits. The shard was chosen by another hash.
     fn chain(heads: &[u32], hash: u64) -> usize {
         hash as usize & (heads.len() - 1)
     }
 
-    pub(super) fn find_forward(&self, hash: u64, key: &Forward) -> Option<u32> {
-        let mut at = self.forward[Shard::chain(&self.forward, hash)].wrapping_sub(1);
+    pub fn find_original(&self, hash: u64, tuple: &OriginalTuple) -> Option<u32> {
+        let mut at = self.originals[Shard::chain(&self.originals, hash)].wrapping_sub(1);
         while at != NONE {
             let entry = &self.entries[at as usize];
-            if entry.forward == *key {
+            if entry.original == *tuple {
                 return Some(at);
             }
-            at = entry.next_forward;
+            at = entry.next_original;
         }
         None
     }
 
-    pub(super) fn find_backward(&self, hash: u64, key: &Backward) -> Option<u32> {
-        let mut at = self.backward[Shard::chain(&self.backward, hash)].wrapping_sub(1);
+    pub fn find_reply(&self, hash: u64, tuple: &ReplyTuple) -> Option<u32> {
+        let mut at = self.replies[Shard::chain(&self.replies, hash)].wrapping_sub(1);
         while at != NONE {
             let entry = &self.entries[at as usize];
-            if entry.backward.as_ref() == Some(key) {
+            if entry.reply.as_ref() == Some(tuple) {
                 return Some(at);
             }
-            at = entry.next_backward;
+            at = entry.next_reply;
         }
         None
     }
 
-    pub(super) fn is_over(&self, at: u32, now: Seconds) -> bool {
+    pub fn is_expired(&self, at: u32, now: u32) -> bool {
         let entry = &self.entries[at as usize];
-        entry.seen.saturating_add(entry.state.timeout()) <= now
+        entry.last_seen.saturating_add(entry.state.timeout()) <= now
     }
 
-    pub(super) fn alive(&self, at: u32, now: Seconds) -> Option<&Entry> {
-        (!self.is_over(at, now)).then(|| &self.entries[at as usize])
+    pub fn unexpired(&self, at: u32, now: u32) -> Option<&Entry> {
+        (!self.is_expired(at, now)).then(|| &self.entries[at as usize])
     }
 
-    /// The oldest flow of a state, when its time is over.
-    pub(super) fn over(&self, state: State, now: Seconds) -> Option<u32> {
+    /// Returns the oldest flow in a state, if it has expired.
+    pub fn oldest_expired(&self, state: FlowState, now: u32) -> Option<u32> {
         let oldest = self.lists[state as usize].oldest;
-        (oldest != NONE && self.is_over(oldest, now)).then_some(oldest)
+        (oldest != NONE && self.is_expired(oldest, now)).then_some(oldest)
     }
 
-    /// The flow to give up: one whose time is over; or the oldest of those that have proven nothing, of the state that has
-    /// most of them, so that a flood of one kind pushes out its own; or the oldest of the rest.
-    pub(super) fn victim(&self, now: Seconds) -> Option<(u32, State)> {
-        let over = STATES.into_iter().find_map(|state| Some((self.over(state, now)?, state)));
-        over.or_else(|| {
-            let list = |state: State| self.lists[state as usize];
-            let unproven = STATES.into_iter().filter(|state| *state < State::Stream && list(*state).len != 0);
-            let most = unproven.max_by_key(|state| list(*state).len);
-            let rest = || [State::Stream, State::Established].into_iter().find(|state| list(*state).len != 0);
-            most.or_else(rest).map(|state| (list(state).oldest, state))
-        })
+    /// Returns the flow to evict: an expired one; or the oldest that is not assured, of the state
+    /// that has the most of them, so that a flood of one kind evicts its own; or the oldest of the
+    /// rest.
+    pub fn eviction_candidate(&self, now: u32) -> Option<(u32, FlowState)> {
+        let is_used = |state: &FlowState| self.lists[*state as usize].len != 0;
+        for state in STATES {
+            if let Some(at) = self.oldest_expired(state, now) {
+                return Some((at, state));
+            }
+        }
+        let unassured = STATES.into_iter().filter(|state| !state.is_assured() && is_used(state));
+        let most = unassured.max_by_key(|state| self.lists[*state as usize].len);
+        let assured = || STATES.into_iter().find(|state| state.is_assured() && is_used(state));
+        let state = most.or_else(assured)?;
+        Some((self.lists[state as usize].oldest, state))
     }
 
-    /// The oldest of those that have proven something, when these leave less than a sixteenth of the room for others.
-    pub(super) fn too_many_proven(&self) -> Option<(u32, State)> {
-        let lists = [State::Stream, State::Established].map(|state| (self.lists[state as usize], state));
-        let proven: usize = lists.iter().map(|(list, _)| list.len).sum();
+    /// Returns the oldest assured flow, if the assured ones leave less than a sixteenth of the room
+    /// to others.
+    pub fn excess_assured(&self) -> Option<(u32, FlowState)> {
+        let lists = [FlowState::Stream, FlowState::Established]
+            .map(|state| (self.lists[state as usize], state));
+        let assured: usize = lists.iter().map(|(list, _)| list.len).sum();
         let most = self.capacity - self.capacity / 16;
         let longest = lists.iter().max_by_key(|(list, _)| list.len)?;
-        (proven > most).then_some((longest.0.oldest, longest.1))
+        (assured > most).then_some((longest.0.oldest, longest.1))
     }
 
-    /// A packet of a flow; none if its time is over. A flow whose backend has no slot any more is left to its time, whatever
-    /// comes: so none has a number longer than that rests.
-    pub(super) fn see(
+    /// Records a packet of a flow; `None` if the flow has expired. A flow whose backend has no slot
+    /// any more is left to expire whatever arrives, so that none refers to a slot for longer than
+    /// its quarantine.
+    pub fn record(
         &mut self,
         at: u32,
         sender: Sender,
-        event: Event,
-        now: Seconds,
-        current: impl Fn(u32) -> Option<u32>,
-        live: &Live,
-    ) -> Option<Found> {
-        if self.is_over(at, now) {
+        event: FlowEvent,
+        now: u32,
+        current: impl Fn(SlotId) -> Option<SlotId>,
+        live: &SlotCounts,
+    ) -> Option<FlowMatch> {
+        if self.is_expired(at, now) {
             return None;
         }
         let entry = &mut self.entries[at as usize];
         let (slot, before) = (entry.slot, entry.state);
-        // A backend that repeats what it has said begins nothing.
-        let is_another = match (entry.state, event, entry.expects) {
-            (State::Closing, Event::Accepts(number), Some(Expects::Number(said))) => number != said,
-            (State::Closing, Event::Accepts(_), _) => true,
+        // A backend that repeats its SYN-ACK begins nothing.
+        let is_new_connection = match (entry.state, event, entry.expected_ack) {
+            (FlowState::Closing, FlowEvent::SynAck(number), Some(ExpectedAck::Number(known))) => {
+                number != known
+            }
+            (FlowState::Closing, FlowEvent::SynAck(_), _) => true,
             _ => false,
         };
         let Some(current) = current(slot) else {
-            return Some(Found { slot, current: None, state: before, learn: false, is_another });
+            return Some(FlowMatch {
+                slot,
+                current: None,
+                state: before,
+                may_install: false,
+                is_new_connection,
+            });
         };
         match event {
-            Event::Accepts(number) => entry.expects = Some(Expects::Number(number)),
-            Event::Answer => entry.expects = entry.expects.or(Some(Expects::Anything)),
+            FlowEvent::SynAck(number) => entry.expected_ack = Some(ExpectedAck::Number(number)),
+            FlowEvent::Reply => entry.expected_ack = entry.expected_ack.or(Some(ExpectedAck::Any)),
             _ => {}
         }
-        let heard = |acknowledges: u32| match entry.expects {
-            Some(Expects::Number(number)) => acknowledges.wrapping_sub(number) < WINDOW,
-            Some(Expects::Anything) => true,
-            // Where backends answer clients themselves, nobody sees what they say.
-            None => entry.backward.is_none(),
-        };
-        let after = match (before, event) {
-            (State::Opening | State::Established, event) if event.ends() => State::Closing,
-            // Sequence numbers are not known here, so anybody can forge a RST; but who has reset a connection says nothing
-            // more on it.
-            (State::Closing, Event::GoesOn { .. } | Event::Answer) if entry.reset_by == Some(sender) => {
-                State::Established
-            }
-            (State::Opening, Event::GoesOn { acknowledges }) if heard(acknowledges) => State::Established,
-            (State::Datagram, _) if now >= entry.born.saturating_add(STREAM_AFTER) => State::Stream,
-            (before, _) => before,
-        };
+        let after = entry.next_state(sender, event, now);
+        let was_established = before == FlowState::Established || entry.reset_by.is_some();
         entry.reset_by = match event {
-            Event::Resets if before == State::Established || entry.reset_by.is_some() => Some(sender),
-            Event::Closes => None,
-            _ => entry.reset_by.filter(|_| after == State::Closing),
+            FlowEvent::Rst if was_established => Some(sender),
+            FlowEvent::Fin => None,
+            _ => entry.reset_by.filter(|_| after == FlowState::Closing),
         };
-        // What the kernel remembers of another slot is of no use any more.
+        // What the kernel has cached under another slot is of no use any more.
         if current != slot {
-            (entry.learn_forward, entry.learn_backward) = (0, 0);
+            (entry.reinstall_original_at, entry.reinstall_reply_at) = (0, 0);
         }
-        let next = match sender {
-            Sender::Client => &mut entry.learn_forward,
-            Sender::Backend => &mut entry.learn_backward,
+        let reinstall_at = match sender {
+            Sender::Client => &mut entry.reinstall_original_at,
+            Sender::Backend => &mut entry.reinstall_reply_at,
         };
-        // A turn is always told.
-        let learn = now >= *next || before != after;
-        if learn {
-            *next = now.saturating_add(LEARN_AGAIN);
+        // The kernel is told of every change of state.
+        let may_install = now >= *reinstall_at || before != after;
+        if may_install {
+            *reinstall_at = now.saturating_add(REINSTALL_AFTER);
         }
         self.unlink(at);
         let entry = &mut self.entries[at as usize];
         entry.state = after;
         entry.slot = current;
-        entry.seen = now.max(entry.seen);
+        entry.last_seen = now.max(entry.last_seen);
         self.link(at);
         if before.is_live() != after.is_live() || current != slot {
-            live.count(slot, before, false);
-            live.count(current, after, true);
+            live.subtract(slot, before);
+            live.add(current, after);
         }
-        Some(Found { slot, current: Some(current), state: after, learn, is_another })
+        Some(FlowMatch {
+            slot,
+            current: Some(current),
+            state: after,
+            may_install,
+            is_new_connection,
+        })
     }
 
-    pub(super) fn put(&mut self, mut entry: Entry, hashes: Hashes) {
-        let chain = Shard::chain(&self.forward, hashes.forward);
-        entry.next_forward = self.forward[chain].wrapping_sub(1);
-        let back = hashes.backward.map(|hash| Shard::chain(&self.backward, hash));
-        entry.next_backward = back.map_or(NONE, |back| self.backward[back].wrapping_sub(1));
+    pub fn insert(&mut self, mut entry: Entry, hashes: TupleHashes) {
+        let original = Shard::chain(&self.originals, hashes.original);
+        entry.next_original = self.originals[original].wrapping_sub(1);
+        let reply = hashes.reply.map(|hash| Shard::chain(&self.replies, hash));
+        entry.next_reply = reply.map_or(NONE, |chain| self.replies[chain].wrapping_sub(1));
         let at = if self.free != NONE {
             let at = self.free;
-            self.free = self.entries[at as usize].next_forward;
+            self.free = self.entries[at as usize].next_original;
             self.entries[at as usize] = entry;
             at
         } else {
             self.entries.push(entry);
             self.entries.len() as u32 - 1
         };
-        self.forward[chain] = at + 1;
-        if let Some(back) = back {
-            self.backward[back] = at + 1;
+        self.originals[original] = at + 1;
+        if let Some(chain) = reply {
+            self.replies[chain] = at + 1;
         }
         self.link(at);
         self.len += 1;
     }
 
-    pub(super) fn take(&mut self, at: u32, hashes: Hashes) {
+    pub fn remove(&mut self, at: u32, hashes: TupleHashes) {
         self.unlink(at);
-        let Entry { next_forward, next_backward, .. } = self.entries[at as usize];
-        let chain = Shard::chain(&self.forward, hashes.forward);
-        match self.before(self.forward[chain], at, |entry| entry.next_forward) {
-            None => self.forward[chain] = next_forward.wrapping_add(1),
-            Some(before) => self.entries[before as usize].next_forward = next_forward,
+        let Entry { next_original, next_reply, .. } = self.entries[at as usize];
+        let chain = Shard::chain(&self.originals, hashes.original);
+        match self.predecessor(self.originals[chain], at, |entry| entry.next_original) {
+            None => self.originals[chain] = next_original.wrapping_add(1),
+            Some(before) => self.entries[before as usize].next_original = next_original,
         }
-        if let Some(hash) = hashes.backward {
-            let chain = Shard::chain(&self.backward, hash);
-            match self.before(self.backward[chain], at, |entry| entry.next_backward) {
-                None => self.backward[chain] = next_backward.wrapping_add(1),
-                Some(before) => self.entries[before as usize].next_backward = next_backward,
+        if let Some(hash) = hashes.reply {
+            let chain = Shard::chain(&self.replies, hash);
+            match self.predecessor(self.replies[chain], at, |entry| entry.next_reply) {
+                None => self.replies[chain] = next_reply.wrapping_add(1),
+                Some(before) => self.entries[before as usize].next_reply = next_reply,
             }
         }
-        self.entries[at as usize].next_forward = self.free;
+        self.entries[at as usize].next_original = self.free;
         self.free = at;
         self.len -= 1;
     }
 
-    /// The entry before another in a chain that begins at `head`; none for the first.
-    fn before(&self, head: u32, at: u32, next: impl Fn(&Entry) -> u32) -> Option<u32> {
+    /// Returns the entry before another in a chain that begins at `head`; `None` for the first.
+    fn predecessor(&self, head: u32, at: u32, next: impl Fn(&Entry) -> u32) -> Option<u32> {
         let mut before = head.wrapping_sub(1);
         if before == at {
             return None;
@@ -295,7 +340,7 @@ impl Shard {
         None
     }
 
-    /// Puts an entry at the newest end of its state's list.
+    /// Appends an entry to the list of its state, as the newest.
     fn link(&mut self, at: u32) {
         let state = self.entries[at as usize].state as usize;
         self.lists[state].len += 1;

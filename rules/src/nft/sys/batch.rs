@@ -2,14 +2,16 @@
 #![allow(unsafe_code)]
 
 use super::super::field::{Type, Value};
-use super::super::lower::{Attribute, Expr, counter, key_bytes, key_len, key_type, lower, verdict_number};
+use super::super::lower::{
+    Attribute, Expr, counter, key_bytes, key_len, key_type, lower, verdict_number,
+};
 use super::super::model::{
     Chain, Data, Element, ElementData, Family, Rule, Set, TABLE_COMMENT, TABLE_NAME, Verdict,
 };
 use super::{
-    DATA_VERDICT, ELEMENTS_A_MESSAGE, MAX_DATA, RuleObject, SCRATCH, SET_CONCAT, SET_EVAL, SET_INTERVAL,
-    SET_MAP, SET_TIMEOUT, SetObject, c_string, comment, message, named_chain, named_set, named_table, number,
-    user_data,
+    DATA_VERDICT, ELEMENTS_A_MESSAGE, MAX_DATA, RuleObject, SCRATCH, SET_CONCAT, SET_EVAL,
+    SET_INTERVAL, SET_MAP, SET_TIMEOUT, SetObject, c_string, comment, message, named_chain,
+    named_set, named_table, number, user_data,
 };
 use nftnl::nftnl_sys as sys;
 use std::ffi::c_char;
@@ -47,7 +49,14 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
             Attribute::Bytes(bytes) => {
                 assert!(bytes.len() <= MAX_DATA, "{} bytes of data", bytes.len());
                 // SAFETY: as above; the bytes are copied and fit libnftnl's buffer, which it does not check itself.
-                unsafe { sys::nftnl_expr_set(pointer, attribute, bytes.as_ptr().cast(), bytes.len() as u32) };
+                unsafe {
+                    sys::nftnl_expr_set(
+                        pointer,
+                        attribute,
+                        bytes.as_ptr().cast(),
+                        bytes.len() as u32,
+                    )
+                };
             }
             Attribute::Owned(bytes) => {
                 // SAFETY: needed because libnftnl frees this memory itself: it must come from malloc, is large enough
@@ -79,8 +88,13 @@ pub(in crate::nft) struct Batch {
 impl Batch {
     /// A transaction whose messages are numbered from `first` on.
     pub(in crate::nft) fn new(first: u32) -> Batch {
-        let mut batch =
-            Batch { bytes: Vec::new(), labels: Vec::new(), first, last: 0, scratch: vec![0; SCRATCH / 4] };
+        let mut batch = Batch {
+            bytes: Vec::new(),
+            labels: Vec::new(),
+            first,
+            last: 0,
+            scratch: vec![0; SCRATCH / 4],
+        };
         batch.frame(|buffer, sequence| {
             // SAFETY: needed for the message that opens a batch; the buffer is aligned and larger than a header.
             unsafe { sys::nftnl_batch_begin(buffer, sequence) }
@@ -138,7 +152,8 @@ impl Batch {
         self.frame(|buffer, sequence| {
             let family = number(family);
             // SAFETY: needed for a message's header; the buffer is aligned and larger than a header.
-            let header = unsafe { sys::nftnl_nlmsg_build_hdr(buffer, kind, family, flags as u16, sequence) };
+            let header =
+                unsafe { sys::nftnl_nlmsg_build_hdr(buffer, kind, family, flags as u16, sequence) };
             fill(header);
             header
         });
@@ -184,10 +199,16 @@ impl Batch {
                 sys::nftnl_chain_set_s32(object.0.pointer, sys::NFTNL_CHAIN_PRIO as u16, priority);
             }
         }
-        self.message(message::NEWCHAIN, family, libc::NLM_F_CREATE, format!("add chain {name}"), |header| {
-            // SAFETY: needed to write the chain into the message; both are alive.
-            unsafe { sys::nftnl_chain_nlmsg_build_payload(header, object.0.pointer) };
-        });
+        self.message(
+            message::NEWCHAIN,
+            family,
+            libc::NLM_F_CREATE,
+            format!("add chain {name}"),
+            |header| {
+                // SAFETY: needed to write the chain into the message; both are alive.
+                unsafe { sys::nftnl_chain_nlmsg_build_payload(header, object.0.pointer) };
+            },
+        );
     }
 
     /// Deletes a chain, which must be empty and in no rule.
@@ -226,10 +247,16 @@ impl Batch {
             unsafe { sys::nftnl_rule_add_expr(object.0.pointer, expression(&expr)) };
         }
         let flags = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
-        self.message(message::NEWRULE, family, flags, format!("add rule {chain}: {rule}"), |header| {
-            // SAFETY: as in `flush_rules`.
-            unsafe { sys::nftnl_rule_nlmsg_build_payload(header, object.0.pointer) };
-        });
+        self.message(
+            message::NEWRULE,
+            family,
+            flags,
+            format!("add rule {chain}: {rule}"),
+            |header| {
+                // SAFETY: as in `flush_rules`.
+                unsafe { sys::nftnl_rule_nlmsg_build_payload(header, object.0.pointer) };
+            },
+        );
     }
 
     /// Adds a set without its elements; one of the same kind that is there stays.
@@ -259,7 +286,11 @@ impl Batch {
             let milliseconds = u64::from(dynamic.timeout) * 1000;
             // SAFETY: needed because a timeout has 64 bits; the object is alive.
             unsafe {
-                sys::nftnl_set_set_u64(object.0.pointer, sys::NFTNL_SET_TIMEOUT as u16, milliseconds);
+                sys::nftnl_set_set_u64(
+                    object.0.pointer,
+                    sys::NFTNL_SET_TIMEOUT as u16,
+                    milliseconds,
+                );
             }
         }
         if set.interval {
@@ -273,10 +304,16 @@ impl Batch {
             unsafe { sys::nftnl_set_add_expr(object.0.pointer, expression(&counter())) };
         }
         object.data(sys::NFTNL_SET_USERDATA, &set_user_data(set));
-        self.message(message::NEWSET, family, libc::NLM_F_CREATE, format!("add set {name}"), |header| {
-            // SAFETY: needed to write the set into the message; both are alive.
-            unsafe { sys::nftnl_set_nlmsg_build_payload(header, object.0.pointer) };
-        });
+        self.message(
+            message::NEWSET,
+            family,
+            libc::NLM_F_CREATE,
+            format!("add set {name}"),
+            |header| {
+                // SAFETY: needed to write the set into the message; both are alive.
+                unsafe { sys::nftnl_set_nlmsg_build_payload(header, object.0.pointer) };
+            },
+        );
     }
 
     /// Deletes a set, which must be in no rule.
@@ -376,7 +413,12 @@ fn add_element(set: &SetObject, key: &[Value], element: &Element) {
         assert!(bytes.len() <= limit, "{} bytes of element data", bytes.len());
         // SAFETY: needed to fill the element, which is alive; the bytes are copied and fit.
         unsafe {
-            sys::nftnl_set_elem_set(pointer, attribute as u16, bytes.as_ptr().cast(), bytes.len() as u32)
+            sys::nftnl_set_elem_set(
+                pointer,
+                attribute as u16,
+                bytes.as_ptr().cast(),
+                bytes.len() as u32,
+            )
         };
     };
     data(sys::NFTNL_SET_ELEM_KEY, &key_bytes(key));
@@ -401,7 +443,11 @@ fn set_verdict(pointer: *mut sys::nftnl_set_elem, verdict: &Verdict) {
     unsafe {
         sys::nftnl_set_elem_set_u32(pointer, sys::NFTNL_SET_ELEM_VERDICT as u16, number as u32);
         if let Some(chain) = chain {
-            sys::nftnl_set_elem_set_str(pointer, sys::NFTNL_SET_ELEM_CHAIN as u16, c_string(chain).as_ptr());
+            sys::nftnl_set_elem_set_str(
+                pointer,
+                sys::NFTNL_SET_ELEM_CHAIN as u16,
+                c_string(chain).as_ptr(),
+            );
         }
     }
 }

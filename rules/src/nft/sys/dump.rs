@@ -7,12 +7,13 @@ use super::{
     ChainObject, DATA_VERDICT, RuleObject, SET_EVAL, SET_INTERVAL, SET_MAP, SET_TIMEOUT, SetObject,
     TableObject, message, named_set, named_table, number,
 };
+use crate::counter::Counter;
 use nftnl::nftnl_sys as sys;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 
 /// A question to the kernel: the message to send, and how to read each answer.
-pub(in crate::nft) enum Question {
+pub(in crate::nft) enum DumpRequest {
     /// Our table's comment.
     Table(Family),
     /// The chains of all tables of the family.
@@ -30,7 +31,7 @@ pub(in crate::nft) enum Question {
 pub(in crate::nft) struct FoundRule {
     pub chain: String,
     pub comment: Option<String>,
-    pub counted: Option<(u64, u64)>,
+    pub counter: Option<Counter>,
 }
 
 /// What an element in the kernel holds.
@@ -43,9 +44,9 @@ pub struct FoundElement {
     /// The comment.
     pub comment: Option<String>,
     /// Packets and bytes, where elements count.
-    pub counted: Option<(u64, u64)>,
+    pub counter: Option<Counter>,
     /// Milliseconds that it was given, where that is not what all elements of the set get.
-    pub timeout: Option<u64>,
+    pub timeout_ms: Option<u64>,
 }
 
 /// How a set in the kernel is made.
@@ -59,7 +60,7 @@ pub(in crate::nft) struct FoundSet {
 
 impl FoundSet {
     /// Whether the kernel's set serves as `set`.
-    pub(in crate::nft) fn serves(self, set: &Set) -> bool {
+    pub(in crate::nft) fn is_compatible(self, set: &Set) -> bool {
         let data = match set.data {
             None => 0,
             Some(Data::Verdict) => DATA_VERDICT,
@@ -75,9 +76,9 @@ impl FoundSet {
     }
 }
 
-/// The answers to a [`Question`].
+/// The answers to a [`DumpRequest`].
 #[derive(Default)]
-pub(in crate::nft) struct Answers {
+pub(in crate::nft) struct DumpReply {
     pub table_comment: Option<Option<String>>,
     /// Name, and whether it is a base chain.
     pub chains: BTreeMap<String, bool>,
@@ -86,7 +87,7 @@ pub(in crate::nft) struct Answers {
     pub rules: Vec<FoundRule>,
 }
 
-impl Question {
+impl DumpRequest {
     /// The message to send, under this number.
     pub(in crate::nft) fn message(&self, sequence: u32) -> Vec<u8> {
         let mut scratch = vec![0_u32; 1024];
@@ -98,14 +99,15 @@ impl Question {
         };
         let buffer = scratch.as_mut_ptr();
         let header = match self {
-            Question::Table(family) => {
-                let (table, header) = (named_table(*family), header(message::GETTABLE, *family, 0, buffer));
+            DumpRequest::Table(family) => {
+                let (table, header) =
+                    (named_table(*family), header(message::GETTABLE, *family, 0, buffer));
                 // SAFETY: needed to name the table in the message; both are alive.
                 unsafe { sys::nftnl_table_nlmsg_build_payload(header, table.0.pointer) };
                 header
             }
-            Question::Chains(family) => header(message::GETCHAIN, *family, dump, buffer),
-            Question::Sets(family) => {
+            DumpRequest::Chains(family) => header(message::GETCHAIN, *family, dump, buffer),
+            DumpRequest::Sets(family) => {
                 let set = SetObject::new();
                 set.str(sys::NFTNL_SET_TABLE, TABLE_NAME);
                 let header = header(message::GETSET, *family, dump, buffer);
@@ -113,7 +115,7 @@ impl Question {
                 unsafe { sys::nftnl_set_nlmsg_build_payload(header, set.0.pointer) };
                 header
             }
-            Question::Rules(family, chain) => {
+            DumpRequest::Rules(family, chain) => {
                 let rule = RuleObject::new();
                 rule.str(sys::NFTNL_RULE_TABLE, TABLE_NAME);
                 if let Some(chain) = chain {
@@ -124,8 +126,9 @@ impl Question {
                 unsafe { sys::nftnl_rule_nlmsg_build_payload(header, rule.0.pointer) };
                 header
             }
-            Question::Elements(family, name) => {
-                let (set, header) = (named_set(name), header(message::GETSETELEM, *family, dump, buffer));
+            DumpRequest::Elements(family, name) => {
+                let (set, header) =
+                    (named_set(name), header(message::GETSETELEM, *family, dump, buffer));
                 // SAFETY: needed to name the set in the message; both are alive.
                 unsafe { sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.pointer) };
                 header
@@ -137,7 +140,7 @@ impl Question {
     }
 
     /// Reads one message of the kernel's answer, header included.
-    pub(in crate::nft) fn read(&self, bytes: &[u8], answers: &mut Answers) {
+    pub(in crate::nft) fn read(&self, bytes: &[u8], answers: &mut DumpReply) {
         // libnftnl wants the message aligned.
         let mut words: Vec<u32> = vec![0; bytes.len().div_ceil(4)];
         for (word, chunk) in words.iter_mut().zip(bytes.chunks(4)) {
@@ -147,71 +150,90 @@ impl Question {
         }
         let header: *const libc::nlmsghdr = words.as_ptr().cast();
         match self {
-            Question::Table(_) => {
+            DumpRequest::Table(_) => {
                 let table = TableObject::new();
                 // SAFETY: needed to read the message, whose length the caller has checked against its header.
                 if unsafe { sys::nftnl_table_nlmsg_parse(header, table.0.pointer) } == 0 {
                     let mut len = 0;
                     let kind = sys::NFTNL_TABLE_USERDATA as u16;
                     // SAFETY: needed to get the comment; what comes back lives as long as the table.
-                    let data =
-                        unsafe { slice(sys::nftnl_table_get_data(table.0.pointer, kind, &mut len), len) };
+                    let data = unsafe {
+                        slice(sys::nftnl_table_get_data(table.0.pointer, kind, &mut len), len)
+                    };
                     answers.table_comment = Some(comment_of(data, 0));
                 }
             }
-            Question::Chains(_) => {
+            DumpRequest::Chains(_) => {
                 let chain = ChainObject::new();
                 // SAFETY: as above.
                 unsafe {
                     if sys::nftnl_chain_nlmsg_parse(header, chain.0.pointer) == 0 {
-                        let get = |kind: u32| text(sys::nftnl_chain_get_str(chain.0.pointer, kind as u16));
-                        let base = sys::nftnl_chain_is_set(chain.0.pointer, sys::NFTNL_CHAIN_HOOKNUM as u16);
+                        let get = |kind: u32| {
+                            text(sys::nftnl_chain_get_str(chain.0.pointer, kind as u16))
+                        };
+                        let base = sys::nftnl_chain_is_set(
+                            chain.0.pointer,
+                            sys::NFTNL_CHAIN_HOOKNUM as u16,
+                        );
                         if get(sys::NFTNL_CHAIN_TABLE).as_deref() == Some(TABLE_NAME) {
-                            answers.chains.extend(get(sys::NFTNL_CHAIN_NAME).map(|name| (name, base)));
+                            answers
+                                .chains
+                                .extend(get(sys::NFTNL_CHAIN_NAME).map(|name| (name, base)));
                         }
                     }
                 }
             }
-            Question::Sets(_) => {
+            DumpRequest::Sets(_) => {
                 let set = SetObject::new();
                 // SAFETY: as above.
                 unsafe {
                     if sys::nftnl_set_nlmsg_parse(header, set.0.pointer) == 0 {
                         let get = |kind: u32| sys::nftnl_set_get_u32(set.0.pointer, kind as u16);
-                        let has_data = sys::nftnl_set_is_set(set.0.pointer, sys::NFTNL_SET_DATA_TYPE as u16);
+                        let has_data =
+                            sys::nftnl_set_is_set(set.0.pointer, sys::NFTNL_SET_DATA_TYPE as u16);
                         let found = FoundSet {
                             key: get(sys::NFTNL_SET_KEY_TYPE),
                             key_len: get(sys::NFTNL_SET_KEY_LEN),
                             flags: get(sys::NFTNL_SET_FLAGS),
                             data: if has_data { get(sys::NFTNL_SET_DATA_TYPE) } else { 0 },
                         };
-                        let name = text(sys::nftnl_set_get_str(set.0.pointer, sys::NFTNL_SET_NAME as u16));
+                        let name =
+                            text(sys::nftnl_set_get_str(set.0.pointer, sys::NFTNL_SET_NAME as u16));
                         answers.sets.extend(name.map(|name| (name, found)));
                     }
                 }
             }
-            Question::Rules(..) => {
+            DumpRequest::Rules(..) => {
                 let rule = RuleObject::new();
-                let mut counted: Option<(u64, u64)> = None;
+                let mut counter: Option<Counter> = None;
                 let mut len = 0;
-                let counted_out: *mut Option<(u64, u64)> = &mut counted;
-                // SAFETY: as above; the callback gets a pointer to `counted`, which outlives the call.
+                let counter_out: *mut Option<Counter> = &mut counter;
+                // SAFETY: as above; the callback gets a pointer to `counter`, which outlives the call.
                 unsafe {
                     if sys::nftnl_rule_nlmsg_parse(header, rule.0.pointer) != 0 {
                         return;
                     }
-                    sys::nftnl_expr_foreach(rule.0.pointer, Some(on_expression), counted_out.cast());
-                    let get = |kind: u32| text(sys::nftnl_rule_get_str(rule.0.pointer, kind as u16));
+                    sys::nftnl_expr_foreach(
+                        rule.0.pointer,
+                        Some(on_expression),
+                        counter_out.cast(),
+                    );
+                    let get =
+                        |kind: u32| text(sys::nftnl_rule_get_str(rule.0.pointer, kind as u16));
                     let kind = sys::NFTNL_RULE_USERDATA as u16;
                     let data = slice(sys::nftnl_rule_get_data(rule.0.pointer, kind, &mut len), len);
                     if get(sys::NFTNL_RULE_TABLE).as_deref() == Some(TABLE_NAME)
                         && let Some(chain) = get(sys::NFTNL_RULE_CHAIN)
                     {
-                        answers.rules.push(FoundRule { chain, comment: comment_of(data, 0), counted });
+                        answers.rules.push(FoundRule {
+                            chain,
+                            comment: comment_of(data, 0),
+                            counter,
+                        });
                     }
                 }
             }
-            Question::Elements(..) => {
+            DumpRequest::Elements(..) => {
                 let set = SetObject::new();
                 // SAFETY: as above; the callback gets a pointer to `answers.elements`, which outlives the call.
                 unsafe {
@@ -268,39 +290,50 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
     };
     // SAFETY: as above.
     let has = |kind: u32| unsafe { sys::nftnl_set_elem_is_set(pointer, kind as u16) };
-    let data =
-        if has(sys::NFTNL_SET_ELEM_DATA) { get(sys::NFTNL_SET_ELEM_DATA).to_vec() } else { Vec::new() };
+    let data = if has(sys::NFTNL_SET_ELEM_DATA) {
+        get(sys::NFTNL_SET_ELEM_DATA).to_vec()
+    } else {
+        Vec::new()
+    };
     let comment = if has(sys::NFTNL_SET_ELEM_USERDATA) {
         comment_of(get(sys::NFTNL_SET_ELEM_USERDATA), 0)
     } else {
         None
     };
-    let mut counted: Option<(u64, u64)> = None;
-    let counted_out: *mut Option<(u64, u64)> = &mut counted;
-    // SAFETY: needed to reach the counter; the element and `counted` are alive during the call.
-    unsafe { sys::nftnl_set_elem_expr_foreach(pointer, Some(on_expression), counted_out.cast()) };
+    let mut counter: Option<Counter> = None;
+    let counter_out: *mut Option<Counter> = &mut counter;
+    // SAFETY: needed to reach the counter; the element and `counter` are alive during the call.
+    unsafe { sys::nftnl_set_elem_expr_foreach(pointer, Some(on_expression), counter_out.cast()) };
     let timeout: Option<[u8; 8]> = if has(sys::NFTNL_SET_ELEM_TIMEOUT) {
         get(sys::NFTNL_SET_ELEM_TIMEOUT).try_into().ok()
     } else {
         None
     };
-    let timeout = timeout.map(u64::from_ne_bytes);
-    let found = FoundElement { key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(), data, comment, counted, timeout };
+    let timeout_ms = timeout.map(u64::from_ne_bytes);
+    let found = FoundElement {
+        key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(),
+        data,
+        comment,
+        counter,
+        timeout_ms,
+    };
     // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the vector now.
     unsafe { (*out.cast::<Vec<FoundElement>>()).push(found) };
     0
 }
 
 /// # Safety
-/// Called by libnftnl with a live expression and the pointer to an `Option<(u64, u64)>` that it was given.
+/// Called by libnftnl with a live expression and the pointer to an `Option<Counter>` that it was given.
 unsafe extern "C" fn on_expression(pointer: *mut sys::nftnl_expr, out: *mut c_void) -> i32 {
     // SAFETY: needed to read a counter; the expression is alive, and `out` is what `on_element` gave.
     unsafe {
         let name = text(sys::nftnl_expr_get_str(pointer, sys::NFTNL_EXPR_NAME as u16));
         if name.as_deref() == Some("counter") {
             let get = |kind: u32| sys::nftnl_expr_get_u64(pointer, kind as u16);
-            *out.cast::<Option<(u64, u64)>>() =
-                Some((get(sys::NFTNL_EXPR_CTR_PACKETS), get(sys::NFTNL_EXPR_CTR_BYTES)));
+            *out.cast::<Option<Counter>>() = Some(Counter {
+                packets: get(sys::NFTNL_EXPR_CTR_PACKETS),
+                bytes: get(sys::NFTNL_EXPR_CTR_BYTES),
+            });
         }
     }
     0

@@ -7,8 +7,8 @@
 
 use crate::print;
 use nfqd_tests::daemon::Daemon;
-use nfqd_tests::lab::{BACKEND_MAC, Lab, VM, VM_MAC, connect_plain, wait_for};
 use nfqd_tests::netns::{Host, in_netns};
+use nfqd_tests::topology::{BACKEND_MAC, Topology, VM, VM_MAC, connect_plain, wait_for};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Child, Stdio};
@@ -56,8 +56,9 @@ impl Drop for Programs {
 }
 
 fn is_there(program: &str) -> bool {
-    let found = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).exists()));
+    let found = std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).exists())
+    });
     if !found {
         println!("SKIPPED: what needs {program}, which is not installed");
     }
@@ -66,7 +67,9 @@ fn is_there(program: &str) -> bool {
 
 fn file(dir: &std::path::Path, name: &str, text: &str) -> String {
     let path = dir.join(name);
-    std::fs::File::create(&path).and_then(|mut file| file.write_all(text.as_bytes())).expect("a file");
+    std::fs::File::create(&path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .expect("a file");
     path.display().to_string()
 }
 
@@ -77,9 +80,9 @@ pub fn run() {
     }
     in_netns(|| {
         let dir = tempfile::tempdir().expect("directory");
-        let lab = Lab::new(true);
-        let vm = lab.vm.as_ref().expect("a middlebox");
-        lab.backend.run(&format!("ip addr add {PLAIN}/24 dev eth0"));
+        let topology = Topology::new(true);
+        let vm = topology.vm.as_ref().expect("a middlebox");
+        topology.backend.run(&format!("ip addr add {PLAIN}/24 dev eth0"));
         let mut programs = Programs::default();
         let web = "daemon off; master_process on; worker_processes 1; pid PATH/web.pid; error_log stderr;
             events { worker_connections 8192; }
@@ -89,8 +92,8 @@ pub fn run() {
         // Never /dev/null: nginx removes the file of its process id.
         let temp = dir.path().display().to_string();
         let web = web.replace("PATH", &temp);
-        programs.start(&lab.backend, "nginx", &["-c", &file(dir.path(), "web.conf", &web)]);
-        programs.start(&lab.backend, "iperf3", &["-s", "-p", &STREAM.to_string()]);
+        programs.start(&topology.backend, "nginx", &["-c", &file(dir.path(), "web.conf", &web)]);
+        programs.start(&topology.backend, "iperf3", &["-s", "-p", &STREAM.to_string()]);
         let daemon = Daemon::start(&[]);
         for port in [WEB, STREAM] {
             daemon.must(&format!("R L {VM_MAC} {VM}:{port}/tcp rr {BACKEND}@{BACKEND_MAC}"));
@@ -131,18 +134,19 @@ pub fn run() {
         if nat(vm, dir.path()) {
             proxy("nft NAT", 3);
         }
-        if is_there("ipvsadm") && ipvs(vm, &lab.backend) {
+        if is_there("ipvsadm") && ipvs(vm, &topology.backend) {
             proxy("IPVS", 4);
         }
         for way in &ways {
             let to = way.to.parse().expect("an address");
             wait_for(way.name, || {
-                connect_plain(&lab.client, to, way.web) && connect_plain(&lab.client, to, way.stream)
+                connect_plain(&topology.client, to, way.web)
+                    && connect_plain(&topology.client, to, way.stream)
             });
         }
-        measure(&lab.client, &ways, dir.path());
+        measure(&topology.client, &ways, dir.path());
         let status = daemon.status();
-        println!("steer {}, {} packets went to the engine", status.steer, daemon.judged());
+        println!("steer {}, {} packets went to the engine", status.steer, daemon.queued_packets());
     });
 }
 
@@ -160,7 +164,8 @@ fn nat(vm: &Host, dir: &std::path::Path) -> bool {
         }}"
     );
     let path = file(dir, "nat.nft", &text);
-    let done = vm.command("nft").args(["-f", &path]).output().is_ok_and(|output| output.status.success());
+    let done =
+        vm.command("nft").args(["-f", &path]).output().is_ok_and(|output| output.status.success());
     if !done {
         println!("SKIPPED: nft NAT, this kernel has none");
     }
@@ -223,9 +228,12 @@ fn measure(client: &Host, ways: &[Way], dir: &std::path::Path) {
                     all.entry((name, way.name)).or_default().push(value);
                 }
             };
-            for (name, options) in
-                [("stream", ""), ("stream back", "-R"), ("8 streams", "-P 8"), ("8 streams back", "-P 8 -R")]
-            {
+            for (name, options) in [
+                ("stream", ""),
+                ("stream back", "-R"),
+                ("8 streams", "-P 8"),
+                ("8 streams back", "-P 8 -R"),
+            ] {
                 add(name, iperf(client, way, options, seconds));
             }
             let url = format!("http://{}:{}/", way.to, way.web);

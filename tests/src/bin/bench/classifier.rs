@@ -29,7 +29,28 @@ fn policy(rules: u16, ranges: bool) -> Policy {
 fn packets() -> Vec<Packet> {
     let one = |n: u16| {
         let mut out = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
-        out.extend([0x45, 0, 0, 40, 0, 0, 0, 0, 9, 6, 0, 0, 10, 1, (n / 256) as u8, n as u8, 10, 0, 0, 1]);
+        out.extend([
+            0x45,
+            0,
+            0,
+            40,
+            0,
+            0,
+            0,
+            0,
+            9,
+            6,
+            0,
+            0,
+            10,
+            1,
+            (n / 256) as u8,
+            n as u8,
+            10,
+            0,
+            0,
+            1,
+        ]);
         out.extend([0, 99]);
         out.extend((999 + n).to_be_bytes());
         out.extend([0; 16]);
@@ -45,18 +66,21 @@ pub fn run() {
     for ranges in [false, true] {
         for rules in [1, 10, 100, 1024] {
             let policy = policy(rules, ranges);
-            let firewall = policy.get(mac).and_then(|middlebox| middlebox.firewall()).expect("a firewall");
+            let firewall =
+                policy.get(mac).and_then(|middlebox| middlebox.firewall()).expect("a firewall");
             let conditions: Vec<_> = firewall.conditions(mac).collect();
-            let nanoseconds = |judge: &dyn Fn(&Packet) -> bool| {
+            let nanoseconds = |decide: &dyn Fn(&Packet) -> bool| {
                 let start = Instant::now();
-                let matched = (0..PACKETS).filter(|n| black_box(judge(&packets[n % packets.len()]))).count();
+                let matched =
+                    (0..PACKETS).filter(|n| black_box(decide(&packets[n % packets.len()]))).count();
                 (start.elapsed().as_nanos() as f64 / PACKETS as f64, matched)
             };
             let (mut indexed, mut scanned, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..PAIRS {
-                let (index, found) = nanoseconds(&|packet| firewall.filter(packet).rule.is_some());
-                let (scan, matched) =
-                    nanoseconds(&|packet| conditions.iter().any(|(_, wanted)| wanted.match_packet(packet)));
+                let (index, found) = nanoseconds(&|packet| firewall.decide(packet).rule.is_some());
+                let (scan, matched) = nanoseconds(&|packet| {
+                    conditions.iter().any(|(_, wanted)| wanted.match_packet(packet))
+                });
                 assert_eq!(found, matched);
                 indexed.push(index);
                 scanned.push(scan);

@@ -1,14 +1,14 @@
 //! What a new flow costs the engine, by how many flows there are: time and allocations.
 
 use crate::print;
-use nfqd::engine::flows::Forward;
-use nfqd::engine::judgement::Judgement;
-use nfqd::engine::{Memory, Snapshot, judge};
+use nfqd::engine::flows::OriginalTuple;
+use nfqd::engine::verdict::Verdict;
+use nfqd::engine::{EngineState, Snapshot, decide};
+use nfqd_rules::Desired;
 use nfqd_rules::Policy;
-use nfqd_rules::nft::delta::Desired;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
-use nfqd_rules::slots::{Seen, Slots};
+use nfqd_rules::slots::{Slots, Unobserved};
 use nfqd_tests::counting::allocations;
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ fn snapshot(method: &str) -> Snapshot {
         .apply_line(&format!("R L 2:0:0:0:0:1 10.0.0.1:80 {method} {}", backends.join(" ")))
         .expect("a command");
     let (mut slots, mut pools) = (Slots::default(), Pools::default());
-    slots.follow(&policy, |_, _, _, _| Seen::NOTHING, Instant::now());
+    slots.sync_all(&policy, &Unobserved, Instant::now());
     for (mac, middlebox) in policy.middleboxes() {
         pools.update(*mac, Some(middlebox), &slots);
         pools.prepare(*mac);
@@ -50,22 +50,22 @@ fn syns(from: usize, count: usize) -> Vec<Packet> {
 pub fn run() {
     for method in ["rr", "hash", "least"] {
         let snapshot = snapshot(method);
-        let memory = Memory::new(CAPACITY);
-        // All memory is touched once.
+        let state = EngineState::new(CAPACITY);
+        // All state is touched once.
         for at in (0..CAPACITY).step_by(NEW) {
             let some = syns(at, NEW);
             some.iter().for_each(|packet| {
-                let _ = judge(&snapshot, &memory, packet, 0);
+                let _ = decide(&snapshot, &state, packet, 0);
             });
         }
-        memory.flows.expire(u32::MAX);
+        state.flows.expire(u32::MAX);
         let mut there = 0;
         for wanted in [1, 1000, 100_000, 1_000_000] {
             while there < wanted {
                 let some = syns(there, (wanted - there).min(50_000));
                 there += some.len();
                 some.iter().for_each(|packet| {
-                    let _ = judge(&snapshot, &memory, packet, 0);
+                    let _ = decide(&snapshot, &state, packet, 0);
                 });
             }
             let mut costs = Vec::new();
@@ -74,7 +74,12 @@ pub fn run() {
                 let some = syns(2_000_000 + round * NEW, NEW);
                 let (before, start) = (allocations(), Instant::now());
                 let is_redirect = |packet: &&Packet| {
-                    matches!(judge(&snapshot, &memory, packet, 0).judgement, Judgement::Redirect(_))
+                    matches!(
+                        decide(&snapshot, &state, packet, 0)
+                            .decision()
+                            .map(|decision| decision.verdict),
+                        Some(Verdict::Redirect(_))
+                    )
                 };
                 let redirected = some.iter().filter(is_redirect).count();
                 // The first round warms up.
@@ -84,27 +89,27 @@ pub fn run() {
                     allocated += more;
                 }
                 assert_eq!(redirected, NEW);
-                some.iter().for_each(|packet| forget(&memory, packet));
+                some.iter().for_each(|packet| forget(&state, packet));
             }
             print(&format!("{method}, new flow among {wanted}"), &costs, "us");
             println!(
                 "    {allocated} allocations in {} new flows; {} flows stay",
                 ROUNDS * NEW,
-                memory.flows.len()
+                state.flows.len()
             );
         }
     }
 }
 
 /// Makes room again, so that the table stays as full as it is.
-fn forget(memory: &Memory, packet: &Packet) {
+fn forget(state: &EngineState, packet: &Packet) {
     let ip = packet.ip.expect("IP");
-    let key = Forward {
+    let key = OriginalTuple {
         middlebox: packet.link.destination,
         client: ip.source,
-        vip: ip.destination,
+        frontend: ip.destination,
         protocol: ip.protocol,
         ports: ip.ports.expect("ports"),
     };
-    memory.flows.remove(&key);
+    state.flows.remove(&key);
 }

@@ -33,13 +33,13 @@ pub fn run() {
         for gone in 0..count {
             let rest = [&all[..gone], &all[gone + 1..]].concat();
             let after = table(0, &rest);
-            let differs = before
-                .iter()
-                .zip(&after)
-                .filter(|(before, after)| all[usize::from(**before)].0 != rest[usize::from(**after)].0);
+            let differs = before.iter().zip(&after).filter(|(before, after)| {
+                all[usize::from(**before)].0 != rest[usize::from(**after)].0
+            });
             moved += differs.count() as f64 / PLACES as f64;
             ideal += f64::from(all[gone].1) / sum;
-            let other = (0..PLACES).filter(|place| all[place % count].0 != rest[place % (count - 1)].0);
+            let other =
+                (0..PLACES).filter(|place| all[place % count].0 != rest[place % (count - 1)].0);
             modulo += other.count() as f64 / PLACES as f64;
         }
         let percent = |sum: f64| sum / count as f64 * 100.0;
@@ -52,5 +52,7 @@ pub fn run() {
             took.as_secs_f64() * 1e3
         );
     }
-    println!("established flows move in none of these: they are in the flow table (tests/tests/pools.rs)");
+    println!(
+        "established flows move in none of these: they are in the flow table (tests/tests/pools.rs)"
+    );
 }

@@ -19,7 +19,11 @@ fn print(name: &str, values: &[f64], unit: &str) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
-    println!("{name:<44} median {:10.2} {unit:<8} quartiles {:.2} apart", at(0.5), at(0.75) - at(0.25));
+    println!(
+        "{name:<44} median {:10.2} {unit:<8} quartiles {:.2} apart",
+        at(0.5),
+        at(0.75) - at(0.25)
+    );
     at(0.5)
 }
 

@@ -3,9 +3,9 @@
 
 use crate::print;
 use nfqd_tests::daemon::{Daemon, program};
-use nfqd_tests::lab::wait_for;
 use nfqd_tests::netns::{in_netns, run as shell};
 use nfqd_tests::tap::Tap;
+use nfqd_tests::topology::wait_for;
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fmt::Write;
 use std::fs::File;
@@ -39,7 +39,11 @@ fn rules(n: u32, count: u32, shapes: u32) -> impl Iterator<Item = (String, &'sta
                 format!("02:99:00:00:00:{rule:02x}"),
             ),
         };
-        (format!("A {mac} #{rule} {fields}"), set, format!("{mac} . {key} comment \"rule #{rule}\""))
+        (
+            format!("A {mac} #{rule} {fields}"),
+            set,
+            format!("{mac} . {key} comment \"rule #{rule}\""),
+        )
     })
 }
 
@@ -58,19 +62,27 @@ fn by_hand(shapes: u32) -> String {
         ("tcp_dport", "inet_service", "meta l4proto tcp ether daddr . th dport"),
         ("saddr", "ipv4_addr", "meta protocol ip meta l4proto >= 0 ether daddr . ip saddr"),
         ("udp_dport", "inet_service", "meta l4proto udp ether daddr . th dport"),
-        ("saddr_proto", "ipv4_addr . inet_proto", "meta protocol ip ether daddr . ip saddr . meta l4proto"),
+        (
+            "saddr_proto",
+            "ipv4_addr . inet_proto",
+            "meta protocol ip ether daddr . ip saddr . meta l4proto",
+        ),
         ("from_ether", "ether_addr", "ether daddr . ether saddr"),
     ];
     let mut out =
-        "table bridge hand {\n set middleboxes {\n type ether_addr\n counter\n elements = {\n".to_string();
+        "table bridge hand {\n set middleboxes {\n type ether_addr\n counter\n elements = {\n"
+            .to_string();
     for n in 0..MIDDLEBOXES {
         let _ = writeln!(out, "{} comment \"10.8.{}.{}\",", mac(n), n / 256, n % 256);
     }
     out.push_str("}\n }\n");
     let used = || sets.iter().take(shapes as usize);
     for (name, types, _) in used() {
-        let _ = writeln!(out, " set {name} {{\n type ether_addr . {types}\n counter\n elements = {{");
-        let of_set = (0..MIDDLEBOXES).flat_map(|n| rules(n, RULES, shapes)).filter(|(_, set, _)| set == name);
+        let _ =
+            writeln!(out, " set {name} {{\n type ether_addr . {types}\n counter\n elements = {{");
+        let of_set = (0..MIDDLEBOXES)
+            .flat_map(|n| rules(n, RULES, shapes))
+            .filter(|(_, set, _)| set == name);
         out.extend(of_set.map(|(_, _, element)| format!("{element},\n")));
         out.push_str("}\n }\n");
     }
@@ -99,7 +111,8 @@ fn frame(n: u32) -> Vec<u8> {
     let [_, a, b, c] = n.to_be_bytes();
     let mut out = vec![2, 0, 0, a, b, c, 2, 0, 0, 0, 0xff, 1, 8, 0];
     out.extend([0x45, 0, 0, 48, 0, 0, 0, 0, 9, 17, 0, 0, 10, 7, 7, 7, 10, 8, 0, 1]);
-    let sum: u32 = out[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let sum: u32 =
+        out[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     out[24..26].copy_from_slice(&sum.to_be_bytes());
     out.extend([0, 99, 0, 99, 0, 28, 0, 0]);
@@ -141,9 +154,16 @@ impl Bridge {
         std::thread::scope(|scope| {
             let read = scope.spawn(|| {
                 setns(&self.namespace, CloneFlags::CLONE_NEWNET).expect("setns");
-                let text = std::fs::read_to_string("/proc/thread-self/net/dev").expect("statistics");
-                let line = text.lines().find_map(|line| line.trim().strip_prefix("sink:")).expect("the sink");
-                line.split_whitespace().nth(1).and_then(|packets| packets.parse().ok()).expect("a number")
+                let text =
+                    std::fs::read_to_string("/proc/thread-self/net/dev").expect("statistics");
+                let line = text
+                    .lines()
+                    .find_map(|line| line.trim().strip_prefix("sink:"))
+                    .expect("the sink");
+                line.split_whitespace()
+                    .nth(1)
+                    .and_then(|packets| packets.parse().ok())
+                    .expect("a number")
             });
             read.join().expect("statistics")
         })
@@ -169,7 +189,8 @@ fn usage(pid: u32) -> (u64, f64) {
         .find_map(|line| line.strip_prefix("VmRSS:"))
         .and_then(|line| line.split_whitespace().next());
     let schedstat = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("schedstat");
-    let nanoseconds: f64 = schedstat.split(' ').next().and_then(|n| n.parse().ok()).expect("a number");
+    let nanoseconds: f64 =
+        schedstat.split(' ').next().and_then(|n| n.parse().ok()).expect("a number");
     (rss.and_then(|kib| kib.parse::<u64>().ok()).expect("VmRSS") << 10, nanoseconds / 1e9)
 }
 
@@ -203,25 +224,26 @@ pub fn run() {
             let script = directory.path().join("by-hand.nft");
             std::fs::write(&script, by_hand(shapes)).expect("script");
             let all_commands = commands(MIDDLEBOXES, RULES, shapes);
-            let (mut load, mut hand) = (Vec::new(), Vec::new());
+            let (mut load, mut clock_hand) = (Vec::new(), Vec::new());
             for _ in 0..LOADS {
                 let begin = Instant::now();
                 shell(&format!("nft -f {}", script.display()));
-                hand.push(begin.elapsed().as_secs_f64());
+                clock_hand.push(begin.elapsed().as_secs_f64());
                 shell("nft delete table bridge hand");
                 let (daemon, seconds) = start(directory.path(), &all_commands);
                 load.push(seconds);
                 drop(daemon);
                 shell(&format!("{} flush", program("nfqd").display()));
             }
-            print("nft -f of the ruleset written by hand", &hand, "s");
+            print("nft -f of the ruleset written by hand", &clock_hand, "s");
             print("nfqd from its start to ready", &load, "s");
-            print("    ratio of a pair", &ratios(&load, &hand), "");
+            print("    ratio of a pair", &ratios(&load, &clock_hand), "");
             let one = Bridge::new(directory.path(), &commands(1, 1, 1));
             let all = Bridge::new(directory.path(), &all_commands);
             let to_one = vec![frame(0)];
             let spread: Vec<Vec<u8>> = (0..MIDDLEBOXES).step_by(97).map(frame).collect();
-            let (mut one_rate, mut all_rate, mut spread_rate) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut one_rate, mut all_rate, mut spread_rate) =
+                (Vec::new(), Vec::new(), Vec::new());
             one.rate(&to_one);
             all.rate(&to_one);
             for pair in 0..PAIRS {
@@ -237,7 +259,11 @@ pub fn run() {
             print("fast path, one middlebox with one rule", &one_rate, "kpps");
             print("fast path, all, traffic to one", &all_rate, "kpps");
             print("    ratio of a pair", &ratios(&all_rate, &one_rate), "");
-            print(&format!("fast path, all, traffic to {} in turn", spread.len()), &spread_rate, "kpps");
+            print(
+                &format!("fast path, all, traffic to {} in turn", spread.len()),
+                &spread_rate,
+                "kpps",
+            );
             print("    ratio of a pair", &ratios(&spread_rate, &one_rate), "");
             drop((one.daemon, all.daemon));
         }
@@ -268,7 +294,11 @@ pub fn run() {
             wait_for("status", || daemon.try_status().is_some());
             let change = |n: u32| format!("A {} #1 I 1 s 12.{}.{}.0/24", mac(3), n / 256, n % 256);
             let changed = changes(&daemon, change);
-            print(&format!("a prefix, of {ranges} in its interval set: CPU of nfqd"), &changed, "us");
+            print(
+                &format!("a prefix, of {ranges} in its interval set: CPU of nfqd"),
+                &changed,
+                "us",
+            );
         }
     });
 }

@@ -1,0 +1,180 @@
+//! The state of a daemon.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The state of a daemon.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// The version of nfqd.
+    pub version: String,
+    /// The process id.
+    pub pid: u32,
+    /// The path of frames into the queues: `native` or `br-netfilter`.
+    pub steer: String,
+    /// The share of the work that the kernel does: `full` or `off`.
+    pub fast_path: String,
+    /// What happens to queued packets without nfqd: `open` or `closed`.
+    pub fail: String,
+    /// The queues.
+    pub queues: Vec<QueueStatus>,
+    /// The middleboxes.
+    pub middleboxes: Vec<MiddleboxStatus>,
+    /// The shared memory regions.
+    pub channels: Vec<ChannelStatus>,
+    /// The flow table.
+    pub flows: FlowTableStatus,
+    /// How often our tables were changed by another program, and repaired.
+    pub repairs: u64,
+    /// Why our tables are not as they should be at the moment.
+    pub repair_error: Option<String>,
+    /// The path of the file of registrations.
+    pub state: String,
+    /// Why registrations are not saved at the moment.
+    pub state_error: Option<String>,
+}
+
+/// The flow table.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FlowTableStatus {
+    /// The number of flows.
+    pub count: usize,
+    /// The largest number of flows.
+    pub capacity: usize,
+    /// Flows that were evicted for others because the table was full.
+    pub evicted: u64,
+    /// Established flows among them.
+    pub evicted_established: u64,
+    /// Packets whose flows the kernel could not cache, by the map that was full. Their flows go
+    /// through the engine.
+    pub cache_full_packets: BTreeMap<String, u64>,
+}
+
+/// A queue.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// The number of the queue.
+    pub queue: u16,
+    /// Whether its worker runs.
+    pub alive: bool,
+    /// Packets received.
+    pub packets: u64,
+    /// Packets dropped, by filters or because no backend could take them.
+    pub dropped: u64,
+    /// Dropped packets whose senders were told that no backend takes them.
+    pub rejected: u64,
+    /// Packets sent to a backend.
+    pub redirected: u64,
+    /// Replies of backends that were translated.
+    pub reply_translated: u64,
+    /// How often the receive buffer overran, so that the kernel lost messages.
+    pub overruns: u64,
+}
+
+/// A middlebox.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MiddleboxStatus {
+    /// The MAC.
+    pub mac: String,
+    /// The address of the firewall service.
+    pub firewall: Option<String>,
+    /// Packets to it.
+    pub packets: u64,
+    /// Bytes to it, from the IP header on.
+    pub bytes: u64,
+    /// The commands that make its registration.
+    pub commands: Vec<String>,
+    /// The rules in the order of evaluation, and the default if that denies.
+    pub rules: Vec<RuleStatus>,
+    /// The load-balanced services.
+    pub services: Vec<ServiceStatus>,
+}
+
+/// A rule.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RuleStatus {
+    /// The name: `#1` denies, `+1` allows, `default` is what no rule matches.
+    pub rule: String,
+    /// Packets that it has matched.
+    pub packets: u64,
+    /// Bytes that it has matched, from the IP header on.
+    pub bytes: u64,
+    /// Why the rule is not in an indexed set, so that each packet of the middlebox is compared with
+    /// it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub not_indexed: Option<String>,
+}
+
+/// A load-balanced service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// The frontend: an address, or a port of one.
+    pub vip: String,
+    /// How it chooses a backend, as in commands.
+    pub method: String,
+    /// The backends.
+    pub backends: Vec<BackendStatus>,
+}
+
+/// A backend of a service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BackendStatus {
+    /// The address, with the port if the service has one.
+    pub backend: String,
+    /// The MAC, once it is known.
+    pub mac: Option<String>,
+    /// The state.
+    pub state: BackendState,
+    /// The weight: its share of new flows beside the others'.
+    pub weight: u16,
+    /// Live flows.
+    pub flows: u32,
+    /// Packets to it.
+    pub packets: u64,
+    /// Bytes to it, from the IP header on.
+    pub bytes: u64,
+    /// Replies from it.
+    pub reply_packets: u64,
+    /// Bytes of replies.
+    pub reply_bytes: u64,
+    /// Why the host cannot check whether it is alive.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub health_unknown_reason: Option<String>,
+}
+
+/// The state of a backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendState {
+    /// It gets new flows.
+    Up,
+    /// It keeps its flows and gets no new ones.
+    Draining,
+    /// Checks have found it dead.
+    Dead,
+    /// Its MAC is not known.
+    Unresolved,
+}
+
+impl BackendState {
+    /// Returns the word for the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendState::Up => "up",
+            BackendState::Draining => "draining",
+            BackendState::Dead => "dead",
+            BackendState::Unresolved => "unresolved",
+        }
+    }
+}
+
+/// A shared memory region.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ChannelStatus {
+    /// The path.
+    pub path: String,
+    /// The MACs that the guest may speak for; none means every one.
+    pub macs: Vec<String>,
+    /// Why the region is not read any more.
+    pub error: Option<String>,
+}

@@ -1,0 +1,221 @@
+//! The command line of nfqd: its subcommands, and what they print.
+//!
+//! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 the system refuses.
+
+pub mod status;
+
+use crate::command_path::command_file::{CommandFileError, read_policy};
+use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice};
+use crate::daemon::Daemon;
+use crate::startup::StartError;
+use crate::{api, replay};
+use clap::{Args, Parser, Subcommand};
+use nfqd_rules::nft::build;
+use nfqd_rules::nft::kernel::Kernel;
+use nfqd_rules::nft::model::Queues;
+use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
+use nfqd_rules::slots::{Slots, Unobserved};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Enforces on a KVM host's bridges what its middlebox VMs ask for: header filters and DNAT-style load
+/// balancing
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Job>,
+    #[command(flatten)]
+    args: DaemonArgs,
+}
+
+#[derive(Subcommand)]
+enum Job {
+    /// Run the daemon, as without a subcommand
+    Run(DaemonArgs),
+    /// Parse commands and print each error as FILE:LINE:COLUMN: message
+    Check {
+        /// Commands, one a line, # comments
+        file: PathBuf,
+    },
+    /// Print the nftables ruleset that would be loaded; needs no root
+    Rules(RulesArgs),
+    /// Run a pcap or pcapng capture through the engine, without root or kernel
+    Replay {
+        /// The capture, of Ethernet frames
+        capture: PathBuf,
+        /// The commands that make the policy
+        #[arg(long, value_name = "FILE")]
+        commands: PathBuf,
+        /// Print one JSON object a packet
+        #[arg(long)]
+        json: bool,
+        /// Write the frames as they leave
+        #[arg(long, value_name = "OUT")]
+        write: Option<PathBuf>,
+    },
+    /// Show the state of the running daemon
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// A socket of the daemon
+        #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
+        socket: PathBuf,
+    },
+    /// Remove the ruleset that a daemon has left
+    Flush,
+}
+
+#[derive(Args)]
+struct RulesArgs {
+    /// The commands that make the policy
+    #[arg(long, value_name = "FILE")]
+    commands: Option<PathBuf>,
+    /// NFQUEUE numbers
+    #[arg(long, value_name = "N|N-M", default_value = "0-3")]
+    queue: QueueRange,
+    /// The path of frames into the queues; auto means native here
+    #[arg(long, default_value = "auto")]
+    steer: SteerChoice,
+}
+
+/// The reason nfqd exits without having done its job.
+enum Failure {
+    Input(String),
+    System(String),
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Failure {
+        if error.is_input() {
+            Failure::Input(error.to_string())
+        } else {
+            Failure::System(error.to_string())
+        }
+    }
+}
+
+impl From<CommandFileError> for Failure {
+    fn from(error: CommandFileError) -> Failure {
+        Failure::Input(error.to_string())
+    }
+}
+
+/// Runs the command line of this process, and returns its exit code.
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let arguments = Cli::parse();
+    let result = match arguments.command {
+        None => run(&arguments.args),
+        Some(Job::Run(args)) => run(&args),
+        Some(Job::Check { file }) => check(&file),
+        Some(Job::Rules(args)) => rules(&args),
+        Some(Job::Replay { capture, commands, json, write }) => {
+            replay_capture(&capture, &commands, json, write.as_deref())
+        }
+        Some(Job::Status { json, socket }) => show_status(&socket, json),
+        Some(Job::Flush) => flush(),
+    };
+    let (code, message) = match result {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Input(message)) => (1, message),
+        Err(Failure::System(message)) => (3, message),
+    };
+    for line in message.lines() {
+        eprintln!("{line}");
+    }
+    ExitCode::from(code)
+}
+
+fn run(args: &DaemonArgs) -> Result<(), Failure> {
+    Ok(Daemon::start(args)?.run()?)
+}
+
+/// Prints what is wrong with a file of commands. That is the output of this job, so it goes to
+/// standard output.
+fn check(file: &Path) -> Result<(), Failure> {
+    match read_policy(file) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            print(|out| writeln!(out, "{error}"))?;
+            Err(Failure::Input(String::new()))
+        }
+    }
+}
+
+fn rules(args: &RulesArgs) -> Result<(), Failure> {
+    let policy = args.commands.as_deref().map(read_policy).transpose()?.unwrap_or_default();
+    let mut slots = Slots::default();
+    slots.sync_all(&policy, &Unobserved, Instant::now());
+    let queues = Queues { first: args.queue.first, count: args.queue.count, bypass: true };
+    let queue_path = match args.steer {
+        SteerChoice::BrNetfilter => QueuePath::BrNetfilter,
+        SteerChoice::Auto | SteerChoice::Native => QueuePath::Native,
+    };
+    let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues };
+    let tables = build::build(&policy, &slots, &options);
+    let text: String = tables.values().map(ToString::to_string).collect();
+    print(|out| out.write_all(text.as_bytes()))
+}
+
+fn replay_capture(
+    capture: &Path,
+    commands: &Path,
+    json: bool,
+    write: Option<&Path>,
+) -> Result<(), Failure> {
+    let policy = read_policy(commands)?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let result = replay::replay(capture, &policy, json, write, &mut out);
+    let flushed = out.flush();
+    match result {
+        Err(replay::ReplayError::Io { source, .. })
+            if source.kind() == io::ErrorKind::BrokenPipe =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(Failure::Input(error.to_string())),
+        Ok(()) => print(|_| flushed),
+    }
+}
+
+fn show_status(socket: &Path, json: bool) -> Result<(), Failure> {
+    // The path of earlier versions sends the status in their form, and means the default here.
+    let is_legacy = socket == Path::new(LEGACY_CONTROL);
+    let socket = if is_legacy { Path::new(DEFAULT_OBSERVE) } else { socket };
+    let state = api::client::status(socket).map_err(|error| {
+        Failure::System(format!(
+            "{}: {error}; is nfqd running, and is this one of its sockets?",
+            socket.display()
+        ))
+    })?;
+    let text = if json {
+        serde_json::to_string_pretty(&state).map(|text| text + "\n").unwrap_or_default()
+    } else {
+        status::text(&state)
+    };
+    print(|out| out.write_all(text.as_bytes()))
+}
+
+fn flush() -> Result<(), Failure> {
+    let removed = Kernel::open().and_then(|mut kernel| kernel.remove());
+    if removed.map_err(|error| Failure::System(error.to_string()))? {
+        println!("removed the tables of nfqd");
+    } else {
+        println!("there were no tables of nfqd");
+    }
+    Ok(())
+}
+
+/// Writes to standard output. A reader that has gone is not a failure.
+fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
+    match write(&mut io::stdout().lock()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::System(format!("standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

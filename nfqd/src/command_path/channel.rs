@@ -1,0 +1,242 @@
+//! A guest's channel: its region with the mailbox, its binding, its budget, and when to poll it.
+
+use crate::config::ShmSpec;
+use nfqd_shmctl::mailbox::host::HostMailbox;
+use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage};
+use nfqd_shmctl::{
+    CommandError, ErrorCode, MacAddr, ParsedCommand, Place, Region, RegionError, Reply,
+};
+use std::time::{Duration, Instant};
+
+/// A guest's channel.
+pub struct Channel {
+    spec: ShmSpec,
+    region: Result<Region, RegionError>,
+    mailbox: HostMailbox,
+    budget: Budget,
+    schedule: PollSchedule,
+}
+
+/// Commands a second that a channel may send in the long run, and how many at once. Further ones wait
+/// in the mailbox: each costs the host a transaction and a write to disk, for which other guests
+/// wait.
+const RATE: f64 = 100.0;
+const BURST: f64 = 500.0;
+/// A command that takes more CPU time than this counts as several. With [`RATE`], a channel gets a
+/// tenth of a core.
+const COMMAND_TIME: Duration = Duration::from_millis(1);
+
+impl Channel {
+    /// Opens the region, which is created if it does not exist.
+    ///
+    /// # Errors
+    /// If it cannot be used.
+    pub fn open(spec: &ShmSpec) -> Result<Channel, RegionError> {
+        if spec.macs.is_empty() {
+            log::warn!(
+                "{}: bound to no MAC, so its guest may speak for every middlebox; add mac=",
+                spec.path.display()
+            );
+        }
+        let now = Instant::now();
+        Ok(Channel {
+            spec: spec.clone(),
+            region: Ok(Region::open_or_create(&spec.path)?),
+            mailbox: HostMailbox::default(),
+            budget: Budget { commands: BURST, counted: now },
+            schedule: PollSchedule::new(now),
+        })
+    }
+
+    /// Returns the specification of the channel.
+    pub fn spec(&self) -> &ShmSpec {
+        &self.spec
+    }
+
+    /// Returns why the region is not read any more.
+    pub fn error(&self) -> Option<&RegionError> {
+        self.region.as_ref().err()
+    }
+
+    /// Returns when the mailbox is to be polled next; `None` if it is not read any more.
+    pub fn next_poll(&self) -> Option<Instant> {
+        self.region.is_ok().then_some(self.schedule.next)
+    }
+
+    /// Polls the mailbox. Returns the messages that wait, as many as the budget allows. A region
+    /// whose file was cut is closed before it is touched.
+    pub fn poll(&mut self, now: Instant) -> Vec<MailboxMessage> {
+        let messages = self.take(now);
+        self.schedule.polled(now, !messages.is_empty());
+        messages
+    }
+
+    fn take(&mut self, now: Instant) -> Vec<MailboxMessage> {
+        // All messages of one write are answered by one reply, so their budget must be there.
+        if self.budget.refill(now) < MAX_MESSAGES as f64 {
+            return Vec::new();
+        }
+        let Ok(region) = &self.region else { return Vec::new() };
+        if let Err(error) = region.check_size() {
+            log::error!("{error}; its commands are not read any more");
+            self.region = Err(error);
+            return Vec::new();
+        }
+        let messages = self.mailbox.take(region, now);
+        self.budget.commands -= messages.len() as f64;
+        messages
+    }
+
+    /// Charges the CPU time that the host has spent on commands beyond their share.
+    pub fn charge(&mut self, commands: usize, spent: Duration) {
+        let share = COMMAND_TIME.as_secs_f64() * commands as f64;
+        let excess = (spent.as_secs_f64() - share).max(0.0);
+        self.budget.commands -= excess / COMMAND_TIME.as_secs_f64();
+    }
+
+    /// Writes the replies to messages.
+    pub fn reply(&mut self, answered: &[(MailboxMessage, Reply)]) {
+        if let Ok(region) = &self.region {
+            self.mailbox.reply(region, answered);
+        }
+    }
+
+    /// Checks that the channel's own binding allows a command.
+    ///
+    /// # Errors
+    /// The word that the channel may not write.
+    pub fn authorise(&self, parsed: &ParsedCommand<'_>) -> Result<(), CommandError> {
+        for (at, to) in parsed.command.destinations().iter().enumerate() {
+            if !self.spec.may_redirect_to(to.ip) {
+                let may: Vec<String> = self.spec.to.iter().map(ToString::to_string).collect();
+                let expected =
+                    format!("this channel may not redirect there, only to {}", may.join(", "));
+                return Err(parsed.error(Place::Backend(at), ErrorCode::Denied, &expected));
+            }
+        }
+        let may_speak_for = |mac: MacAddr| self.spec.macs.contains(&mac);
+        if self.spec.macs.is_empty() || parsed.command.mac().is_none_or(may_speak_for) {
+            return Ok(());
+        }
+        let bound: Vec<String> = self.spec.macs.iter().map(MacAddr::to_string).collect();
+        let expected = format!("this channel may not speak for it, only for {}", bound.join(", "));
+        Err(parsed.error(Place::Mac, ErrorCode::Denied, &expected))
+    }
+}
+
+/// The commands that a channel may still send, which are refilled over time.
+struct Budget {
+    commands: f64,
+    counted: Instant,
+}
+
+impl Budget {
+    fn refill(&mut self, now: Instant) -> f64 {
+        let elapsed = now.saturating_duration_since(self.counted).as_secs_f64();
+        self.commands = (self.commands + elapsed * RATE).min(BURST);
+        self.counted = now;
+        self.commands
+    }
+}
+
+/// The schedule of a mailbox, in which the guest cannot ring: often while the guest is talking, seldom
+/// when it is not.
+///
+/// The interval is a share of the time since the guest's last message. So a message waits at most for
+/// that share of the pause before it, and a host full of silent guests sleeps.
+struct PollSchedule {
+    next: Instant,
+    last_message: Instant,
+}
+
+/// The interval is the time since the last message divided by this.
+const PAUSE_SHARE: u32 = 16;
+const MIN_POLL_INTERVAL: Duration = Duration::from_micros(500);
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+impl PollSchedule {
+    fn new(now: Instant) -> PollSchedule {
+        PollSchedule { next: now, last_message: now }
+    }
+
+    fn polled(&mut self, now: Instant, had_message: bool) {
+        if had_message {
+            self.last_message = now;
+        }
+        let pause = now.saturating_duration_since(self.last_message);
+        self.next = now + (pause / PAUSE_SHARE).clamp(MIN_POLL_INTERVAL, MAX_POLL_INTERVAL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn channel(binding: &str) -> (tempfile::TempDir, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = format!("{}{binding}", dir.path().join("vm").display()).parse().unwrap();
+        let channel = Channel::open(&spec).unwrap();
+        (dir, channel)
+    }
+
+    #[test]
+    fn a_command_that_takes_long_counts_as_several() {
+        let (_dir, mut channel) = channel("");
+        let before = channel.budget.commands;
+        channel.charge(10, Duration::from_millis(7));
+        assert!((before - channel.budget.commands).abs() < 1e-9, "ten in less than their share");
+        channel.charge(1, Duration::from_millis(26));
+        assert!((before - channel.budget.commands - 25.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_channel_that_never_stops_sending_waits() {
+        let (_dir, mut channel) = channel("");
+        let guest = Region::open(&channel.spec.path).unwrap();
+        let now = channel.budget.counted;
+        let mut taken = 0;
+        for _ in 0..1000 {
+            guest.write(0, b"@X 1:2:3:4:5:6@@X 1:2:3:4:5:6@");
+            let messages: Vec<_> =
+                channel.poll(now).into_iter().map(|message| (message, Reply::ok(""))).collect();
+            taken += messages.len();
+            channel.reply(&messages);
+        }
+        assert!(taken > BURST as usize - 2 * MAX_MESSAGES && taken <= BURST as usize, "{taken}");
+        assert_eq!(channel.poll(now + Duration::from_millis(25)).len(), 2);
+    }
+
+    #[test]
+    fn a_mailbox_is_polled_often_while_the_guest_talks_and_seldom_when_it_is_silent() {
+        let start = Instant::now();
+        let mut schedule = PollSchedule::new(start);
+        let mut interval_after = |pause: Duration, had_message: bool| {
+            let now = start + pause;
+            schedule.polled(now, had_message);
+            schedule.next - now
+        };
+        let ms = Duration::from_millis;
+        assert_eq!(interval_after(ms(1), true), MIN_POLL_INTERVAL);
+        assert_eq!(interval_after(ms(161), false), ms(10), "a sixteenth of the pause");
+        assert_eq!(interval_after(ms(60_000), false), MAX_POLL_INTERVAL);
+        assert_eq!(interval_after(ms(60_001), true), MIN_POLL_INTERVAL, "it talks again");
+    }
+
+    #[test]
+    fn a_channel_speaks_for_its_macs_only() {
+        let (_dir, channel) = channel(",mac=2:0:0:0:0:1,to=10.0.0.0/24");
+        let authorise = |line: &str| channel.authorise(&ParsedCommand::parse(line).unwrap());
+        assert!(authorise("R F 2:0:0:0:0:1 10.0.0.1").is_ok());
+        assert!(authorise("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.0.3").is_ok() && authorise("Q").is_ok());
+        for (line, column, words) in [
+            ("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.1.3", 28, "only to 10.0.0.0/24"),
+            ("B 2:0:0:0:0:1 + 10.0.0.3 10.0.1.3", 26, "only to 10.0.0.0/24"),
+            ("R F 2:0:0:0:0:2 10.0.0.1", 5, "only for 02:00:00:00:00:01"),
+            ("X 2:0:0:0:0:2", 3, "only for 02:00:00:00:00:01"),
+        ] {
+            let error = authorise(line).unwrap_err();
+            assert_eq!((error.code, error.column), (ErrorCode::Denied, column), "{error}");
+            assert!(error.message.contains(words), "{error}");
+        }
+    }
+}

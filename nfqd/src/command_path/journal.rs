@@ -1,0 +1,242 @@
+//! The journal: registrations on disk, as commands, one a line, in one file.
+//!
+//! Commands are appended as they are accepted, and synced before they are answered: the cost of a
+//! change does not depend on how much is registered. When the file has twice the lines that it needs,
+//! it is written anew beside the old one, synced, and renamed over it, so that a crash leaves one or
+//! the other. A last line without its end was being written when the host went down; its command was
+//! never answered and is not restored. If the disk is full, the policy stays in effect in memory and
+//! in the kernel; the daemon reports it and tries again.
+
+use super::command_file::apply_text;
+use nfqd_rules::Policy;
+use nfqd_shmctl::Command;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// The directory of `--state`, which one daemon has at a time.
+pub struct Journal {
+    directory: PathBuf,
+    /// The file, open for appending; `None` until it has been written as a whole.
+    file: Option<File>,
+    lines: usize,
+    /// The lines of the file when it was last written as a whole.
+    lines_at_save: usize,
+    /// Released when the daemon ends, however it ends.
+    _lock: Flock<File>,
+}
+
+/// The lines over twice the needed ones that the file may have before it is written anew.
+const SPARE_LINES: usize = 1000;
+
+/// The reason registrations cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The directory or a file in it cannot be used.
+    #[error("{path}: {source}; choose a directory that nfqd may write, with --state")]
+    Io {
+        /// The path that cannot be used.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Another daemon has the directory.
+    #[error(
+        "{path}: another nfqd keeps its registrations here; stop it, or choose another directory with \
+         --state"
+    )]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+impl Journal {
+    /// Locks the directory, which is created if it does not exist.
+    ///
+    /// # Errors
+    /// If it cannot be created, or another daemon has it.
+    pub fn open(directory: &Path) -> Result<Journal, JournalError> {
+        let io = |source| JournalError::Io { path: directory.to_path_buf(), source };
+        fs::create_dir_all(directory).map_err(io)?;
+        let lock = File::options().create(true).append(true).open(directory.join("lock"));
+        let lock = Flock::lock(lock.map_err(io)?, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| JournalError::Locked { path: directory.to_path_buf() })?;
+        let directory = directory.to_path_buf();
+        Ok(Journal { directory, file: None, lines: 0, lines_at_save: 0, _lock: lock })
+    }
+
+    /// Returns the path of the file.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join("commands")
+    }
+
+    /// Returns the saved policy, an empty one at first, and the errors of lines that are not restored.
+    /// If there are any, the file is copied to `commands.rejected` first, so that nothing is lost, and
+    /// one wrong line does not affect the others.
+    ///
+    /// # Errors
+    /// If the file cannot be read or copied.
+    pub fn load(&self) -> Result<(Policy, Vec<String>), JournalError> {
+        let path = self.path();
+        let text = match fs::read(&path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((Policy::default(), Vec::new()));
+            }
+            Err(source) => return Err(JournalError::Io { path, source }),
+        };
+        let mut policy = Policy::default();
+        let complete = text.rfind('\n').map_or(0, |at| at + 1);
+        let (text, rest) = text.split_at(complete);
+        let mut errors = apply_text(&mut policy, &path, text, |_, _| false);
+        if !rest.is_empty() {
+            let (path, line) = (path.display(), text.lines().count() + 1);
+            errors.push(format!(
+                "{path}:{line}:1: '{}': this line has no end",
+                rest.escape_default()
+            ));
+        }
+        if !errors.is_empty() {
+            let copy = self.directory.join("commands.rejected");
+            fs::copy(&path, &copy).map_err(|source| JournalError::Io { path: copy, source })?;
+        }
+        Ok((policy, errors))
+    }
+
+    /// Saves a policy: writes the file as a whole.
+    ///
+    /// # Errors
+    /// If it cannot be written; the old file stays then.
+    pub fn save(&mut self, policy: &Policy) -> Result<(), JournalError> {
+        // Until the new file is in place, nothing may be appended to the old one.
+        self.file = None;
+        let (file, lines) =
+            self.write(policy).map_err(|source| JournalError::Io { path: self.path(), source })?;
+        self.file = Some(file);
+        (self.lines, self.lines_at_save) = (lines, lines);
+        Ok(())
+    }
+
+    fn write(&self, policy: &Policy) -> io::Result<(File, usize)> {
+        let new = self.directory.join("commands.new");
+        let mut file = BufWriter::new(File::create(&new)?);
+        file.write_all(b"# Registrations of nfqd, written by it; edit while it is stopped.\n")?;
+        let mut lines = 0;
+        for command in policy.commands() {
+            writeln!(file, "{command}")?;
+            lines += 1;
+        }
+        let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        fs::rename(&new, self.path())?;
+        File::open(&self.directory)?.sync_all()?;
+        Ok((file, lines))
+    }
+
+    /// Saves commands, which have been applied to `policy`.
+    ///
+    /// # Errors
+    /// If they cannot be written. The next [`Journal::save`] writes the file as a whole.
+    pub fn append(&mut self, commands: &[Command], policy: &Policy) -> Result<(), JournalError> {
+        if self.lines > 2 * self.lines_at_save + SPARE_LINES {
+            return self.save(policy);
+        }
+        let Some(file) = self.file.as_mut() else { return self.save(policy) };
+        let text: String = commands.iter().map(|command| format!("{command}\n")).collect();
+        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
+        if let Err(source) = written {
+            self.file = None;
+            return Err(JournalError::Io { path: self.path(), source });
+        }
+        self.lines += commands.len();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_saved_policy_is_restored_and_one_daemon_has_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut policy = Policy::default();
+        policy.apply_line("R F 2:0:0:0:0:1 10.0.0.1").unwrap();
+        policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
+        {
+            let mut journal = Journal::open(dir.path()).unwrap();
+            assert_eq!(journal.load().unwrap(), (Policy::default(), Vec::new()));
+            journal.save(&policy).unwrap();
+            assert!(matches!(Journal::open(dir.path()), Err(JournalError::Locked { .. })));
+        }
+        assert_eq!(Journal::open(dir.path()).unwrap().load().unwrap(), (policy, Vec::new()));
+    }
+
+    #[test]
+    fn a_wrong_line_does_not_affect_the_others_and_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        fs::write(
+            journal.path(),
+            b"R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n\xff\nA 2:0:0:0:0:1 I 2\n",
+        )
+        .unwrap();
+        let (policy, errors) = journal.load().unwrap();
+        assert_eq!(policy.commands().count(), 2);
+        let expected =
+            "commands:3:17: '99': not a bit value of this class; write a number from 0 to 15";
+        assert!(errors[0].ends_with(expected) && errors.len() == 2, "{errors:?}");
+        journal.save(&policy).unwrap();
+        let rejected = fs::read(dir.path().join("commands.rejected")).unwrap();
+        assert!(rejected.windows(4).any(|word| word == b"I 99"));
+    }
+
+    #[test]
+    fn commands_are_appended_until_the_file_is_too_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        let mut policy = Policy::default();
+        let mut change = |journal: &mut Journal, line: &str| {
+            let command = policy.apply_line(line).unwrap();
+            journal.append(&[command], &policy).unwrap();
+            if line.len().is_multiple_of(7) {
+                assert_eq!(journal.load().unwrap(), (policy.clone(), Vec::new()));
+            }
+            fs::read_to_string(journal.path()).unwrap().lines().count()
+        };
+        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 2);
+        assert_eq!(change(&mut journal, "A 2:0:0:0:0:1 T 2 d 80"), 3);
+        assert_eq!(change(&mut journal, "X 2:0:0:0:0:1"), 4);
+        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 5);
+        let longest =
+            (0..1100).map(|n| change(&mut journal, &format!("A 2:0:0:0:0:1 T 2 d {n}"))).max();
+        assert!((SPARE_LINES..SPARE_LINES + 10).contains(&longest.unwrap()), "{longest:?}");
+    }
+
+    #[test]
+    fn a_line_that_was_being_written_is_not_restored() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        fs::write(journal.path(), b"R F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 2 d 8").unwrap();
+        let (policy, errors) = journal.load().unwrap();
+        assert_eq!(policy.commands().count(), 1);
+        assert!(
+            errors[0].ends_with("commands:2:1: 'A 2:0:0:0:0:1 T 2 d 8': this line has no end"),
+            "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        journal.save(&Policy::default()).unwrap();
+        let before = fs::read(journal.path()).unwrap();
+        // A directory in the way of the new file fails as a full disk does.
+        fs::create_dir(dir.path().join("commands.new")).unwrap();
+        assert!(matches!(journal.save(&Policy::default()), Err(JournalError::Io { .. })));
+        assert_eq!(fs::read(journal.path()).unwrap(), before);
+    }
+}

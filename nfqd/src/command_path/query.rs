@@ -1,0 +1,70 @@
+//! The reply to `Q`.
+
+use super::ControlPlane;
+use super::channel::Channel;
+use crate::api::{BackendStatus, MiddleboxStatus};
+use crate::bindings::Bindings;
+use crate::observe::status::StatusSource;
+use nfqd_shmctl::{MacAddr, Reply};
+
+/// The longest text of the reply; the mailbox has room for little more.
+const MAX_TEXT: usize = 1897;
+
+impl ControlPlane {
+    /// Returns the reply to a query: each registration as a command, with its counters, in one line.
+    /// Without a MAC it is about all middleboxes that the channel may speak for.
+    pub(super) fn query_reply(&mut self, channel: usize, mac: Option<MacAddr>) -> Reply {
+        self.enforcer.read_counters();
+        let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone());
+        let wanted: Vec<MacAddr> = match (mac, bound) {
+            (Some(mac), _) => vec![mac],
+            (None, Some(bound)) if !bound.is_empty() => bound,
+            // More than fit into the reply.
+            _ => self.desired.policy.middleboxes().keys().copied().take(MAX_TEXT).collect(),
+        };
+        let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
+        let source = StatusSource::new(&self.desired, &self.enforcer, &self.backends, &bindings);
+        let mut text = String::new();
+        for mac in wanted {
+            let Some(status) = source.middlebox(mac) else { continue };
+            for part in parts(&status) {
+                if !text.is_empty() {
+                    text.push_str("; ");
+                }
+                text.push_str(&part);
+            }
+            if text.len() > MAX_TEXT {
+                let end = text.get(..MAX_TEXT).and_then(|text| text.rfind("; "));
+                text.truncate(end.unwrap_or(MAX_TEXT));
+                text.push_str("; and more, ask for one middlebox");
+                return Reply::ok(&text);
+            }
+        }
+        Reply::ok(if text.is_empty() { "nothing registered" } else { &text })
+    }
+}
+
+fn parts(status: &MiddleboxStatus) -> Vec<String> {
+    let MiddleboxStatus { mac, packets, bytes, .. } = status;
+    let mut parts = vec![format!("{mac} packets {packets} bytes {bytes}")];
+    parts.extend(status.commands.iter().cloned());
+    for rule in &status.rules {
+        parts.push(format!("{} packets {} bytes {}", rule.rule, rule.packets, rule.bytes));
+    }
+    for service in &status.services {
+        parts.extend(service.backends.iter().map(|backend| backend_part(&service.vip, backend)));
+    }
+    parts
+}
+
+fn backend_part(frontend: &str, backend: &BackendStatus) -> String {
+    format!(
+        "{frontend} -> {} {} weight {} flows {} packets {} bytes {}",
+        backend.backend,
+        backend.state.name(),
+        backend.weight,
+        backend.flows,
+        backend.packets + backend.reply_packets,
+        backend.bytes + backend.reply_bytes
+    )
+}

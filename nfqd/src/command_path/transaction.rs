@@ -1,0 +1,174 @@
+//! Transactions: commands are applied, enforced, saved and answered, or roll back.
+
+use super::ControlPlane;
+use super::authorise::authorise;
+use super::channel::Channel;
+use crate::backends::HostView;
+use crate::bindings::Bindings;
+use nfqd_rules::{Desired, Policy};
+use nfqd_shmctl::mailbox::MailboxMessage;
+use nfqd_shmctl::{Command, ErrorCode, ParsedCommand, Reply};
+use nix::time::{ClockId, clock_gettime};
+use std::time::{Duration, Instant};
+
+/// The reason a batch of commands does not take effect.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// The kernel refuses.
+    #[error("the host cannot enforce it: {0}")]
+    Kernel(#[from] nfqd_rules::nft::kernel::KernelError),
+    /// There are no slot identifiers left for the middlebox.
+    #[error(
+        "this middlebox has changed its services too often; the identifiers of its backends are free \
+         again two hours after each change"
+    )]
+    NoIds,
+}
+
+impl From<&CommitError> for Reply {
+    fn from(error: &CommitError) -> Reply {
+        let code = match error {
+            CommitError::Kernel(_) => ErrorCode::Internal,
+            CommitError::NoIds => ErrorCode::Quota,
+        };
+        Reply::error(code, &error.to_string())
+    }
+}
+
+impl ControlPlane {
+    /// Polls the mailboxes that are due, executes their commands and writes the replies.
+    pub fn poll_channels(&mut self, now: Instant) {
+        for at in 0..self.channels.len() {
+            let Some(channel) = self.channels.get_mut(at) else { continue };
+            if !channel.next_poll().is_some_and(|next| next <= now) {
+                continue;
+            }
+            let messages = channel.poll(Instant::now());
+            if !messages.is_empty() {
+                self.execute_messages(at, messages);
+            }
+        }
+    }
+
+    fn execute_messages(&mut self, channel: usize, messages: Vec<MailboxMessage>) {
+        let start = cpu_time();
+        let replies = match self.execute_batch(channel, &messages) {
+            Ok(replies) => replies,
+            Err(error) if messages.len() == 1 => vec![Reply::from(&error)],
+            // One command that cannot take effect must not take the others with it.
+            Err(_) => {
+                let mut replies = Vec::new();
+                for message in messages.chunks(1) {
+                    let result = self.execute_batch(channel, message);
+                    replies.extend(result.unwrap_or_else(|error| vec![Reply::from(&error)]));
+                }
+                replies
+            }
+        };
+        let answered: Vec<(MailboxMessage, Reply)> = messages.into_iter().zip(replies).collect();
+        let Some(channel) = self.channels.get_mut(channel) else { return };
+        for (message, reply) in &answered {
+            let text = message.text.as_deref().unwrap_or("a message that is not text");
+            // Rejections are logged at debug level: a guest must not be able to fill the disk.
+            let level = if reply.is_ok() { log::Level::Info } else { log::Level::Debug };
+            log::log!(level, "{}: {text}: {reply}", channel.spec().path.display());
+        }
+        channel.charge(answered.len(), cpu_time().saturating_sub(start));
+        channel.reply(&answered);
+    }
+
+    /// Applies a batch of commands atomically and returns one reply per command. On error, none of
+    /// them takes effect.
+    fn execute_batch(
+        &mut self,
+        channel: usize,
+        messages: &[MailboxMessage],
+    ) -> Result<Vec<Reply>, CommitError> {
+        let before = self.desired.clone();
+        let (mut replies, mut applied) = (Vec::new(), Vec::new());
+        for message in messages {
+            replies.push(match self.apply_message(channel, message) {
+                Ok(Command::Query { mac }) => self.query_reply(channel, mac),
+                Ok(command) => {
+                    let reply = Reply::ok(&command.to_string());
+                    applied.push(command);
+                    reply
+                }
+                Err(reply) => reply,
+            });
+        }
+        if !applied.is_empty() {
+            self.commit(before)?;
+            let result = self.journal.append(&applied, &self.desired.policy);
+            self.record_saved(result);
+        }
+        Ok(replies)
+    }
+
+    /// Applies one command to the policy; a rejection is the reply.
+    fn apply_message(
+        &mut self,
+        channel: usize,
+        message: &MailboxMessage,
+    ) -> Result<Command, Reply> {
+        let line = message.text.as_ref();
+        let line = line.map_err(|error| Reply::error(ErrorCode::Syntax, &error.to_string()))?;
+        let parsed = ParsedCommand::parse(line)?;
+        authorise(&self.channels, channel, &self.desired.policy, &parsed)?;
+        self.desired.policy.apply(&parsed.command).map_err(|error| error.locate(&parsed))?;
+        Ok(parsed.command)
+    }
+
+    /// Has a changed policy enforced, or restores the state before it, slots included.
+    ///
+    /// # Errors
+    /// If it cannot be enforced.
+    pub fn commit(&mut self, before: Desired) -> Result<(), CommitError> {
+        let has_ids = self.sync_slots(&before.policy);
+        let changed = self.desired.changed(&before);
+        // Nothing to do if the policy is unchanged, unless the kernel tables are known to be broken.
+        if changed.is_empty() && self.enforcer.broken().is_none() {
+            return Ok(());
+        }
+        let result = if has_ids {
+            self.enforcer.enforce(&self.desired).map_err(CommitError::from)
+        } else {
+            Err(CommitError::NoIds)
+        };
+        match &result {
+            Ok(()) => {
+                let mut slots = changed.iter().flat_map(|mac| self.desired.slots.of(*mac));
+                self.has_new_backend |= slots.any(|(_, slot)| slot.mac.is_none());
+            }
+            Err(error) => {
+                // A guest that has used up its identifiers must not be able to fill the disk.
+                let level = if has_ids { log::Level::Error } else { log::Level::Debug };
+                log::log!(level, "{error}");
+                self.desired.policy = before.policy;
+                self.desired.slots.restore(before.slots, Instant::now());
+                self.enforcer.roll_back(&self.desired);
+            }
+        }
+        result
+    }
+
+    /// Gives the middleboxes that differ from `before` their slots. Returns false if there are not
+    /// enough identifiers.
+    fn sync_slots(&mut self, before: &Policy) -> bool {
+        let Desired { policy, slots } = &mut self.desired;
+        let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
+        let view = HostView { backends: &self.backends, bindings: &bindings };
+        let now = Instant::now();
+        let mut is_enough = true;
+        for mac in policy.changed(before) {
+            is_enough &= slots.sync(mac, policy.get(mac), &view, now);
+        }
+        is_enough
+    }
+}
+
+/// Returns the CPU time that this thread has used.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    time.map(Duration::from).unwrap_or_default()
+}

@@ -1,0 +1,158 @@
+//! Counters of the kernel and the workers, carried over changes of the ruleset.
+//!
+//! An element or rule that is made anew in the kernel starts at zero; what its predecessor has
+//! counted is added here.
+
+use super::Enforcer;
+use crate::packet_path::worker::Worker;
+use nfqd_rules::nft::kernel::{BackendCounters, Counters, Kernel};
+use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{Counter, Desired, Policy};
+use nfqd_shmctl::{MacAddr, RuleId};
+use std::collections::BTreeMap;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+/// The least time between two readings of the kernel's counters.
+const MIN_READ_INTERVAL: Duration = Duration::from_secs(1);
+/// Readings take at most one part in this many of the time: guests may ask for them, and they are as
+/// long as the ruleset.
+const READ_SHARE: u32 = 20;
+
+/// The counters of the kernel, with what was carried over.
+pub(super) struct CarriedCounters {
+    carried_counters: Counters,
+    /// The last reading.
+    kernel_counters: Counters,
+    /// The earliest time of the next reading.
+    next_read: Option<Instant>,
+}
+
+impl CarriedCounters {
+    /// Counters that begin with what was counted before.
+    pub fn new(carried_counters: Counters) -> CarriedCounters {
+        CarriedCounters { carried_counters, kernel_counters: Counters::default(), next_read: None }
+    }
+
+    /// Forgets the counters of everything that a policy does not have.
+    pub fn retain(&mut self, policy: &Policy) {
+        let carried = &mut self.carried_counters;
+        carried.middleboxes.retain(|mac, _| policy.get(*mac).is_some());
+        carried.rules.retain(|(mac, rule), _| has_rule(policy, *mac, *rule));
+        carried.backends.retain(|key, _| has_backend(policy, key));
+    }
+
+    /// Carries over the counters of rules that a change replaces.
+    pub fn carry_replaced_rules(&mut self, replaced: &Counters) {
+        // The last reading must not count them a second time until the next one.
+        self.kernel_counters.rules.retain(|rule, _| !replaced.rules.contains_key(rule));
+        self.carried_counters.add(replaced);
+    }
+
+    /// Carries over the counters of slots that are being replaced, because a new slot starts at zero.
+    /// They are those of the last reading: the kernel could only be asked for all of them.
+    pub fn carry_removed_slots(&mut self, old: &Desired, new: &Desired) {
+        for mac in new.changed(old) {
+            for (key, slot) in old.slots.of(mac) {
+                let is_removed = new.slots.get(&key).is_none_or(|now| now.id != slot.id);
+                if is_removed && let Some(counters) = self.kernel_counters.backends.remove(&key) {
+                    self.carried_counters.backends.entry(key).or_default().add(counters);
+                }
+            }
+        }
+    }
+
+    /// Carries over all counters of tables that have been loaded anew.
+    pub fn carry_all(&mut self, counters: &Counters) {
+        self.carried_counters.add(counters);
+        (self.kernel_counters, self.next_read) = (Counters::default(), None);
+    }
+
+    /// Forgets the counters of rules, middleboxes and backends that a change has removed.
+    pub fn forget_removed(&mut self, before: &Policy, now: &Policy, workers: &[Worker]) {
+        for mac in now.changed(before) {
+            let Some(old) = before.get(mac) else { continue };
+            let both = [&mut self.carried_counters, &mut self.kernel_counters];
+            for counters in both {
+                if now.get(mac).is_none() {
+                    counters.middleboxes.remove(&mac);
+                }
+                counters.backends.retain(|key, _| key.middlebox != mac || has_backend(now, key));
+                for rule in old.rules_and_default().filter(|rule| !has_rule(now, mac, *rule)) {
+                    counters.rules.remove(&(mac, rule));
+                }
+            }
+            for rule in old.rules_and_default().filter(|rule| !has_rule(now, mac, *rule)) {
+                for worker in workers {
+                    let rules = worker.counters.rules.lock();
+                    rules.unwrap_or_else(PoisonError::into_inner).remove(&(mac, rule));
+                }
+            }
+        }
+    }
+
+    fn read(&mut self, kernel: &mut Kernel) {
+        let start = Instant::now();
+        if self.next_read.is_some_and(|next| start < next) {
+            return;
+        }
+        match kernel.counters() {
+            Ok(counters) => self.kernel_counters = counters,
+            Err(error) => log::warn!("counters: {error}"),
+        }
+        let pause = MIN_READ_INTERVAL.max(start.elapsed() * READ_SHARE);
+        self.next_read = Some(Instant::now() + pause);
+    }
+}
+
+impl Enforcer {
+    /// Reads the kernel's counters, unless they were read recently.
+    pub fn read_counters(&mut self) {
+        self.counters.read(&mut self.kernel);
+    }
+
+    /// Returns what went to a middlebox, as of the last reading.
+    pub fn middlebox_counter(&self, mac: MacAddr) -> Counter {
+        let all = [&self.counters.carried_counters, &self.counters.kernel_counters];
+        all.iter().filter_map(|counters| counters.middleboxes.get(&mac)).copied().sum()
+    }
+
+    /// Returns what went to a backend of a service and came from it, as of the last reading.
+    pub fn backend_counters(&self, key: &SlotKey) -> BackendCounters {
+        let mut sum = BackendCounters::default();
+        for counters in [&self.counters.carried_counters, &self.counters.kernel_counters] {
+            sum.add(counters.backends.get(key).copied().unwrap_or_default());
+        }
+        sum
+    }
+
+    /// Returns packets whose flows the kernel could not cache, by the map that was full, as of the
+    /// last reading.
+    pub fn cache_full_packets(&self) -> &BTreeMap<String, u64> {
+        &self.counters.kernel_counters.cache_full
+    }
+
+    /// Returns what a rule has matched: in the kernel as of the last reading, in the engine until
+    /// now. `None` stands for the default.
+    pub fn rule_counter(&self, mac: MacAddr, rule: Option<RuleId>) -> Counter {
+        let key = (mac, rule);
+        let kernel = [&self.counters.carried_counters, &self.counters.kernel_counters];
+        let kernel: Counter =
+            kernel.iter().filter_map(|counters| counters.rules.get(&key)).copied().sum();
+        let mut sum = kernel;
+        for worker in &self.workers {
+            let rules = worker.counters.rules.lock().unwrap_or_else(PoisonError::into_inner);
+            sum += rules.get(&key).copied().unwrap_or_default();
+        }
+        sum
+    }
+}
+
+fn has_backend(policy: &Policy, key: &SlotKey) -> bool {
+    let service = policy.get(key.middlebox).and_then(|middlebox| middlebox.service(&key.frontend));
+    service.is_some_and(|service| service.backends().contains_key(&key.backend))
+}
+
+fn has_rule(policy: &Policy, mac: MacAddr, rule: Option<RuleId>) -> bool {
+    policy.get(mac).is_some_and(|middlebox| middlebox.has_rule(rule))
+}

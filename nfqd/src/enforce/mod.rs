@@ -1,0 +1,139 @@
+//! The enforcer: makes the kernel and the engine enforce the desired state.
+//!
+//! [`reconcile`] sends differences to the kernel and repairs what other programs change, which
+//! [`nft_monitor`] notices. [`counters`] carries counters over changes. [`queue_path`] finds the path
+//! of frames into the queues.
+
+mod counters;
+mod nft_monitor;
+pub mod queue_path;
+mod reconcile;
+
+use crate::engine::flows::FlowTable;
+use crate::packet_path::queue::Queue;
+use crate::packet_path::worker::{Shared, Worker};
+use counters::CarriedCounters;
+use nfqd_rules::Desired;
+use nfqd_rules::nft::delta::Installed;
+use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::options::RulesetOptions;
+use nfqd_rules::pool::Pools;
+use nft_monitor::NftMonitor;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+/// The kernel, the workers, and what both enforce.
+pub struct Enforcer {
+    kernel: Kernel,
+    options: RulesetOptions,
+    shared: Arc<Shared>,
+    workers: Vec<Worker>,
+    monitor: NftMonitor,
+    /// What the engine enforces.
+    desired_in_engine: Desired,
+    pools: Pools,
+    /// What the kernel enforces, unless its tables are broken.
+    desired_in_kernel: Desired,
+    installed: Installed,
+    /// Whether the kernel does not have the desired state yet; tried again at every tick.
+    is_stale: bool,
+    /// Why the kernel's tables are not as we left them, so that they must be loaded as a whole.
+    broken: Option<String>,
+    repairs: u64,
+    counters: CarriedCounters,
+}
+
+impl Enforcer {
+    /// An enforcer for a kernel that may have the tables of an earlier nfqd.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked what its rules have counted.
+    pub fn new(
+        mut kernel: Kernel,
+        options: RulesetOptions,
+        shared: Arc<Shared>,
+    ) -> Result<Enforcer, KernelError> {
+        let counters = CarriedCounters::new(kernel.counters()?);
+        let monitor = NftMonitor::new(kernel.port());
+        Ok(Enforcer {
+            monitor: monitor.map_err(|errno| KernelError::Io(errno.into()))?,
+            kernel,
+            options,
+            shared,
+            workers: Vec::new(),
+            desired_in_engine: Desired::default(),
+            pools: Pools::default(),
+            desired_in_kernel: Desired::default(),
+            installed: Installed::new(&Desired::default(), &options).0,
+            is_stale: false,
+            broken: None,
+            repairs: 0,
+            counters,
+        })
+    }
+
+    /// Enforces the desired state for the first time.
+    ///
+    /// # Errors
+    /// If the kernel refuses; its tables are as they were before.
+    pub fn begin(&mut self, desired: &Desired) -> Result<(), KernelError> {
+        self.counters.retain(&desired.policy);
+        self.publish(desired);
+        self.load(desired)
+    }
+
+    /// Starts a worker for a queue.
+    ///
+    /// # Errors
+    /// If there are no more threads or file descriptors.
+    pub fn serve(&mut self, queue: Queue) -> io::Result<()> {
+        self.workers.push(Worker::start(queue, Arc::clone(&self.shared))?);
+        Ok(())
+    }
+
+    /// Returns the workers.
+    pub fn workers(&self) -> &[Worker] {
+        &self.workers
+    }
+
+    /// Stops the workers. The ruleset stays.
+    pub fn stop(&mut self) {
+        self.workers.drain(..).for_each(Worker::stop);
+    }
+
+    /// Returns the options of the ruleset.
+    pub fn options(&self) -> &RulesetOptions {
+        &self.options
+    }
+
+    /// Returns the flow table.
+    pub fn flows(&self) -> &FlowTable {
+        &self.shared.state.flows
+    }
+
+    /// Removes expired flows.
+    pub fn expire_flows(&self) {
+        self.shared.state.flows.expire(self.shared.now());
+    }
+
+    /// Returns how often our tables were found changed by another program, and repaired.
+    pub fn repairs(&self) -> u64 {
+        self.repairs
+    }
+
+    /// Returns why our tables are not as they should be at the moment.
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.as_deref()
+    }
+
+    /// Returns the descriptor that is readable when nftables has changed.
+    pub fn monitor_fd(&self) -> BorrowedFd<'_> {
+        self.monitor.as_fd()
+    }
+
+    /// Returns the descriptor that is readable when a worker has ended.
+    pub fn ended_fd(&self) -> BorrowedFd<'_> {
+        self.shared.ended().as_fd()
+    }
+}

@@ -1,0 +1,82 @@
+//! Detection of the path of frames from a bridge into NFQUEUE on this kernel.
+
+use crate::config::SteerChoice;
+use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::model::{Family, Queues, Statement};
+use nfqd_rules::nft::options::QueuePath;
+
+/// The reason there is no path, or not the one that was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum QueuePathError {
+    /// The nft queue expression is missing.
+    #[error(
+        "this kernel has no nft queue expression for bridges (CONFIG_NFT_QUEUE; module nft_queue); use \
+         --steer br-netfilter, or --steer auto"
+    )]
+    NoNative,
+    /// br_netfilter or the xt target is missing.
+    #[error(
+        "this kernel cannot queue through br_netfilter (CONFIG_BRIDGE_NETFILTER, CONFIG_NFT_COMPAT and \
+         CONFIG_NETFILTER_XT_TARGET_NFQUEUE; modules br_netfilter, nft_compat, xt_NFQUEUE); use \
+         --steer native, or --steer auto"
+    )]
+    NoBrNetfilter,
+    /// Both are missing.
+    #[error(
+        "this kernel has no path into NFQUEUE from a bridge: neither the nft queue expression (module \
+         nft_queue) nor br_netfilter with the xt target NFQUEUE (modules br_netfilter, nft_compat, \
+         xt_NFQUEUE); load one of them, 'br-netfilter.sh up' tries both"
+    )]
+    None,
+    /// br_netfilter does not pass bridged packets on.
+    #[error(
+        "br_netfilter does not pass bridged packets to nftables: net.bridge.bridge-nf-call-iptables is \
+         not 1 (or the module br_netfilter is not loaded); run 'br-netfilter.sh up'"
+    )]
+    NotCalled,
+    /// The kernel cannot be probed.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// Returns the path that was asked for, or the best one this kernel has.
+///
+/// # Errors
+/// If the kernel has none, or not that one; the message says what to do.
+pub fn detect_queue_path(
+    kernel: &mut Kernel,
+    choice: SteerChoice,
+    queues: Queues,
+) -> Result<QueuePath, QueuePathError> {
+    let native = Statement::Queue(queues);
+    if choice != SteerChoice::BrNetfilter && kernel.supports(Family::Bridge, &native)? {
+        return Ok(QueuePath::Native);
+    }
+    if choice == SteerChoice::Native {
+        return Err(QueuePathError::NoNative);
+    }
+    if !kernel.supports(Family::Ip, &Statement::XtQueue(queues))? {
+        return Err(match choice {
+            SteerChoice::Auto => QueuePathError::None,
+            _ => QueuePathError::NoBrNetfilter,
+        });
+    }
+    for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
+        if !is_set(name) {
+            return Err(QueuePathError::NotCalled);
+        }
+    }
+    if !is_set("bridge-nf-filter-vlan-tagged") {
+        log::warn!(
+            "net.bridge.bridge-nf-filter-vlan-tagged is not 1: VLAN-tagged frames do not reach the \
+             engine; 'br-netfilter.sh up' sets it"
+        );
+    }
+    Ok(QueuePath::BrNetfilter)
+}
+
+/// Whether a sysctl of br_netfilter is 1.
+fn is_set(name: &str) -> bool {
+    let value = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
+    value.is_ok_and(|value| value.trim() == "1")
+}

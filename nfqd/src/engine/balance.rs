@@ -1,0 +1,233 @@
+//! Load balancing: the backend of a packet that a service takes.
+
+use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
+use super::pipeline::{
+    NO_PORTS, PacketContext, SnapshotOutdated, cache_action, client_event, reversed,
+};
+use super::verdict::{AcceptReason, CacheAction, DropReason, Verdict};
+use nfqd_rules::SlotId;
+use nfqd_rules::packet::{IpHeader, Ports};
+use nfqd_rules::pool::{Member, can_serve};
+use nfqd_rules::service::Service;
+use nfqd_rules::slots::SlotKey;
+use nfqd_shmctl::{Fragment, Frontend, Method, OnDead, OnEmpty, Protocol};
+
+/// Returns the state of a flow that begins with this packet.
+fn initial_state(ip: &IpHeader, event: FlowEvent) -> FlowState {
+    match (ip.protocol, event) {
+        (Protocol::TCP, event) if event.ends() => FlowState::Closing,
+        (Protocol::TCP, _) => FlowState::Opening,
+        (Protocol::UDP | Protocol::UDPLITE, _) => FlowState::Datagram,
+        _ => FlowState::Other,
+    }
+}
+
+impl PacketContext<'_> {
+    /// Sends the packet where its service sends it; `None` if no service takes it.
+    pub(super) fn redirect(&self, ip: &IpHeader) -> Result<Option<Verdict>, SnapshotOutdated> {
+        let service = self.middlebox.and_then(|middlebox| middlebox.service_for(self.packet));
+        match service {
+            None => Ok(None),
+            Some((frontend, service)) if service.method().is_pool() => {
+                self.balance(frontend, service, ip).map(Some)
+            }
+            Some((frontend, service)) => Ok(self.redirect_to_only(frontend, service, ip)),
+        }
+    }
+
+    /// Sends the packet to the one backend of a service of type static or source.
+    fn redirect_to_only(
+        &self,
+        frontend: Frontend,
+        service: &Service,
+        ip: &IpHeader,
+    ) -> Option<Verdict> {
+        let middlebox = self.packet.link.destination;
+        let key = SlotKey { middlebox, frontend, backend: service.only_backend()? };
+        let slot = self.snapshot.desired().slots.get(&key)?.id;
+        if !self.snapshot.is_reachable(&key) {
+            return Some(Verdict::Accept(AcceptReason::BackendUnresolved));
+        }
+        let cache = match ip.fragment {
+            Fragment::Later => CacheAction::None,
+            Fragment::Whole | Fragment::First => self.record_only(&key, slot, ip),
+        };
+        Some(Verdict::Redirect(self.translation(slot, key, ip, cache)))
+    }
+
+    /// Records a packet to the one backend of a service, which may begin a flow.
+    fn record_only(&self, key: &SlotKey, slot: SlotId, ip: &IpHeader) -> CacheAction {
+        let (event, tuple) = (client_event(ip), self.original_tuple(ip));
+        let slots = &self.snapshot.desired().slots;
+        let found =
+            self.state.flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
+        match found {
+            Some(found) if found.current == Some(slot) && !found.ended_before(event) => {
+                if found.may_install { cache_action(found.state, event) } else { CacheAction::None }
+            }
+            _ => self.begin_flow(key, slot, ip, event),
+        }
+    }
+
+    fn original_tuple(&self, ip: &IpHeader) -> OriginalTuple {
+        OriginalTuple {
+            middlebox: self.packet.link.destination,
+            client: ip.source,
+            frontend: ip.destination,
+            protocol: ip.protocol,
+            ports: ip.ports.unwrap_or(NO_PORTS),
+        }
+    }
+
+    /// Returns the reply direction of this packet's flow if it goes to a slot; `None` if replies do
+    /// not pass us.
+    fn reply_tuple(&self, key: &SlotKey, ip: &IpHeader) -> Option<ReplyTuple> {
+        if self.snapshot.is_dsr(key) {
+            return None;
+        }
+        let ports = reversed(ip.ports.unwrap_or(NO_PORTS));
+        let source = key.ports().map_or(ports.source, |(_, backend)| backend);
+        Some(ReplyTuple {
+            backend: key.backend.ip,
+            client: ip.source,
+            protocol: ip.protocol,
+            ports: Ports { source, ..ports },
+        })
+    }
+
+    /// Records a new flow. Returns what the kernel may cache of it.
+    fn begin_flow(
+        &self,
+        key: &SlotKey,
+        slot: SlotId,
+        ip: &IpHeader,
+        event: FlowEvent,
+    ) -> CacheAction {
+        let state = initial_state(ip, event);
+        let (original, reply) = (self.original_tuple(ip), self.reply_tuple(key, ip));
+        let flows = &self.state.flows;
+        // The replies of a flow of another middlebox look the same: it stays, here and in the
+        // kernel.
+        let collides = |reply| flows.belongs_to_another_middlebox(&reply, &original, self.now);
+        if reply.is_some_and(collides) {
+            return CacheAction::None;
+        }
+        flows.insert(original, reply, slot, state, self.now);
+        cache_action(state, event)
+    }
+
+    /// Sends a packet that a pool takes to the backend of its flow, or to one that is chosen.
+    fn balance(
+        &self,
+        frontend: Frontend,
+        service: &Service,
+        ip: &IpHeader,
+    ) -> Result<Verdict, SnapshotOutdated> {
+        let (event, tuple) = (client_event(ip), self.original_tuple(ip));
+        let flows = &self.state.flows;
+        let slots = &self.snapshot.desired().slots;
+        let found = flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
+        let Some(found) = found else {
+            // A connection from before the service, or one that nobody knows any more.
+            if ip.protocol == Protocol::TCP && event != FlowEvent::Syn {
+                return Ok(self.local(frontend, event));
+            }
+            return Ok(self.choose(frontend, service, ip, event));
+        };
+        if found.current.is_none() && self.snapshot.is_unknown(found.slot) {
+            return Err(SnapshotOutdated);
+        }
+        match found.current.and_then(|slot| self.in_use(slot)) {
+            Some(_) if found.ended_before(event) => {}
+            Some((slot, key)) if self.snapshot.is_reachable(&key) => {
+                let cache = if found.may_install {
+                    cache_action(found.state, event)
+                } else {
+                    CacheAction::None
+                };
+                return Ok(Verdict::Redirect(self.translation(slot, key, ip, cache)));
+            }
+            Some(_) => return Ok(Verdict::Drop(DropReason::BackendUnresolved)),
+            None => {
+                flows.remove(&tuple);
+                let resets = service.options().on_dead == OnDead::Reset;
+                if resets && event != FlowEvent::Syn && ip.protocol == Protocol::TCP {
+                    return Ok(Verdict::Reject(DropReason::BackendGone));
+                }
+            }
+        }
+        Ok(self.choose(frontend, service, ip, event))
+    }
+
+    /// Accepts a packet of a connection of the middlebox itself.
+    fn local(&self, frontend: Frontend, event: FlowEvent) -> Verdict {
+        let key = SlotKey::local(self.packet.link.destination, frontend);
+        match self.snapshot.desired().slots.get(&key) {
+            Some(slot) if self.is_cacheable() && !event.ends() => Verdict::Local(slot.id),
+            _ => Verdict::Accept(AcceptReason::NoMatch),
+        }
+    }
+
+    /// Chooses a backend for a new flow.
+    fn choose(
+        &self,
+        frontend: Frontend,
+        service: &Service,
+        ip: &IpHeader,
+        event: FlowEvent,
+    ) -> Verdict {
+        let middlebox = self.packet.link.destination;
+        let (flows, original) = (&self.state.flows, self.original_tuple(ip));
+        let Some(pool) = self.snapshot.pools().get(middlebox, &frontend) else {
+            return Verdict::Accept(AcceptReason::NoMatch);
+        };
+        let key_of = |member: &Member| SlotKey { middlebox, frontend, backend: member.name };
+        let is_free = |member: &Member| {
+            let reply = self.reply_tuple(&key_of(member), ip);
+            reply.is_none_or(|reply| !flows.is_reply_taken(&reply, &original, self.now))
+        };
+        let fits = |member: &Member| can_serve(member, ip.source) && is_free(member);
+        let has_affinity = service.options().affinity && service.method() != Method::Hash;
+        let client = (middlebox, frontend, ip.source);
+        let preferred =
+            if has_affinity { self.state.affinity.get(&client, self.now) } else { None };
+        let preferred = preferred.and_then(|slot| self.snapshot.desired().slots.current(slot));
+        let preferred = preferred.and_then(|slot| {
+            pool.members().iter().find(|member| member.slot == slot && fits(member)).copied()
+        });
+        let chosen = preferred.or_else(|| pool.choose(ip, |slot| flows.live(slot), fits));
+        let Some(member) = chosen else {
+            return self.without_backend(frontend, service, pool.members(), ip);
+        };
+        if has_affinity {
+            self.state.affinity.insert(client, member.slot, self.now);
+        }
+        let key = key_of(&member);
+        let cache = self.begin_flow(&key, member.slot, ip, event);
+        Verdict::Redirect(self.translation(member.slot, key, ip, cache))
+    }
+
+    fn without_backend(
+        &self,
+        frontend: Frontend,
+        service: &Service,
+        members: &[Member],
+        ip: &IpHeader,
+    ) -> Verdict {
+        let middlebox = self.packet.link.destination;
+        let slots = &self.snapshot.desired().slots;
+        let is_unresolved = service.backends().iter().any(|(name, backend)| {
+            let slot = slots.get(&SlotKey { middlebox, frontend, backend: *name });
+            slot.is_some_and(|slot| slot.alive && slot.mac.is_none()) && !backend.draining
+        });
+        // The only backend there is may be the client itself, which cannot answer itself.
+        let is_own_client =
+            !members.is_empty() && members.iter().all(|member| !can_serve(member, ip.source));
+        match service.options().on_empty {
+            _ if is_own_client => Verdict::Accept(AcceptReason::NoBackend),
+            OnEmpty::Pass => Verdict::Accept(AcceptReason::NoBackend),
+            OnEmpty::Reject if is_unresolved => Verdict::Drop(DropReason::BackendUnresolved),
+            OnEmpty::Reject => Verdict::Reject(DropReason::NoBackend),
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The engine: a packet, a snapshot of the policy, the flows and the time in; a verdict out. No I/O.
+//!
+//! [`pipeline`] is the way of a packet: filters, ICMP errors, fragments, replies, services.
+//! [`balance`] chooses backends. [`snapshot`] is what a verdict depends on, [`verdict`] what comes
+//! out, [`flows`] the flow table.
+
+mod balance;
+pub mod expiring_map;
+pub mod flows;
+mod pipeline;
+pub mod snapshot;
+#[cfg(test)]
+mod tests;
+pub mod verdict;
+
+pub use pipeline::decide;
+pub use snapshot::{FilterScope, Snapshot};
+
+use expiring_map::ExpiringMap;
+use flows::FlowTable;
+use nfqd_rules::SlotId;
+use nfqd_shmctl::{Frontend, MacAddr, Protocol};
+use std::net::IpAddr;
+use verdict::Decision;
+
+/// What the engine remembers between packets. All workers share it.
+pub struct EngineState {
+    /// The flow table.
+    pub flows: FlowTable,
+    /// Where the first fragment of a datagram went.
+    fragments: ExpiringMap<FragmentKey, FragmentRoute>,
+    /// The slot that the flows of a client go to, for services with affinity.
+    affinity: ExpiringMap<(MacAddr, Frontend, IpAddr), SlotId>,
+}
+
+/// Seconds that the route of a first fragment is remembered (RFC 791, reassembly: 15 s and up).
+const FRAGMENT_TIMEOUT: u32 = 30;
+/// Seconds that a client keeps its backend without a new flow.
+const AFFINITY_TIMEOUT: u32 = 300;
+
+impl EngineState {
+    /// A state with room for `capacity` flows.
+    pub fn new(capacity: usize) -> EngineState {
+        EngineState {
+            flows: FlowTable::new(capacity),
+            fragments: ExpiringMap::new(capacity / 16, FRAGMENT_TIMEOUT),
+            affinity: ExpiringMap::new(capacity / 4, AFFINITY_TIMEOUT),
+        }
+    }
+}
+
+/// The datagram that a fragment belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct FragmentKey {
+    destination_mac: MacAddr,
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: Protocol,
+    id: u32,
+}
+
+/// Where a first fragment went: later fragments have no ports and follow it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum FragmentRoute {
+    Redirect(SlotId),
+    Reply(SlotId),
+    Unchanged,
+    Dropped,
+}
+
+/// The result of [`decide`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EngineResult {
+    /// The decision on the packet.
+    Decided(Decision),
+    /// Another worker has handled the packet's flow under a newer snapshot than this one, which the
+    /// packet must be decided by.
+    RetryWithNewerSnapshot,
+}
+
+impl EngineResult {
+    /// Returns the decision, unless the snapshot was outdated.
+    pub fn decision(self) -> Option<Decision> {
+        match self {
+            EngineResult::Decided(decision) => Some(decision),
+            EngineResult::RetryWithNewerSnapshot => None,
+        }
+    }
+}

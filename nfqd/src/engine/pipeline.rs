@@ -1,0 +1,294 @@
+//! The way of a packet through the engine.
+
+use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
+use super::verdict::{
+    AcceptReason, CacheAction, Decision, DropReason, QuotedTranslation, Translation, Verdict,
+};
+use super::{EngineResult, EngineState, FragmentKey, FragmentRoute, Snapshot};
+use nfqd_rules::packet::{IPV6_LEN, IpHeader, Packet, Ports};
+use nfqd_rules::rewrite::Side;
+use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{FilterDecision, Middlebox, SlotId};
+use nfqd_shmctl::{Action, Fragment, Protocol};
+
+/// Decides on a packet, and records the flow of one that it sends to a backend. `now` is in seconds
+/// of the engine's clock.
+pub fn decide(snapshot: &Snapshot, state: &EngineState, packet: &Packet, now: u32) -> EngineResult {
+    let mac = packet.link.destination;
+    let middlebox = snapshot.policy().get(mac);
+    let filtered = match middlebox.filter(|middlebox| snapshot.filters(mac, middlebox)) {
+        Some(middlebox) => middlebox.filter(packet),
+        None => FilterDecision::ALLOW,
+    };
+    let verdict = match filtered.action {
+        Action::Deny => Ok(Verdict::Drop(DropReason::Filtered)),
+        Action::Allow => PacketContext { snapshot, state, middlebox, packet, now }.forward(),
+    };
+    match verdict {
+        Ok(verdict) => EngineResult::Decided(Decision { verdict, rule: filtered.rule }),
+        Err(SnapshotOutdated) => EngineResult::RetryWithNewerSnapshot,
+    }
+}
+
+/// The packet's flow has a slot that only a newer snapshot knows.
+pub(super) struct SnapshotOutdated;
+
+/// The ports of a packet without ports, as a part of flow keys.
+pub(super) const NO_PORTS: Ports = Ports { source: 0, destination: 0 };
+
+pub(super) fn reversed(ports: Ports) -> Ports {
+    Ports { source: ports.destination, destination: ports.source }
+}
+
+/// TCP flags.
+pub(super) mod flag {
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 2;
+    pub const RST: u8 = 4;
+    pub const ACK: u8 = 16;
+}
+
+/// Returns the event that a client's packet is for its flow.
+pub(super) fn client_event(ip: &IpHeader) -> FlowEvent {
+    match ip.tcp_flags {
+        Some(flags) if flags & flag::RST != 0 => FlowEvent::Rst,
+        Some(flags) if flags & flag::FIN != 0 => FlowEvent::Fin,
+        Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN => FlowEvent::Syn,
+        _ if ip.protocol == Protocol::TCP => FlowEvent::Segment {
+            acknowledgement: ip.tcp_numbers.map_or(0, |numbers| numbers.acknowledgement),
+        },
+        _ => FlowEvent::Datagram,
+    }
+}
+
+/// Returns the event that a backend's packet is for its flow.
+fn backend_event(ip: &IpHeader) -> FlowEvent {
+    match ip.tcp_flags {
+        Some(flags) if flags & flag::RST != 0 => FlowEvent::Rst,
+        Some(flags) if flags & (flag::SYN | flag::ACK) == flag::SYN | flag::ACK => {
+            let next = ip.tcp_numbers.map_or(0, |numbers| numbers.sequence.wrapping_add(1));
+            FlowEvent::SynAck(next)
+        }
+        _ => FlowEvent::Reply,
+    }
+}
+
+/// Returns what the kernel does with a flow in this state after this event of the client.
+pub(super) fn cache_action(state: FlowState, event: FlowEvent) -> CacheAction {
+    match (state, event) {
+        (_, event) if event.ends() => CacheAction::Expire,
+        (FlowState::Closing, _) => CacheAction::Expire,
+        // Whatever is cached, the engine must see the backend's answer.
+        (FlowState::Opening, _) => CacheAction::Invalidate,
+        _ => CacheAction::Install,
+    }
+}
+
+/// A packet that the filters allow, with everything that decides where it goes.
+pub(super) struct PacketContext<'a> {
+    pub snapshot: &'a Snapshot,
+    pub state: &'a EngineState,
+    pub middlebox: Option<&'a Middlebox>,
+    pub packet: &'a Packet,
+    pub now: u32,
+}
+
+impl PacketContext<'_> {
+    fn forward(&self) -> Result<Verdict, SnapshotOutdated> {
+        let Some(ip) = self.packet.ip.filter(|ip| ip.translatable) else {
+            return Ok(self.unchanged(false));
+        };
+        let from_backend = self.snapshot.desired().slots.is_backend(ip.source);
+        let balanced = self.middlebox.is_some_and(|middlebox| !middlebox.services().is_empty());
+        if let Some(verdict) = self.icmp_error(&ip) {
+            return Ok(verdict);
+        }
+        if ip.fragment == Fragment::Later
+            && (from_backend || balanced)
+            && let Some(verdict) = self.later_fragment(&ip)
+        {
+            return Ok(verdict);
+        }
+        let reply = if from_backend { self.reply(&ip)? } else { None };
+        let verdict = match reply {
+            Some(verdict) => verdict,
+            None => self.redirect(&ip)?.unwrap_or_else(|| self.unchanged(from_backend)),
+        };
+        if ip.fragment == Fragment::First && (from_backend || balanced) {
+            let route = match verdict {
+                Verdict::Redirect(to) => FragmentRoute::Redirect(to.slot),
+                Verdict::Reply(from) => FragmentRoute::Reply(from.slot),
+                Verdict::Drop(_) | Verdict::Reject(_) => FragmentRoute::Dropped,
+                _ => FragmentRoute::Unchanged,
+            };
+            self.state.fragments.insert(self.fragment_key(&ip), route, self.now);
+        }
+        Ok(verdict)
+    }
+
+    /// Returns the verdict on a packet that nothing else takes.
+    fn unchanged(&self, from_backend: bool) -> Verdict {
+        match self.middlebox {
+            _ if from_backend && self.is_cacheable() => Verdict::Bypass,
+            Some(_) => Verdict::Accept(AcceptReason::NoMatch),
+            None => Verdict::Accept(AcceptReason::NotForMiddlebox),
+        }
+    }
+
+    /// Whether the kernel's maps can hold the packet's flow: whole packets of TCP and UDP. IPv6
+    /// extension headers keep a packet out of the fast path, so there is nothing to cache for it.
+    pub(super) fn is_cacheable(&self) -> bool {
+        self.snapshot.cache_flows
+            && self.packet.ip.is_some_and(|ip| {
+                let no_extensions = ip.source.is_ipv4() || ip.l4 == IPV6_LEN;
+                let cached = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
+                let whole = ip.fragment == Fragment::Whole && ip.ports.is_some();
+                whole && no_extensions && cached && ip.translatable
+            })
+    }
+
+    pub(super) fn translation(
+        &self,
+        slot: SlotId,
+        key: SlotKey,
+        ip: &IpHeader,
+        cache: CacheAction,
+    ) -> Translation {
+        let transport = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
+        let has_ports = ip.fragment != Fragment::Later && ip.ports.is_some();
+        let port = key.ports().is_some() && transport && has_ports;
+        let cache = if self.is_cacheable() { cache } else { CacheAction::None };
+        Translation { slot, key, port, cache }
+    }
+
+    /// Returns the slot that now stands for a slot's backend, and the backend.
+    pub(super) fn current(&self, slot: SlotId) -> Option<(SlotId, SlotKey)> {
+        self.in_use(self.snapshot.desired().slots.current(slot)?)
+    }
+
+    /// Returns a slot in use with its backend.
+    pub(super) fn in_use(&self, slot: SlotId) -> Option<(SlotId, SlotKey)> {
+        Some((slot, self.snapshot.desired().slots.key_of(slot)?))
+    }
+
+    fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
+        FragmentKey {
+            destination_mac: self.packet.link.destination,
+            source: ip.source,
+            destination: ip.destination,
+            protocol: ip.protocol,
+            id: ip.id,
+        }
+    }
+
+    /// Sends a later fragment where the first one went.
+    fn later_fragment(&self, ip: &IpHeader) -> Option<Verdict> {
+        // Without its backend the datagram is lost: the fragment alone is of no use anywhere.
+        let follow = |slot: SlotId, verdict: fn(Translation) -> Verdict| {
+            Some(match self.current(slot) {
+                Some((slot, key)) => verdict(self.translation(slot, key, ip, CacheAction::None)),
+                None => Verdict::Drop(DropReason::FirstFragmentDropped),
+            })
+        };
+        match self.state.fragments.get(&self.fragment_key(ip), self.now) {
+            Some(FragmentRoute::Redirect(slot)) => follow(slot, Verdict::Redirect),
+            Some(FragmentRoute::Reply(slot)) => follow(slot, Verdict::Reply),
+            Some(FragmentRoute::Unchanged) => Some(self.unchanged(false)),
+            Some(FragmentRoute::Dropped) => Some(Verdict::Drop(DropReason::FirstFragmentDropped)),
+            None => {
+                let waits = self.snapshot.desired().slots.is_backend(ip.source)
+                    || self.depends_on_ports(ip);
+                waits.then_some(Verdict::AwaitFirstFragment)
+            }
+        }
+    }
+
+    /// Whether the services of the middlebox tell packets to this address apart by their ports.
+    fn depends_on_ports(&self, ip: &IpHeader) -> bool {
+        let Some(middlebox) = self.middlebox else { return false };
+        middlebox.services().iter().any(|(frontend, service)| {
+            frontend.ip == ip.destination && (frontend.port.is_some() || service.method().is_pool())
+        })
+    }
+
+    /// Translates a packet from a backend's address if it is a reply of a flow.
+    fn reply(&self, ip: &IpHeader) -> Result<Option<Verdict>, SnapshotOutdated> {
+        let tuple = ReplyTuple {
+            backend: ip.source,
+            client: ip.destination,
+            protocol: ip.protocol,
+            ports: ip.ports.unwrap_or(NO_PORTS),
+        };
+        let (flows, slots) = (&self.state.flows, &self.snapshot.desired().slots);
+        let event = backend_event(ip);
+        let found = flows.record_reply(&tuple, event, self.now, |slot| slots.current(slot));
+        let Some(found) = found else { return Ok(None) };
+        if found.is_new_connection {
+            // The flow has ended; the client has made a new connection with the backend itself.
+            flows.remove_reply(&tuple);
+            return Ok(None);
+        }
+        if found.current.is_none() && self.snapshot.is_unknown(found.slot) {
+            return Err(SnapshotOutdated);
+        }
+        let Some((slot, key)) = found.current.and_then(|slot| self.in_use(slot)) else {
+            let former = slots.former_key_of(found.slot);
+            let service = former
+                .and_then(|key| self.snapshot.policy().get(key.middlebox)?.service(&key.frontend));
+            // As long as the service exists, the client's next packet decides about the flow.
+            if service.is_some() {
+                return Ok(Some(Verdict::Drop(DropReason::BackendGone)));
+            }
+            // The flow ends with its service, and does not come back with it.
+            flows.remove_reply(&tuple);
+            return Ok(None);
+        };
+        let cache = match (event, found.state) {
+            _ if !found.may_install => CacheAction::None,
+            (event, _) if event.ends() => CacheAction::Expire,
+            (_, FlowState::Opening | FlowState::Closing) => CacheAction::None,
+            _ => CacheAction::Install,
+        };
+        Ok(Some(Verdict::Reply(self.translation(slot, key, ip, cache))))
+    }
+
+    /// Translates an ICMP error about a packet of a flow (RFC 5508, section 4).
+    fn icmp_error(&self, ip: &IpHeader) -> Option<Verdict> {
+        let quoted = ip.quoted?;
+        let ports = quoted.ports.unwrap_or(NO_PORTS);
+        let (flows, now) = (&self.state.flows, self.now);
+        // From the client's side: about what the backend sent, as the client saw it.
+        if self.middlebox.is_some() {
+            let tuple = OriginalTuple {
+                middlebox: self.packet.link.destination,
+                client: quoted.destination,
+                frontend: quoted.source,
+                protocol: quoted.protocol,
+                ports: reversed(ports),
+            };
+            let found = flows.slot_of(&tuple, now).and_then(|slot| self.current(slot));
+            if let Some((slot, key)) = found.filter(|(_, key)| self.snapshot.is_reachable(key)) {
+                let to = self.translation(slot, key, ip, CacheAction::None);
+                if self.snapshot.is_dsr(&key) {
+                    return Some(Verdict::Redirect(to));
+                }
+                let port = key.ports().map(|(_, backend)| backend);
+                let quote = QuotedTranslation { side: Side::Source, ip: key.backend.ip, port };
+                return Some(Verdict::Error { quote, to: Some(to), from: None });
+            }
+        }
+        // From the backend's side: about what the client sent, as the backend saw it.
+        let tuple = ReplyTuple {
+            backend: quoted.destination,
+            client: quoted.source,
+            protocol: quoted.protocol,
+            ports: reversed(ports),
+        };
+        let (slot, key) = self.current(flows.slot_of_reply(&tuple, now)?)?;
+        let port = key.ports().map(|(frontend, _)| frontend);
+        let quote = QuotedTranslation { side: Side::Destination, ip: key.frontend.ip, port };
+        let from_backend = ip.source == key.backend.ip;
+        let from = from_backend.then(|| self.translation(slot, key, ip, CacheAction::None));
+        Some(Verdict::Error { quote, to: None, from })
+    }
+}

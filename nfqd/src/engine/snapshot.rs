@@ -1,0 +1,91 @@
+//! The snapshot of the policy that the engine decides by.
+
+use nfqd_rules::pool::Pools;
+use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{Desired, Middlebox, Policy, SlotId, mark};
+use nfqd_shmctl::MacAddr;
+
+/// Everything that a verdict depends on besides the packet and the flows. Every change of the policy
+/// makes a new one, which is cheap.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    desired: Desired,
+    pools: Pools,
+    /// Whether the kernel may cache flows.
+    pub cache_flows: bool,
+    /// The filters that the engine evaluates.
+    pub filter_scope: FilterScope,
+}
+
+/// The filters that the engine evaluates; the kernel has evaluated the others before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum FilterScope {
+    /// All filters.
+    #[default]
+    All,
+    /// Filters of middleboxes without a rule on VLAN tags: packets that come through br_netfilter do
+    /// not show their tags.
+    Untagged,
+    /// No filters.
+    None,
+}
+
+impl Snapshot {
+    /// A snapshot of a desired state; `pools` are those of its services.
+    pub fn new(desired: Desired, pools: Pools) -> Snapshot {
+        Snapshot { desired, pools, cache_flows: true, filter_scope: FilterScope::All }
+    }
+
+    /// Returns the policy.
+    pub fn policy(&self) -> &Policy {
+        &self.desired.policy
+    }
+
+    /// Returns the desired state.
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// Returns the pools of the services.
+    pub fn pools(&self) -> &Pools {
+        &self.pools
+    }
+
+    /// Returns the middlebox that a mark names, on a packet's way to the engine through
+    /// br_netfilter.
+    pub fn middlebox_of(&self, mark: u32) -> Option<MacAddr> {
+        self.desired.slots.middlebox(mark::middlebox(mark)?)
+    }
+
+    /// Returns the MAC of a slot's backend, if it is known.
+    pub fn mac(&self, key: &SlotKey) -> Option<MacAddr> {
+        self.desired.slots.get(key).and_then(|slot| slot.mac)
+    }
+
+    /// Whether the backend of a slot owns the frontend's address.
+    pub fn is_dsr(&self, key: &SlotKey) -> bool {
+        self.desired.slots.get(key).is_some_and(|slot| slot.dsr)
+    }
+
+    /// Whether the engine evaluates the filters of a middlebox.
+    pub(super) fn filters(&self, mac: MacAddr, middlebox: &Middlebox) -> bool {
+        match self.filter_scope {
+            FilterScope::All => true,
+            FilterScope::Untagged => {
+                middlebox.firewall().is_some_and(|firewall| !firewall.depends_on_tags(mac))
+            }
+            FilterScope::None => false,
+        }
+    }
+
+    /// Whether packets can be sent to the backend of a slot.
+    pub(super) fn is_reachable(&self, key: &SlotKey) -> bool {
+        self.mac(key).is_some()
+    }
+
+    /// Whether this snapshot has never known a slot, so that a newer one has allocated it.
+    pub(super) fn is_unknown(&self, slot: SlotId) -> bool {
+        let slots = &self.desired.slots;
+        slots.key_of(slot).is_none() && slots.former_key_of(slot).is_none()
+    }
+}

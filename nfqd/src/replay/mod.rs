@@ -1,0 +1,402 @@
+//! Replay: runs a capture through the engine, without root or kernel. It is the third oracle beside
+//! the fast path and the daemon.
+
+mod capture;
+#[cfg(test)]
+mod tests;
+
+pub use capture::{Captured, read_capture};
+
+use crate::engine::verdict::{AcceptReason, Decision, DropReason, Translation, Verdict};
+use crate::engine::{EngineState, Snapshot, decide};
+use crate::packet_path::fragments::FragmentQueue;
+use nfqd_rules::Policy;
+use nfqd_rules::packet::{Packet, l3_offset};
+use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
+use nfqd_rules::slots::{BackendObservation, BackendRef};
+use nfqd_shmctl::{MacAddr, RuleId};
+use pcap_file::pcap::{PcapHeader, PcapPacket, PcapWriter};
+use pcap_file::{DataLink, PcapError, TsResolution};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The result for one packet.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Line {
+    /// The number of the packet in the capture, from 1.
+    pub packet: u64,
+    /// The verdict: `accept`, `drop` or `redirect`.
+    pub verdict: &'static str,
+    /// The reason, for people.
+    pub reason: String,
+    /// The middlebox that the packet is sent to.
+    pub middlebox: Option<String>,
+    /// The deny rule that matched.
+    pub rule: Option<u16>,
+    /// Where the packet is redirected to.
+    pub to: Option<Target>,
+    /// The new source of a reply of a redirected flow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+/// The backend that a packet is redirected to.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Target {
+    /// The MAC; unknown unless the command gave it.
+    pub mac: Option<String>,
+    /// The address.
+    pub ip: String,
+    /// The port, if it differs.
+    pub port: Option<u16>,
+}
+
+/// The reason a capture cannot be replayed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// A file cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The path of the file.
+        path: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The capture is broken, or is not one.
+    #[error(
+        "{path}: packet {packet}: {source}; a pcap or pcapng capture of Ethernet frames is expected"
+    )]
+    Capture {
+        /// The path of the file.
+        path: String,
+        /// The packet that cannot be read, from 1.
+        packet: u64,
+        /// What is wrong.
+        source: PcapError,
+    },
+    /// The capture is not of Ethernet frames.
+    #[error("{path}: link type {link:?}; a capture of Ethernet frames is expected")]
+    Link {
+        /// The path of the file.
+        path: String,
+        /// The link type of the capture.
+        link: DataLink,
+    },
+}
+
+/// The result for a packet, and the frame as it leaves; `None` if it does not.
+pub type Outcome = (Line, Option<Vec<u8>>);
+
+/// A replay: the engine's state between frames.
+pub struct Replay {
+    snapshot: Snapshot,
+    state: EngineState,
+    packets: u64,
+    fragments: FragmentQueue<(Line, Vec<u8>)>,
+}
+
+/// Stands for a MAC that no command has given.
+const UNKNOWN_MAC: MacAddr = MacAddr([0; 6]);
+
+impl Replay {
+    /// A replay under a policy. A backend whose MAC no command gave is considered reachable, and all
+    /// are considered alive.
+    pub fn new(policy: &Policy) -> Replay {
+        let mut replay = Replay {
+            snapshot: Snapshot::default(),
+            state: EngineState::new(1 << 20),
+            packets: 0,
+            fragments: FragmentQueue::default(),
+        };
+        replay.set_policy(policy);
+        replay
+    }
+
+    /// Goes on under another policy. Flows are kept as far as their services stay as they are.
+    pub fn set_policy(&mut self, policy: &Policy) {
+        let mut desired = self.snapshot.desired().clone();
+        desired.policy = policy.clone();
+        // Offline nobody can be asked for a MAC, and none is needed; but pools leave out backends
+        // without one.
+        let view = |_: &BackendRef<'_>| BackendObservation {
+            mac: Some(UNKNOWN_MAC),
+            ..BackendObservation::UNKNOWN
+        };
+        desired.slots.sync_all(policy, &view, Instant::now());
+        let mut pools = self.snapshot.pools().clone();
+        for mac in desired.changed(self.snapshot.desired()) {
+            pools.update(mac, policy.get(mac), &desired.slots);
+        }
+        self.snapshot = Snapshot::new(desired, pools);
+    }
+
+    /// Decides on a frame and rewrites it as it would leave; `now` is in seconds. Returns what becomes
+    /// of it, unless it is held, and of the fragments that it releases. Fragments that have expired
+    /// come first.
+    pub fn frame(&mut self, frame: &[u8], now: u32) -> Vec<Outcome> {
+        self.truncated_frame(frame, frame.len(), now)
+    }
+
+    /// Does the same for a frame of `length` bytes of which the capture has only the beginning.
+    pub fn truncated_frame(&mut self, frame: &[u8], length: usize, now: u32) -> Vec<Outcome> {
+        self.packets += 1;
+        let expired = self.fragments.expired(now);
+        let mut out: Vec<Outcome> = expired.into_iter().map(|(line, _)| lost(line)).collect();
+        let line = Line {
+            packet: self.packets,
+            verdict: "accept",
+            reason: "no Ethernet header".to_string(),
+            middlebox: None,
+            rule: None,
+            to: None,
+            from: None,
+        };
+        let Some(packet) = Packet::from_cut_frame(frame, length) else {
+            out.push((line, Some(frame.to_vec())));
+            return out;
+        };
+        match self.decide(line.clone(), &packet, frame, now) {
+            Some(outcome) => out.push(outcome),
+            None => {
+                let evicted = self.fragments.push(&packet, (line, frame.to_vec()), now);
+                out.extend(evicted.map(|(line, _)| lost(line)));
+            }
+        }
+        for (fragment, (line, frame)) in self.fragments.released_by(&packet) {
+            let outcome = self.decide(line.clone(), &fragment, &frame, now);
+            out.push(outcome.unwrap_or_else(|| lost(line)));
+        }
+        out
+    }
+
+    /// Returns what becomes of the fragments that are still held when the capture ends.
+    pub fn finish(&mut self) -> Vec<Outcome> {
+        self.fragments.drain().into_iter().map(|(line, _)| lost(line)).collect()
+    }
+
+    /// Decides on a packet; `None` if it is to be held.
+    fn decide(&self, mut line: Line, packet: &Packet, frame: &[u8], now: u32) -> Option<Outcome> {
+        let mut out = frame.to_vec();
+        let destination = packet.link.destination;
+        let is_registered = self.snapshot.policy().get(destination).is_some();
+        line.middlebox = is_registered.then(|| destination.to_string());
+        // There is one snapshot, so no flow can have a newer one.
+        let Decision { verdict, rule } =
+            decide(&self.snapshot, &self.state, packet, now).decision()?;
+        match verdict {
+            Verdict::Accept(reason) => line.reason = accept_reason(reason).to_string(),
+            Verdict::Bypass => line.reason = "a backend's own traffic".to_string(),
+            Verdict::Local(_) => line.reason = "a connection of the middlebox itself".to_string(),
+            Verdict::AwaitFirstFragment => return None,
+            Verdict::Drop(reason) | Verdict::Reject(reason) => {
+                line.verdict = "drop";
+                line.reason = drop_reason(reason, rule);
+                let denying = rule.filter(|_| reason == DropReason::Filtered);
+                line.rule = denying.map(|rule| rule.number.get());
+                return Some((line, None));
+            }
+            Verdict::Redirect(to) => self.redirect(&mut line, &mut out, packet, &to),
+            Verdict::Reply(from) => translate_reply(&mut line, &mut out, packet, &from),
+            Verdict::Error { quote, to, from } => {
+                let l3 = l3_offset(&out);
+                let payload = out.get_mut(l3..).unwrap_or_default();
+                let is_translated = packet.ip.is_some_and(|ip| {
+                    translate_quoted(payload, &ip, quote.side, quote.ip, quote.port)
+                });
+                match (to, from) {
+                    (Some(to), _) if is_translated => {
+                        self.redirect(&mut line, &mut out, packet, &to);
+                    }
+                    (_, Some(from)) if is_translated => {
+                        translate_reply(&mut line, &mut out, packet, &from);
+                    }
+                    _ => line.reason = "an ICMP error about a flow, from a router".to_string(),
+                }
+            }
+        }
+        if let Some(rule) = rule {
+            line.reason = format!("allow rule {} matches; {}", rule.number, line.reason);
+        }
+        Some((line, Some(out)))
+    }
+
+    fn redirect(&self, line: &mut Line, out: &mut [u8], packet: &Packet, to: &Translation) {
+        let mac = self.snapshot.mac(&to.key).filter(|mac| *mac != UNKNOWN_MAC);
+        if let Some(mac) = mac {
+            set_destination_mac(out, mac);
+        }
+        let port = to.key.ports().map(|(_, backend)| backend).filter(|_| to.port);
+        if !self.snapshot.is_dsr(&to.key) {
+            translate(out, packet, Side::Destination, to.key.backend.ip, port);
+        }
+        line.verdict = "redirect";
+        line.reason = format!("service {}", to.key.frontend);
+        let mac = mac.map(|mac| mac.to_string());
+        line.to = Some(Target { mac, ip: to.key.backend.ip.to_string(), port });
+    }
+}
+
+fn translate_reply(line: &mut Line, out: &mut [u8], packet: &Packet, from: &Translation) {
+    let port = from.key.ports().map(|(frontend, _)| frontend).filter(|_| from.port);
+    translate(out, packet, Side::Source, from.key.frontend.ip, port);
+    line.reason = format!("reply of service {}", from.key.frontend);
+    line.from = Some(from.key.frontend.ip.to_string());
+}
+
+fn accept_reason(reason: AcceptReason) -> &'static str {
+    match reason {
+        AcceptReason::NotForMiddlebox => "not for a middlebox",
+        AcceptReason::NoMatch => "no deny rule and no service takes it",
+        AcceptReason::BackendUnresolved => "the backend's MAC is unknown",
+        AcceptReason::NoBackend => "no backend can take it, so the middlebox does",
+    }
+}
+
+fn drop_reason(reason: DropReason, rule: Option<RuleId>) -> String {
+    let text = match (reason, rule) {
+        (DropReason::Filtered, Some(rule)) => {
+            return format!("deny rule {} matches", rule.number);
+        }
+        (DropReason::Filtered, None) => "no allow rule matches",
+        (DropReason::BackendUnresolved, _) => "the backends' MACs are unknown",
+        (DropReason::NoBackend, _) => "no backend can take it; rejected",
+        (DropReason::BackendGone, _) => "its backend is gone; ended",
+        (DropReason::FirstFragmentDropped, _) => "a fragment of a datagram that was dropped",
+    };
+    text.to_string()
+}
+
+/// Returns the outcome of a later fragment whose first one did not come.
+fn lost(mut line: Line) -> Outcome {
+    line.verdict = "drop";
+    line.reason = "a later fragment of a datagram whose first fragment did not come".to_string();
+    (line, None)
+}
+
+/// Replays a capture: a line of text or JSON a packet to `out`, and the frames as they leave to
+/// `write`.
+///
+/// # Errors
+/// If a file cannot be read or written; what came before is out.
+pub fn replay(
+    capture: &Path,
+    policy: &Policy,
+    json: bool,
+    write: Option<&Path>,
+    out: &mut dyn Write,
+) -> Result<(), ReplayError> {
+    if let (Ok(from), Some(Ok(to))) = (capture.canonicalize(), write.map(Path::canonicalize))
+        && from == to
+    {
+        let message = "is the capture itself; write to another file";
+        let error = io::Error::new(io::ErrorKind::InvalidInput, message);
+        return Err(io_error(capture)(error));
+    }
+    let mut replay = Replay::new(policy);
+    let mut output = Output {
+        frames: write.map(FrameWriter::create).transpose()?,
+        pending: BTreeMap::new(),
+        next: 1,
+        json,
+        out,
+    };
+    let mut start = None;
+    read_capture(capture, |captured| {
+        let start = *start.get_or_insert(captured.time);
+        let elapsed = captured.time.saturating_sub(start).as_secs();
+        let now = elapsed.min(u64::from(u32::MAX)) as u32;
+        let outcomes = replay.truncated_frame(captured.frame, captured.length, now);
+        output.add(outcomes, captured.time, captured.length)
+    })?;
+    output.add(replay.finish(), Duration::ZERO, 0)?;
+    output.frames.map_or(Ok(()), FrameWriter::finish)
+}
+
+/// What a replay writes: lines in the order of the packets, though some packets wait for others.
+struct Output<'a> {
+    frames: Option<FrameWriter<'a>>,
+    pending: BTreeMap<u64, Line>,
+    next: u64,
+    json: bool,
+    out: &'a mut dyn Write,
+}
+
+impl Output<'_> {
+    fn add(
+        &mut self,
+        outcomes: Vec<Outcome>,
+        time: Duration,
+        length: usize,
+    ) -> Result<(), ReplayError> {
+        for (line, leaving) in outcomes {
+            if let (Some(frames), Some(frame)) = (&mut self.frames, leaving) {
+                frames.write(time, length, &frame)?;
+            }
+            self.pending.insert(line.packet, line);
+        }
+        while let Some(line) = self.pending.remove(&self.next) {
+            self.next += 1;
+            let text = match self.json {
+                // A line has string keys only, so it serializes.
+                true => serde_json::to_string(&line).unwrap_or_default(),
+                false => line.text(),
+            };
+            writeln!(self.out, "{text}").map_err(io_error(Path::new("standard output")))?;
+        }
+        Ok(())
+    }
+}
+
+/// A writer of the frames that leave.
+struct FrameWriter<'a> {
+    path: &'a Path,
+    writer: PcapWriter<BufWriter<File>>,
+}
+
+impl FrameWriter<'_> {
+    fn create(path: &Path) -> Result<FrameWriter<'_>, ReplayError> {
+        let file = BufWriter::new(File::create(path).map_err(io_error(path))?);
+        let header = PcapHeader { ts_resolution: TsResolution::NanoSecond, ..Default::default() };
+        let writer = PcapWriter::with_header(file, header).map_err(pcap_error(path))?;
+        Ok(FrameWriter { path, writer })
+    }
+
+    fn write(&mut self, time: Duration, length: usize, frame: &[u8]) -> Result<(), ReplayError> {
+        let length = length.max(frame.len()) as u32;
+        let packet = PcapPacket::new(time, length, frame);
+        self.writer.write_packet(&packet).map(drop).map_err(pcap_error(self.path))
+    }
+
+    fn finish(self) -> Result<(), ReplayError> {
+        self.writer.into_writer().flush().map_err(io_error(self.path))
+    }
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> ReplayError + use<> {
+    let path = path.display().to_string();
+    move |source| ReplayError::Io { path, source }
+}
+
+fn pcap_error(path: &Path) -> impl FnOnce(PcapError) -> ReplayError + use<> {
+    let path = path.display().to_string();
+    move |source| ReplayError::Capture { path, packet: 0, source }
+}
+
+impl Line {
+    /// Returns the line for people.
+    pub fn text(&self) -> String {
+        let to = match &self.to {
+            Some(Target { mac, ip, port }) => {
+                let port = port.map(|port| format!(" port {port}")).unwrap_or_default();
+                let mac = mac.as_deref().unwrap_or("an unknown MAC");
+                format!(" to {ip}{port} at {mac}")
+            }
+            None => String::new(),
+        };
+        format!("{}: {}{to}: {}", self.packet, self.verdict, self.reason)
+    }
+}

@@ -1,0 +1,185 @@
+//! Startup: from the configuration to a running daemon.
+
+use crate::backends::Backends;
+use crate::command_path::ControlPlane;
+use crate::command_path::channel::Channel;
+use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
+use crate::command_path::journal::{Journal, JournalError};
+use crate::config::{Config, ConfigError, DaemonArgs, FailChoice};
+use crate::enforce::Enforcer;
+use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
+use crate::engine::EngineState;
+use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple};
+use crate::observe::control_socket::ControlSocket;
+use crate::packet_path::queue::{Queue, QueueError};
+use crate::packet_path::worker::Shared;
+use crate::reactor::SignalFd;
+use nfqd_rules::nft::kernel::{CachedReply, Kernel, KernelError};
+use nfqd_rules::nft::model::Queues;
+use nfqd_rules::nft::options::RulesetOptions;
+use nfqd_rules::packet::Ports;
+use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{Desired, Policy};
+use nfqd_shmctl::{MacAddr, Protocol, RegionError};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The number of flows in the flow table.
+const FLOWS: usize = 1 << 20;
+
+/// The reason the daemon does not start, or stops.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The file of `--commands`.
+    #[error(transparent)]
+    Commands(#[from] CommandFileError),
+    /// nftables.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A queue.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The directory of registrations.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A region.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The path into the queues.
+    #[error(transparent)]
+    QueuePath(#[from] QueuePathError),
+    /// Anything else that the system refuses.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    /// A refusal of the system.
+    pub fn system(what: &str, source: impl Into<io::Error>) -> StartError {
+        StartError::System { what: what.to_string(), source: source.into() }
+    }
+
+    /// Whether the input is wrong, as opposed to the system.
+    pub fn is_input(&self) -> bool {
+        matches!(self, StartError::Config(_) | StartError::Commands(_))
+    }
+}
+
+/// Everything that a running daemon consists of.
+pub struct Started {
+    /// The configuration.
+    pub config: Config,
+    /// The control plane.
+    pub plane: ControlPlane,
+    /// The server of the control protocol.
+    pub control: ControlSocket,
+    /// SIGTERM, SIGINT and SIGHUP.
+    pub signals: SignalFd,
+}
+
+/// Starts everything: reads the registrations, probes the kernel, binds the queues, loads the ruleset,
+/// starts the workers. It takes over from an nfqd that ran before: base chains stay, and cached flows
+/// keep their backends.
+///
+/// # Errors
+/// See [`StartError`]. The kernel is as it was before.
+pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
+    let config = args.resolve()?;
+    let journal = Journal::open(&config.state)?;
+    let (mut policy, errors) = journal.load()?;
+    for error in errors {
+        log::error!("{error}; this registration is not restored");
+    }
+    apply_startup_commands(&mut policy, config.commands.as_deref())?;
+    let channels = config.shm.iter().map(Channel::open).collect::<Result<Vec<_>, _>>()?;
+    let control = ControlSocket::open(&config.sockets)
+        .map_err(|error| StartError::system("control socket", error))?;
+    let signals = SignalFd::new(&[SIGTERM, SIGINT, SIGHUP])
+        .map_err(|error| StartError::system("signals", error))?;
+    let queues = Queues {
+        first: config.queues.first,
+        count: config.queues.count,
+        bypass: config.fail == FailChoice::Open,
+    };
+    let mut kernel = Kernel::open()?;
+    let queue_path = detect_queue_path(&mut kernel, config.steer, queues)?;
+    let options = RulesetOptions { queue_path, fast_path: config.fast_path, queues };
+    let recovered = kernel.recover()?;
+    let shared = Shared::new(FLOWS).map_err(|errno| StartError::system("event", errno))?;
+    let shared = Arc::new(shared);
+    for reply in &recovered.replies {
+        restore_flow(&shared.state, reply);
+    }
+    // Bound before the ruleset sends packets there, so that none passes without a verdict.
+    let mut bound = Vec::new();
+    for number in 0..queues.count {
+        bound.push(Queue::open(queues.first + number, queues.bypass)?);
+    }
+    let backends = Backends::start(found_macs(&policy, &recovered.macs))
+        .map_err(|error| StartError::system("neighbour table and checks", error))?;
+    let mut plane = ControlPlane {
+        channels,
+        desired: Desired { policy, slots: recovered.slots },
+        backends,
+        enforcer: Enforcer::new(kernel, options, shared)?,
+        journal,
+        unsaved: None,
+        lacks_ids: false,
+        has_new_backend: false,
+    };
+    plane.warn_about_binding_violations();
+    plane.backends.refresh(&plane.desired.policy);
+    plane.resync_slots();
+    plane.enforcer.begin(&plane.desired)?;
+    for queue in bound {
+        let what = format!("thread of queue {}", queue.number());
+        plane.enforcer.serve(queue).map_err(|error| StartError::system(&what, error))?;
+    }
+    plane.save();
+    Ok(Started { config, plane, control, signals })
+}
+
+/// Returns the MACs that an earlier nfqd had found itself. One that a command gave is valid for its
+/// own service only: whoever may speak for a middlebox must not decide where others find their
+/// backends.
+fn found_macs(policy: &Policy, macs: &BTreeMap<SlotKey, MacAddr>) -> BTreeMap<IpAddr, MacAddr> {
+    let was_found = |key: &SlotKey| {
+        let middlebox = policy.get(key.middlebox);
+        let service = middlebox.and_then(|middlebox| middlebox.service(&key.frontend));
+        let backend = service.and_then(|service| service.backends().get(&key.backend));
+        backend.is_some_and(|backend| backend.mac.is_none())
+    };
+    let found = macs.iter().filter(|(key, _)| was_found(key));
+    found.map(|(key, mac)| (key.backend.ip, *mac)).collect()
+}
+
+/// Restores a flow from its reply direction, which the kernel has cached.
+fn restore_flow(state: &EngineState, cached: &CachedReply) {
+    let CachedReply { source, destination: client, protocol, ports, slot, key, closing } = *cached;
+    let frontend_port = key.ports().map_or(ports.source, |(frontend, _)| frontend);
+    let original = OriginalTuple {
+        middlebox: key.middlebox,
+        client,
+        frontend: key.frontend.ip,
+        protocol,
+        ports: Ports { source: ports.destination, destination: frontend_port },
+    };
+    let flow_state = match protocol {
+        Protocol::TCP if closing => FlowState::Closing,
+        Protocol::TCP => FlowState::Established,
+        _ => FlowState::Datagram,
+    };
+    let reply = ReplyTuple { backend: source, client, protocol, ports };
+    state.flows.insert(original, Some(reply), slot, flow_state, 0);
+}

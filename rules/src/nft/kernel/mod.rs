@@ -1,0 +1,400 @@
+//! The kernel's nf_tables: loads a ruleset, or makes a change of one, in one transaction each.
+//!
+//! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet that
+//! waits in a queue.
+
+mod counters;
+mod difference;
+mod probe;
+mod recover;
+
+pub use counters::{BackendCounters, Counters};
+pub use recover::{CachedReply, RecoveredState};
+
+use super::build::Ruleset;
+use super::delta::{Step, Transition};
+use super::model::{Chain, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment};
+use super::names::mac_of_chain;
+use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, fd};
+use crate::netlink::{NLMSG_DONE, messages};
+use difference::{creations, difference};
+use mnl::{Bus, Socket};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// The kernel's nf_tables, over one socket that stays open.
+pub struct Kernel {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// The reason the kernel did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The socket cannot be opened.
+    #[error("no netlink socket for nftables: {0}; is nf_tables in this kernel?")]
+    Socket(io::Error),
+    /// This user is not privileged.
+    #[error(
+        "the kernel does not let this user change nftables; run as root, or with CAP_NET_ADMIN"
+    )]
+    Denied,
+    /// A message of a transaction was refused; nothing of the transaction took effect.
+    #[error("the kernel refused to {what}: {errno}; nothing was changed")]
+    Refused {
+        /// What the first message that was refused was to do.
+        what: String,
+        /// The kernel's reason.
+        errno: Errno,
+    },
+    /// The transaction cannot be sent or its answer not received.
+    #[error("netlink: {0}")]
+    Io(io::Error),
+    /// A table of our name was made by another program.
+    #[error(
+        "there is a table '{family} {TABLE_NAME}' that nfqd did not make; look at it with 'nft list \
+         table {family} {TABLE_NAME}' and, if nobody needs it, remove it with 'nft delete table \
+         {family} {TABLE_NAME}'"
+    )]
+    Foreign {
+        /// The table's family.
+        family: Family,
+    },
+    /// A table was made by a newer nfqd, whose layout this one does not know.
+    #[error(
+        "the table '{family} {TABLE_NAME}' was made by a newer nfqd (layout {layout}; this one knows \
+         layouts up to {TABLE_LAYOUT}); run that version, or remove its tables with 'nfqd flush', \
+         which ends cached flows"
+    )]
+    Newer {
+        /// The table's family.
+        family: Family,
+        /// The layout that its comment names.
+        layout: u32,
+    },
+}
+
+impl KernelError {
+    /// Returns the kernel's reason, if it refused.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            KernelError::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+}
+
+/// How much of a change has taken effect when the kernel refuses it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// Nothing: everything is as before.
+    Nothing,
+    /// Some of its steps: the ruleset must be loaded as a whole.
+    Partial,
+}
+
+/// Size of the socket's buffers: enough for transactions of some hundred thousand elements.
+const BUFFER: usize = 64 << 20;
+/// Size of the buffer for one datagram; the kernel sends smaller ones.
+const DATAGRAM: usize = 1 << 16;
+
+impl Kernel {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// If there is no nf_tables in this kernel.
+    pub fn open() -> Result<Kernel, KernelError> {
+        let socket = Socket::new(Bus::Netfilter).map_err(KernelError::Socket)?;
+        // Without the privilege, the first transaction fails with a better message than this would.
+        let _ = setsockopt(&fd(&socket), sockopt::SndBufForce, &BUFFER);
+        let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER);
+        Ok(Kernel { socket, sequence: 1 })
+    }
+
+    fn batch(&self) -> Batch {
+        Batch::new(self.sequence)
+    }
+
+    /// Sends a transaction. The kernel answers before `send` returns.
+    fn commit(&mut self, batch: Batch) -> Result<(), KernelError> {
+        if batch.len() == 0 {
+            return Ok(());
+        }
+        let (bytes, awaited, batch) = batch.finish();
+        self.sequence = awaited.wrapping_add(2);
+        self.socket.send(&bytes).map_err(KernelError::Io)?;
+        let mut acknowledged = false;
+        let mut first_error = None;
+        let mut buffer = vec![0; DATAGRAM];
+        loop {
+            let len = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(len) => len,
+                Err(Errno::EAGAIN) => break,
+                // At ENOBUFS the receive buffer overran with errors; the first ones are in it.
+                Err(Errno::EINTR | Errno::ENOBUFS) => continue,
+                Err(errno) => return Err(KernelError::Io(errno.into())),
+            };
+            for message in messages(buffer.get(..len).unwrap_or_default()) {
+                match message.result() {
+                    Some(Ok(())) => acknowledged |= message.sequence == awaited,
+                    Some(Err(errno)) => {
+                        let what = || batch.label(message.sequence).to_string();
+                        first_error.get_or_insert_with(|| (what(), errno));
+                    }
+                    None => {}
+                }
+            }
+        }
+        match first_error {
+            Some((_, Errno::EPERM)) => Err(KernelError::Denied),
+            Some((what, errno)) => Err(KernelError::Refused { what, errno }),
+            None if acknowledged => Ok(()),
+            None => {
+                let error = io::Error::other("the kernel did not acknowledge a transaction");
+                Err(KernelError::Io(error))
+            }
+        }
+    }
+
+    fn dump(&mut self, request: &DumpRequest) -> Result<DumpReply, KernelError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.socket.send(&request.message(self.sequence)).map_err(KernelError::Io)?;
+        let is_single = matches!(request, DumpRequest::Table(_));
+        let mut reply = DumpReply::default();
+        let mut bytes = vec![0; DATAGRAM];
+        loop {
+            let len = match recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                Err(Errno::EINTR) => continue,
+                other => other.map_err(|errno| KernelError::Io(errno.into()))?,
+            };
+            for message in messages(bytes.get(..len).unwrap_or_default()) {
+                if message.kind == NLMSG_DONE {
+                    return Ok(reply);
+                }
+                match message.result() {
+                    // A kernel without tables of this family has none of ours.
+                    Some(Ok(()) | Err(Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP)) => {
+                        return Ok(reply);
+                    }
+                    Some(Err(Errno::EPERM)) => return Err(KernelError::Denied),
+                    Some(Err(errno)) => {
+                        let what = "list the ruleset".to_string();
+                        return Err(KernelError::Refused { what, errno });
+                    }
+                    None => request.read(message.bytes, &mut reply),
+                }
+            }
+            if is_single {
+                return Ok(reply);
+            }
+        }
+    }
+
+    /// Returns the layout of our table, if there is one.
+    ///
+    /// # Errors
+    /// If another program made it.
+    fn table_layout(&mut self, family: Family) -> Result<Option<u32>, KernelError> {
+        let Some(comment) = self.dump(&DumpRequest::Table(family))?.table_comment else {
+            return Ok(None);
+        };
+        match comment.as_deref().and_then(layout_of_comment) {
+            Some(layout) => Ok(Some(layout)),
+            None => Err(KernelError::Foreign { family }),
+        }
+    }
+
+    /// Whether our table exists.
+    ///
+    /// # Errors
+    /// If there is one that another program or a newer nfqd made.
+    fn owns_table(&mut self, family: Family) -> Result<bool, KernelError> {
+        match self.table_layout(family)? {
+            Some(layout) if layout > TABLE_LAYOUT => Err(KernelError::Newer { family, layout }),
+            layout => Ok(layout.is_some()),
+        }
+    }
+
+    /// Returns the port by which the kernel's notifications name the changes of this socket.
+    pub fn port(&self) -> u32 {
+        self.socket.portid()
+    }
+
+    /// Whether `ruleset`, which has been loaded, is intact as far as can be seen at a glance: its
+    /// chains and sets, and the rules of its base chains.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked, or a table of our name belongs to another program.
+    pub fn is_intact(&mut self, ruleset: &Ruleset) -> Result<bool, KernelError> {
+        for (&family, table) in ruleset {
+            if !self.owns_table(family)? {
+                return Ok(false);
+            }
+            let chains = self.dump(&DumpRequest::Chains(family))?.chains;
+            let sets = self.dump(&DumpRequest::Sets(family))?.sets;
+            if !chains.keys().eq(table.chains.keys()) || !sets.keys().eq(table.sets.keys()) {
+                return Ok(false);
+            }
+            for (name, chain) in table.chains.iter().filter(|(_, chain)| chain.priority.is_some()) {
+                let rules = self.dump(&DumpRequest::Rules(family, Some(name.clone())))?.rules;
+                if rules.iter().filter(|rule| rule.chain == *name).count() != chain.rules.len() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Returns the elements of one of our sets; none if there is no such set.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn elements(
+        &mut self,
+        family: Family,
+        set: &str,
+    ) -> Result<Vec<FoundElement>, KernelError> {
+        Ok(self.dump(&DumpRequest::Elements(family, set.to_string()))?.elements)
+    }
+
+    /// Makes the kernel's tables equal to `wanted`, whatever an earlier nfqd left. Flow caches and
+    /// base chains stay.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or a table of our name belongs to another program; nothing is changed
+    /// then.
+    pub fn load(&mut self, wanted: &Ruleset) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        for family in Family::ALL {
+            let exists = self.owns_table(family)?;
+            match (wanted.get(&family), exists) {
+                (Some(table), exists) => self.replace(&mut batch, table, exists)?,
+                // The packets that wait there came by a path that is no longer used.
+                (None, true) => batch.delete_table(family),
+                (None, false) => {}
+            }
+        }
+        // The dumps have used up sequence numbers; the batch has its own.
+        self.commit(batch)
+    }
+
+    fn replace(
+        &mut self,
+        batch: &mut Batch,
+        table: &Table,
+        exists: bool,
+    ) -> Result<(), KernelError> {
+        let family = table.family;
+        batch.add_table(family);
+        if exists {
+            let chains = self.dump(&DumpRequest::Chains(family))?.chains;
+            let sets = self.dump(&DumpRequest::Sets(family))?.sets;
+            batch.flush_rules(family, None);
+            // Maps of verdicts keep chains in use.
+            for name in sets.keys() {
+                let is_cache = table.sets.get(name).is_some_and(|set| set.dynamic.is_some());
+                if !is_cache {
+                    batch.flush_set(family, name);
+                }
+            }
+            for (name, found) in &sets {
+                if !table.sets.get(name).is_some_and(|set| found.is_compatible(set)) {
+                    batch.delete_set(family, name);
+                }
+            }
+            for name in chains.keys().filter(|name| !table.chains.contains_key(*name)) {
+                batch.delete_chain(family, name);
+            }
+        }
+        for (name, chain) in &table.chains {
+            batch.add_chain(family, name, chain);
+        }
+        for (name, set) in &table.sets {
+            batch.add_set(family, name, set);
+            batch.add_elements(family, name, &set.elements);
+        }
+        for (name, chain) in &table.chains {
+            chain.rules.iter().for_each(|rule| batch.add_rule(family, name, rule));
+        }
+        Ok(())
+    }
+
+    /// Changes the kernel's ruleset: only the difference is sent. Slots that are removed stay until
+    /// [`Kernel::finish`], because the engine may just have sent packets to them. Returns the
+    /// counters of the rules that are replaced.
+    ///
+    /// # Errors
+    /// If the kernel refuses, with what has taken effect by then. `ENOENT` and `EEXIST` mean that
+    /// another program has changed our tables, which [`Kernel::load`] repairs.
+    pub fn change(&mut self, change: &Transition) -> Result<Counters, (KernelError, Progress)> {
+        let (mut replaced, mut progress) = (Counters::default(), Progress::Nothing);
+        for step in &change.steps {
+            self.step(step, &mut replaced, &mut progress).map_err(|error| (error, progress))?;
+        }
+        Ok(replaced)
+    }
+
+    fn step(
+        &mut self,
+        Step { old, new }: &Step,
+        replaced: &mut Counters,
+        progress: &mut Progress,
+    ) -> Result<(), KernelError> {
+        let has_counter = |chain: &Chain| {
+            chain.rules.iter().any(|rule| rule.statements.contains(&Statement::Counter))
+        };
+        for (name, chain) in old.chains.iter().filter(|(_, chain)| has_counter(chain)) {
+            if mac_of_chain(name).is_some() && new.chains.get(name) != Some(chain) {
+                self.add_chain_counters(Some(name), replaced)?;
+            }
+        }
+        // A packet that is in the ruleset when a transaction takes effect goes on with the old rules
+        // but looks up the new elements: it must find the chains filled that these lead to.
+        let mut batch = self.batch();
+        creations(&mut batch, old, new);
+        self.commit_part(batch, progress)?;
+        let mut batch = self.batch();
+        difference(&mut batch, old, new);
+        self.commit_part(batch, progress)
+    }
+
+    fn commit_part(&mut self, batch: Batch, progress: &mut Progress) -> Result<(), KernelError> {
+        let is_empty = batch.len() == 0;
+        let result = self.commit(batch);
+        // What was sent and not acknowledged may have taken effect.
+        let is_refused = matches!(result, Err(KernelError::Refused { .. } | KernelError::Denied));
+        if !is_empty && !is_refused {
+            *progress = Progress::Partial;
+        }
+        result
+    }
+
+    /// Removes the slots that a change has left.
+    ///
+    /// # Errors
+    /// If the kernel refuses; nothing is changed then.
+    pub fn finish(&mut self, change: &Transition) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        for (name, gone) in change.leftovers() {
+            batch.delete_elements(Family::Bridge, name, gone);
+        }
+        self.commit(batch)
+    }
+
+    /// Removes our tables, whatever their layout. Returns whether there were any.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or a table of our name belongs to another program.
+    pub fn remove(&mut self) -> Result<bool, KernelError> {
+        let mut batch = self.batch();
+        for family in Family::ALL {
+            if self.table_layout(family)?.is_some() {
+                batch.delete_table(family);
+            }
+        }
+        let any = batch.len() != 0;
+        self.commit(batch).map(|()| any)
+    }
+}

@@ -1,0 +1,149 @@
+//! Recovery of what an nfqd that ran before has left in the kernel.
+
+use super::super::model::Family;
+use super::{Kernel, KernelError};
+use crate::ids::SlotId;
+use crate::mark;
+use crate::packet::Ports;
+use crate::slots::{SlotKey, SlotVersion, Slots};
+use crate::timeouts::CLOSE_TIMEOUT;
+use nfqd_shmctl::{MacAddr, Protocol};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Instant;
+
+/// The state of an earlier nfqd, as far as the kernel remembers it.
+#[derive(Debug, Default)]
+pub struct RecoveredState {
+    /// The slots, with their identifiers.
+    pub slots: Slots,
+    /// The MACs of backends, whether they were found or a command gave them.
+    pub macs: BTreeMap<SlotKey, MacAddr>,
+    /// The cached replies.
+    pub replies: Vec<CachedReply>,
+}
+
+/// The reply direction of a flow, as the kernel caches it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CachedReply {
+    /// The backend's address.
+    pub source: IpAddr,
+    /// The client's address.
+    pub destination: IpAddr,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The ports, as in packets of the backend.
+    pub ports: Ports,
+    /// The slot.
+    pub slot: SlotId,
+    /// The backend that the slot stands for.
+    pub key: SlotKey,
+    /// Whether the flow is closing.
+    pub closing: bool,
+}
+
+/// The suffixes of the maps of flows and replies, with their protocols.
+const FLOW_MAPS: [(&str, Protocol); 8] = [
+    ("tcp4", Protocol::TCP),
+    ("tcp6", Protocol::TCP),
+    ("udp4", Protocol::UDP),
+    ("udp6", Protocol::UDP),
+    ("port_tcp4", Protocol::TCP),
+    ("port_tcp6", Protocol::TCP),
+    ("port_udp4", Protocol::UDP),
+    ("port_udp6", Protocol::UDP),
+];
+
+/// The names of the map that tells the engine the middlebox: today's, and that of layout 1.
+const UPCALL_MAPS: [&str; 2] = ["upcall", "ask"];
+
+impl Kernel {
+    /// Returns what an nfqd that ran before has left in the kernel: nothing, if there is no table of
+    /// ours.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked, or a table of our name belongs to another program or to a
+    /// newer nfqd.
+    pub fn recover(&mut self) -> Result<RecoveredState, KernelError> {
+        let (mut out, now) = (RecoveredState::default(), Instant::now());
+        if !self.owns_table(Family::Bridge)? {
+            return Ok(out);
+        }
+        let mut keys: BTreeMap<SlotId, SlotKey> = BTreeMap::new();
+        for (map, address_len) in [("backend_vip4", 4), ("backend_vip6", 16)] {
+            for element in self.elements(Family::Bridge, map)? {
+                let version: Option<SlotVersion> =
+                    element.comment.as_ref().and_then(|text| text.parse().ok());
+                let version = version.filter(|_| element.data.len() == address_len);
+                if let Some((id, version)) = slot(&element.key).zip(version) {
+                    out.slots.adopt([(id, version)], now);
+                    keys.insert(id, version.key());
+                }
+            }
+        }
+        for element in self.elements(Family::Bridge, "backend_mac")? {
+            let key = slot(&element.key).and_then(|id| keys.get(&id)).copied();
+            let mac: Option<[u8; 6]> = element.data.try_into().ok();
+            out.macs.extend(key.filter(|key| !key.is_local()).zip(mac.map(MacAddr)));
+        }
+        for map in UPCALL_MAPS {
+            for element in self.elements(Family::Bridge, map)? {
+                let number: Option<u32> = element.comment.and_then(|text| text.parse().ok());
+                let id = number.and_then(crate::ids::MiddleboxId::new);
+                let mac: Option<[u8; 6]> = element.key.try_into().ok();
+                out.slots.adopt_middleboxes(id.zip(mac.map(MacAddr)), now);
+            }
+        }
+        for (suffix, protocol) in FLOW_MAPS {
+            for element in self.elements(Family::Bridge, &format!("flows_{suffix}"))? {
+                if let Some(id) = slot(&element.data) {
+                    out.slots.reserve(id, now);
+                }
+            }
+            for element in self.elements(Family::Bridge, &format!("replies_{suffix}"))? {
+                let Some(id) = slot(&element.data) else { continue };
+                out.slots.reserve(id, now);
+                // Only a closing flow is cached for so short a time.
+                let short = u64::from(CLOSE_TIMEOUT) * 1000;
+                let closing = element.timeout_ms.is_some_and(|timeout| timeout <= short);
+                let key = keys.get(&id).copied();
+                let reply = key.and_then(|key| cached_reply(&element.key, protocol, id, key));
+                out.replies.extend(reply.map(|reply| CachedReply { closing, ..reply }));
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Reads the slot of a key or data of a map, in host order.
+fn slot(bytes: &[u8]) -> Option<SlotId> {
+    mark::slot(u32::from_ne_bytes(bytes.try_into().ok()?))
+}
+
+/// Reads the key of a map of replies: two addresses, then two ports of two bytes padded to four.
+fn cached_reply(
+    key: &[u8],
+    protocol: Protocol,
+    slot: SlotId,
+    slot_key: SlotKey,
+) -> Option<CachedReply> {
+    let address = |bytes: &[u8]| match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    };
+    let (addresses, ports) = key.split_at_checked(key.len().checked_sub(8)?)?;
+    let (source, destination) = addresses.split_at(addresses.len() / 2);
+    let &[a, b, _, _, c, d, _, _] = ports else { return None };
+    Some(CachedReply {
+        source: address(source)?,
+        destination: address(destination)?,
+        protocol,
+        ports: Ports {
+            source: u16::from_be_bytes([a, b]),
+            destination: u16::from_be_bytes([c, d]),
+        },
+        slot,
+        key: slot_key,
+        closing: false,
+    })
+}

@@ -1,0 +1,27 @@
+//! Names of chains and sets, and comments, which are parsed back from the kernel.
+
+use nfqd_shmctl::{MacAddr, RuleId};
+
+/// The beginning of the names of maps from slots to addresses and ports.
+pub(super) const SLOT_MAPS: &str = "backend_";
+
+/// The beginning of the comment of a rule that counts packets whose flow could not be cached.
+pub(super) const CACHE_FULL: &str = "cache full: ";
+
+/// Returns the comment of the elements and rules that count for a rule.
+pub(super) fn rule_comment(rule: RuleId) -> String {
+    format!("rule {rule}")
+}
+
+/// Returns the name of a middlebox' own set or chain.
+pub(super) fn own_name(what: &str, mac: MacAddr) -> String {
+    format!("{what}_{}", mac.to_string().replace(':', ""))
+}
+
+/// Returns the middlebox whose own chain of filters has this name.
+pub(super) fn mac_of_chain(chain: &str) -> Option<MacAddr> {
+    let digits = chain.strip_prefix("filters_")?;
+    let byte = |at: usize| u8::from_str_radix(digits.get(at..at + 2)?, 16).ok();
+    let bytes: Option<Vec<u8>> = (0..12).step_by(2).map(byte).collect();
+    bytes?.try_into().ok().map(MacAddr)
+}

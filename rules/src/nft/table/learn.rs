@@ -1,0 +1,204 @@
+//! The chain `learn` and those it leads to: carrying out the engine's verdicts, and caching flows.
+
+use super::{BaseTable, LEARN_PRIORITY};
+use crate::mark::{ID, OPERATION, Operation};
+use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule};
+use crate::nft::family::{
+    CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, TCP, cached_flows, flow_key,
+    reply_key, reply_key_of_request,
+};
+use crate::nft::field::{Field, Value};
+use crate::nft::model::{Chain, Rule, Statement};
+use crate::nft::names::CACHE_FULL;
+use crate::timeouts::CLOSE_TIMEOUT;
+
+/// The chain that carries out each operation, for ports that are kept.
+pub(super) const OPERATIONS: [(Operation, &str); 8] = [
+    (Operation::Redirect, "redirected"),
+    (Operation::RedirectInvalidate, "redirected_new"),
+    (Operation::RedirectInstall, "learn_flow"),
+    (Operation::RedirectExpire, "close_flow"),
+    (Operation::Reply, "replied"),
+    (Operation::ReplyInstall, "learn_reply"),
+    (Operation::ReplyExpire, "close_reply"),
+    (Operation::Local, "local_flow"),
+];
+
+/// The key of a flow in packets that a chain sees.
+type Key = fn(IpFamily) -> Vec<Field>;
+
+impl BaseTable<'_> {
+    pub(super) fn learn_chains(&mut self) {
+        let operation = Field::Mark(OPERATION);
+        let nothing_to_do = vec![Statement::Is(operation, Value::Mark(0)), accept()];
+        let rules = vec![
+            commented(nothing_to_do, "not from the engine, or nothing to do"),
+            rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
+            commented(vec![goto("unanswered")], "no engine, or its queue was full"),
+        ];
+        let learn = Chain { priority: Some(LEARN_PRIORITY), rules };
+        self.table.chains.insert("learn".to_string(), learn);
+        let finish = vec![clear_mark(), accept()];
+        self.chain("finish", vec![commented(finish, "none of our mark bits leaves")]);
+        for ports in PORT_REWRITES {
+            self.redirect_chains(ports);
+            self.reply_operation_chains(ports);
+        }
+        self.local_chains();
+        self.unanswered_chain();
+    }
+
+    /// Chains of verdicts that send a packet to its backend.
+    fn redirect_chains(&mut self, ports: PortRewrite) {
+        let name = |chain: &str| ports.chain(chain);
+        self.chain(&name("to_backend"), rewriting(ports, IpFamily::redirect_writes));
+        let to_backend = vec![rule(vec![jump(&name("to_backend"))])];
+        let finish = vec![rule(vec![goto("finish")])];
+        // A flow to a backend is not one of the backend itself.
+        let no_bypass = each_protocol(|ip, protocol| Statement::Forget {
+            key: reply_key_of_request(ip),
+            set: protocol.name("bypass", ip),
+        });
+
+        // What is cached of these addresses and ports is of an earlier flow, even if this one is not
+        // cached yet.
+        let flows = PORT_REWRITES.map(|ports| forget(flow_key, "flows", ports)).concat();
+        let replies =
+            PORT_REWRITES.map(|ports| forget(reply_key_of_request, "replies", ports)).concat();
+        let rules =
+            [flows, to_backend.clone(), no_bypass.clone(), replies, finish.clone()].concat();
+        self.chain(&name("redirected_new"), rules);
+
+        let rules = [to_backend.clone(), no_bypass.clone(), finish].concat();
+        self.chain(&name("redirected"), rules);
+
+        // A flow has one kind of ports: a rule that finds it in the maps of the other kind would
+        // write half of what it should.
+        let other = ports.other();
+        let learned = name("learned_flow");
+        let rules =
+            [forget(flow_key, "flows", other), install(flow_key, "flows", ports, None, &learned)];
+        self.chain(&name("learn_flow"), rules.concat());
+        let rules = [
+            to_backend.clone(),
+            no_bypass,
+            forget(reply_key_of_request, "replies", other),
+            install(reply_key_of_request, "replies", ports, None, "finish"),
+        ];
+        self.chain(&learned, rules.concat());
+
+        let (closed, soon) = (name("closed_flow"), Some(CLOSE_TIMEOUT));
+        self.chain(&name("close_flow"), install(flow_key, "flows", ports, soon, &closed));
+        let replies = install(reply_key_of_request, "replies", ports, soon, "finish");
+        self.chain(&closed, [to_backend, replies].concat());
+    }
+
+    /// Chains of verdicts that translate a reply.
+    fn reply_operation_chains(&mut self, ports: PortRewrite) {
+        let name = |chain: &str| ports.chain(chain);
+        self.chain(&name("from_backend"), rewriting(ports, IpFamily::reply_writes));
+        let replied = name("replied");
+        let rules = vec![rule(vec![jump(&name("from_backend"))]), rule(vec![goto("finish")])];
+        self.chain(&replied, rules);
+
+        let mut rules = Vec::new();
+        if ports == PortRewrite::Kept {
+            let no_slot = Statement::Is(Field::Mark(ID), Value::Mark(0));
+            rules.push(rule(vec![no_slot, goto("learn_bypass")]));
+        }
+        rules.extend(forget(reply_key, "replies", ports.other()));
+        rules.extend(install(reply_key, "replies", ports, None, &replied));
+        self.chain(&name("learn_reply"), rules);
+
+        let mut rules = forget(reply_key, "replies", ports);
+        rules.push(rule(vec![goto(&replied)]));
+        self.chain(&name("close_reply"), rules);
+    }
+
+    /// Chains of verdicts that cache a flow without rewriting it: of a backend itself, or of the
+    /// middlebox itself.
+    fn local_chains(&mut self) {
+        let bypass = |ip: IpFamily, protocol: CachedProtocol| Statement::Remember {
+            key: reply_key(ip),
+            set: protocol.name("bypass", ip),
+        };
+        self.chain("learn_bypass", each_or_full("bypass", "finish", bypass));
+        let rules = install(flow_key, "flows", PortRewrite::Kept, Some(CLOSE_TIMEOUT), "finish");
+        self.chain("local_flow", rules);
+    }
+
+    /// Packets that came back without a verdict. Cached replies and static redirects work without
+    /// the engine, for whole TCP and UDP packets: the rest depends on what only the engine knows.
+    fn unanswered_chain(&mut self) {
+        let mut rules = Vec::new();
+        // Replies that begin or end a connection went to the engine although they are cached.
+        for ip in FAMILIES {
+            for ports in PORT_REWRITES {
+                let rewrite = Statement::RewriteFlow {
+                    key: reply_key(ip),
+                    flows: TCP.map("replies", ports, ip),
+                    writes: ip.reply_writes(ports),
+                };
+                rules.push(rule([TCP.is_whole(ip), vec![rewrite, goto("finish")]].concat()));
+            }
+        }
+        for (ip, protocol) in cached_flows() {
+            let redirects =
+                Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
+            rules.push(rule([protocol.is_whole(ip), vec![redirects]].concat()));
+        }
+        rules.push(rule(vec![goto("finish")]));
+        self.chain("unanswered", rules);
+    }
+}
+
+/// Returns the rules that write addresses, and ports where they are translated.
+fn rewriting(
+    ports: PortRewrite,
+    writes: fn(IpFamily, PortRewrite) -> Vec<crate::nft::model::Write>,
+) -> Vec<Rule> {
+    let rewrite = |ip: IpFamily| Statement::Rewrite(writes(ip, ports));
+    match ports {
+        PortRewrite::Kept => FAMILIES.map(|ip| rule(vec![ip.is(), rewrite(ip)])).to_vec(),
+        PortRewrite::Translated => each_protocol(|ip, _| rewrite(ip)),
+    }
+}
+
+/// Returns a rule for each cached protocol.
+fn each_protocol(statement: impl Fn(IpFamily, CachedProtocol) -> Statement) -> Vec<Rule> {
+    let one = |(ip, protocol): (IpFamily, CachedProtocol)| {
+        rule([protocol.is(ip), vec![statement(ip, protocol)]].concat())
+    };
+    cached_flows().map(one).collect()
+}
+
+/// Returns the rules that remove a packet's flow from a map.
+fn forget(key: Key, map: &'static str, ports: PortRewrite) -> Vec<Rule> {
+    each_protocol(|ip, protocol| Statement::ForgetFlow {
+        key: key(ip),
+        map: protocol.map(map, ports, ip),
+    })
+}
+
+/// Returns the rules that cache a packet's flow in a map and go on in the chain `then`.
+fn install(key: Key, map: &str, ports: PortRewrite, timeout: Option<u32>, then: &str) -> Vec<Rule> {
+    each_or_full(&ports.chain(map), then, |ip, protocol| Statement::Learn {
+        key: key(ip),
+        map: protocol.map(map, ports, ip),
+        timeout,
+    })
+}
+
+/// Returns a rule for each cached protocol that goes on in the chain `then`. A statement that caches
+/// ends its rule if its map is full; the last rule counts those packets.
+fn each_or_full(
+    map: &str,
+    then: &str,
+    statement: impl Fn(IpFamily, CachedProtocol) -> Statement,
+) -> Vec<Rule> {
+    let one = |(ip, protocol): (IpFamily, CachedProtocol)| {
+        rule([protocol.is(ip), vec![statement(ip, protocol), goto(then)]].concat())
+    };
+    let full = commented(vec![Statement::Counter, goto(then)], &format!("{CACHE_FULL}{map}"));
+    cached_flows().map(one).chain([full]).collect()
+}

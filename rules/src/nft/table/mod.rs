@@ -1,0 +1,60 @@
+//! The base table: what is in the bridge family whatever is registered.
+//!
+//! In the order a packet meets it: [`steer`], [`filter`], [`reply`], [`flow`], [`upcall`], and behind
+//! the engine [`learn`]. Base chains are made once and stay, because deleting one drops every packet
+//! that waits in a queue. `docs/ARCHITECTURE.md` draws the way of a packet.
+
+mod filter;
+mod flow;
+mod learn;
+mod reply;
+mod sets;
+mod steer;
+mod upcall;
+
+pub(super) use upcall::queueing_table;
+
+use super::model::{Chain, Family, Rule, Table};
+use super::options::{FastPath, RulesetOptions};
+
+/// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or forwards.
+const STEER_PRIORITY: i32 = -300;
+/// Priority of the chain `learn`: behind br_netfilter's hook.
+const LEARN_PRIORITY: i32 = 100;
+/// Priority of the ip and ip6 chains that queue: before the host's connection tracking reassembles
+/// fragments (NF_IP_PRI_RAW_BEFORE_DEFRAG), so that the engine sees what the bridge sees.
+const QUEUE_PRIORITY: i32 = -450;
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+/// The flags of TCP segments that begin or end a connection, which the engine must see.
+const CONNECTION_FLAGS: u8 = FIN | SYN | RST;
+
+/// The base table while it is being built.
+struct BaseTable<'a> {
+    table: Table,
+    options: &'a RulesetOptions,
+}
+
+/// Returns the base table.
+pub(super) fn base_table(options: &RulesetOptions) -> Table {
+    let mut base = BaseTable { table: Table::new(Family::Bridge), options };
+    base.sets();
+    base.steer_chain();
+    base.filter_chains();
+    if options.fast_path == FastPath::Full {
+        base.reply_chains();
+        base.known_chain();
+        base.balance_chain();
+    }
+    base.upcall_chain();
+    base.learn_chains();
+    base.table
+}
+
+impl BaseTable<'_> {
+    fn chain(&mut self, name: &str, rules: Vec<Rule>) {
+        self.table.chains.insert(name.to_string(), Chain { priority: None, rules });
+    }
+}

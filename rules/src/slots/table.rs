@@ -1,0 +1,292 @@
+//! The table of slots in use.
+
+use super::allocator::IdAllocator;
+use super::version::{SlotVersion, fingerprint};
+use super::{BackendObservation, BackendRef, BackendView, Slot, SlotKey};
+use crate::ids::{MiddleboxId, SlotId};
+use crate::policy::{Middlebox, Policy};
+use crate::timeouts::LONGEST_TIMEOUT;
+use imbl::OrdMap;
+use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// Quarantine of a slot's identifier: longer than anything that the kernel caches under it.
+pub const QUARANTINE: Duration = Duration::from_secs(LONGEST_TIMEOUT as u64 + 30);
+
+/// Quarantine of a middlebox' identifier: longer than any packet is on its way to the engine.
+const MIDDLEBOX_QUARANTINE: Duration = Duration::from_secs(60);
+
+/// The most slot identifiers of one middlebox that may be in quarantine. Guests create and remove
+/// services at will; the limit keeps one of them from using up the identifiers of all.
+pub const MAX_QUARANTINED: u32 = 16_384;
+
+/// The slots in use, and the identifiers by which marks name middleboxes on the way to the engine. A
+/// clone is cheap: both share what is equal.
+#[derive(Clone, Debug)]
+pub struct Slots {
+    slot_ids: IdAllocator<SlotVersion, SlotId>,
+    current: OrdMap<SlotKey, Slot>,
+    by_id: OrdMap<SlotId, SlotKey>,
+    /// The number of slots that each backend address has.
+    backends: OrdMap<IpAddr, u32>,
+    middlebox_ids: IdAllocator<MacAddr, MiddleboxId>,
+    by_middlebox_id: OrdMap<MiddleboxId, MacAddr>,
+}
+
+impl Default for Slots {
+    fn default() -> Slots {
+        Slots {
+            slot_ids: IdAllocator::new(QUARANTINE, MAX_QUARANTINED),
+            current: OrdMap::new(),
+            by_id: OrdMap::new(),
+            backends: OrdMap::new(),
+            middlebox_ids: IdAllocator::new(MIDDLEBOX_QUARANTINE, MAX_QUARANTINED),
+            by_middlebox_id: OrdMap::new(),
+        }
+    }
+}
+
+/// A slot that the policy needs.
+struct Wanted {
+    observation: BackendObservation,
+    dsr: bool,
+}
+
+impl Slots {
+    /// Takes over the slots that a table in the kernel carries.
+    pub fn adopt(&mut self, found: impl IntoIterator<Item = (SlotId, SlotVersion)>, now: Instant) {
+        for (id, version) in found {
+            self.slot_ids.adopt(id, version, now);
+        }
+    }
+
+    /// Takes over the identifiers of middleboxes that a table in the kernel carries.
+    pub fn adopt_middleboxes(
+        &mut self,
+        found: impl IntoIterator<Item = (MiddleboxId, MacAddr)>,
+        now: Instant,
+    ) {
+        for (id, mac) in found {
+            self.middlebox_ids.adopt(id, mac, now);
+        }
+    }
+
+    /// Quarantines an identifier that a cached flow in the kernel carries.
+    pub fn reserve(&mut self, id: SlotId, now: Instant) {
+        self.slot_ids.reserve_up_to(id, now);
+    }
+
+    /// Restores `old` in place of slots that were in use for a moment; the identifiers of those are
+    /// quarantined.
+    pub fn restore(&mut self, old: Slots, now: Instant) {
+        let discarded = std::mem::replace(self, old);
+        for (version, &id) in discarded.slot_ids.used() {
+            if !self.slot_ids.used().contains_key(version) {
+                self.slot_ids.quarantine_again(id, version, now);
+            }
+        }
+        for (mac, &id) in discarded.middlebox_ids.used() {
+            if !self.middlebox_ids.used().contains_key(mac) {
+                self.middlebox_ids.quarantine_again(id, mac, now);
+            }
+        }
+    }
+
+    /// Gives every backend and middlebox of the policy a slot and an identifier, and releases those
+    /// that are gone. Returns false if there are not enough identifiers.
+    pub fn sync_all(&mut self, policy: &Policy, view: &impl BackendView, now: Instant) -> bool {
+        let slots = self.slot_ids.used().keys().map(|version| version.key().middlebox);
+        let known = self.middlebox_ids.used().keys().copied().chain(slots);
+        let gone: BTreeSet<MacAddr> = known.filter(|mac| policy.get(*mac).is_none()).collect();
+        for mac in gone {
+            self.sync(mac, None, view, now);
+        }
+        let mut enough = true;
+        for (mac, middlebox) in policy.middleboxes() {
+            enough &= self.sync(*mac, Some(middlebox), view, now);
+        }
+        enough
+    }
+
+    /// Does the same for one middlebox; `None` if it is not registered. A backend that is dead has
+    /// no slot, unless its flows stay with it. Returns false if there are not enough identifiers.
+    pub fn sync(
+        &mut self,
+        mac: MacAddr,
+        middlebox: Option<&Middlebox>,
+        view: &impl BackendView,
+        now: Instant,
+    ) -> bool {
+        if middlebox.is_some() {
+            // Without an identifier of the middlebox, slots are of no use.
+            let Some(id) = self.middlebox_ids.allocate(mac, now) else { return false };
+            self.by_middlebox_id.insert(id, mac);
+        } else {
+            if let Some(id) = self.middlebox_ids.used().get(&mac) {
+                self.by_middlebox_id.remove(id);
+            }
+            self.middlebox_ids.release(&mac, now);
+        }
+        let wanted = wanted_slots(mac, middlebox, view);
+        let first = SlotVersion { key: first_key(mac), fingerprint: 0 };
+        let gone: Vec<SlotVersion> = self
+            .slot_ids
+            .used()
+            .range(first..)
+            .map(|(version, _)| *version)
+            .take_while(|version| version.key.middlebox == mac)
+            .filter(|version| !wanted.contains_key(version))
+            .collect();
+        for version in gone {
+            self.slot_ids.release(&version, now);
+        }
+        let before: Vec<(SlotKey, Slot)> = self.of(mac).collect();
+        for (key, slot) in before {
+            self.current.remove(&key);
+            self.by_id.remove(&slot.id);
+            self.count_backend(key, slot, |count| count.saturating_sub(1));
+        }
+        let mut enough = true;
+        for (version, Wanted { observation, dsr }) in wanted {
+            let Some(id) = self.slot_ids.allocate(version, now) else {
+                enough = false;
+                continue;
+            };
+            let SlotVersion { key, fingerprint } = version;
+            let BackendObservation { mac, alive } = observation;
+            let slot = Slot { id, mac, alive, dsr, fingerprint };
+            self.current.insert(key, slot);
+            self.by_id.insert(id, key);
+            self.count_backend(key, slot, |count| count + 1);
+        }
+        enough
+    }
+
+    /// Counts the slots of a backend's address. Packets of a backend that owns the frontend's
+    /// address need no translation, so it is not counted.
+    fn count_backend(&mut self, key: SlotKey, slot: Slot, change: fn(u32) -> u32) {
+        if slot.dsr {
+            return;
+        }
+        let ip = key.backend.ip;
+        match change(self.backends.get(&ip).copied().unwrap_or(0)) {
+            0 => drop(self.backends.remove(&ip)),
+            count => drop(self.backends.insert(ip, count)),
+        }
+    }
+
+    /// Returns the middleboxes whose identifiers or slots differ; found without visiting what both
+    /// share.
+    pub fn changed(&self, before: &Slots) -> BTreeSet<MacAddr> {
+        use imbl::ordmap::DiffItem::{Add, Remove, Update};
+        let slots = before.current.diff(&self.current).map(|item| match item {
+            Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => key.middlebox,
+        });
+        let ids = before.middlebox_ids.used().diff(self.middlebox_ids.used());
+        let middleboxes = ids.map(|item| match item {
+            Add(mac, _) | Remove(mac, _) | Update { new: (mac, _), .. } => *mac,
+        });
+        slots.chain(middleboxes).collect()
+    }
+
+    /// Returns the slot of a backend of a service.
+    pub fn get(&self, key: &SlotKey) -> Option<Slot> {
+        self.current.get(key).copied()
+    }
+
+    /// Returns the backend of a slot in use.
+    pub fn key_of(&self, id: SlotId) -> Option<SlotKey> {
+        self.by_id.get(&id).copied()
+    }
+
+    /// Returns the backend of a slot that is no longer in use, as long as a flow may refer to it.
+    pub fn former_key_of(&self, id: SlotId) -> Option<SlotKey> {
+        self.slot_ids.former_key(id).map(|version| version.key())
+    }
+
+    /// Returns the slot in use of the backend that this slot stands or stood for.
+    pub fn current(&self, id: SlotId) -> Option<SlotId> {
+        if self.by_id.contains_key(&id) {
+            return Some(id);
+        }
+        self.get(&self.former_key_of(id)?).map(|slot| slot.id)
+    }
+
+    /// Returns all slots in use.
+    pub fn iter(&self) -> impl Iterator<Item = (SlotKey, Slot)> {
+        self.current.iter().map(|(key, slot)| (*key, *slot))
+    }
+
+    /// Returns the slots of one middlebox.
+    pub fn of(&self, middlebox: MacAddr) -> impl Iterator<Item = (SlotKey, Slot)> {
+        let from = self.current.range(first_key(middlebox)..);
+        let all = from.map(|(key, slot)| (*key, *slot));
+        all.take_while(move |(key, _)| key.middlebox == middlebox)
+    }
+
+    /// Whether an address is that of a backend whose replies are translated.
+    pub fn is_backend(&self, ip: IpAddr) -> bool {
+        self.backends.contains_key(&ip)
+    }
+
+    /// Returns the identifier of a middlebox.
+    pub fn middlebox_id(&self, mac: MacAddr) -> Option<MiddleboxId> {
+        self.middlebox_ids.used().get(&mac).copied()
+    }
+
+    /// Returns the middlebox with this identifier.
+    pub fn middlebox(&self, id: MiddleboxId) -> Option<MacAddr> {
+        self.by_middlebox_id.get(&id).copied()
+    }
+}
+
+impl SlotKey {
+    /// The slot that stands for the middlebox itself in a pool: for its local connections.
+    pub fn local(middlebox: MacAddr, frontend: Frontend) -> SlotKey {
+        let backend = BackendName { ip: frontend.ip, port: frontend.port };
+        SlotKey { middlebox, frontend, backend }
+    }
+
+    /// Whether the slot stands for the middlebox itself.
+    pub fn is_local(&self) -> bool {
+        *self == SlotKey::local(self.middlebox, self.frontend)
+    }
+}
+
+fn wanted_slots(
+    mac: MacAddr,
+    middlebox: Option<&Middlebox>,
+    view: &impl BackendView,
+) -> BTreeMap<SlotVersion, Wanted> {
+    let mut wanted = BTreeMap::new();
+    let Some(middlebox) = middlebox else { return wanted };
+    for (frontend, service) in middlebox.services() {
+        let fingerprint = fingerprint(mac, middlebox, frontend, service);
+        if service.method().is_pool() {
+            let key = SlotKey::local(mac, *frontend);
+            let observation = BackendObservation { mac: Some(mac), ..BackendObservation::UNKNOWN };
+            wanted.insert(SlotVersion { key, fingerprint }, Wanted { observation, dsr: true });
+        }
+        for (name, backend) in service.backends() {
+            let reference = BackendRef { middlebox: mac, frontend, service, name, backend };
+            let observed = view.observe(&reference);
+            if !observed.alive && service.options().on_dead != OnDead::Keep {
+                continue;
+            }
+            let key = SlotKey { middlebox: mac, frontend: *frontend, backend: *name };
+            let observation = BackendObservation { mac: backend.mac.or(observed.mac), ..observed };
+            let dsr = service.options().dsr;
+            wanted.insert(SlotVersion { key, fingerprint }, Wanted { observation, dsr });
+        }
+    }
+    wanted
+}
+
+/// Returns a key that sorts before all slots of a middlebox.
+fn first_key(middlebox: MacAddr) -> SlotKey {
+    let least = IpAddr::from([0; 4]);
+    let backend = BackendName { ip: least, port: None };
+    SlotKey { middlebox, frontend: Frontend::of(least), backend }
+}

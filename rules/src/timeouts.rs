@@ -1,0 +1,20 @@
+//! Timeouts of what the kernel caches of flows, in seconds.
+//!
+//! The kernel's maps are a cache of the engine's flow table. What is quarantined in [`crate::slots`]
+//! follows from the longest of these.
+
+/// Lifetime of a cached flow towards its backend. It is not refreshed, so a live flow passes the
+/// engine once in this time, which renews the entry with the same backend.
+pub const FLOW_TIMEOUT: u32 = 60;
+/// Lifetime of the cached reply direction of a TCP flow: as long as an established connection may be
+/// silent (RFC 5382, REQ-5), so that an engine that starts anew recovers every one.
+pub const TCP_REPLY_TIMEOUT: u32 = 7440;
+/// Lifetime of the cached reply direction of a UDP flow: shorter than the engine keeps the flow, so
+/// that replies alone keep it alive.
+pub const UDP_REPLY_TIMEOUT: u32 = 120;
+/// Lifetime of the note that a flow of a backend is its own.
+pub const BYPASS_TIMEOUT: u32 = 90;
+/// Lifetime of a cached flow that is closing; the engine keeps it longer.
+pub const CLOSE_TIMEOUT: u32 = 5;
+/// The longest lifetime of a cache entry.
+pub const LONGEST_TIMEOUT: u32 = TCP_REPLY_TIMEOUT;

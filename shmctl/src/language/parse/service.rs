@@ -1,0 +1,260 @@
+//! Reads what `R L` and `B` say behind the middlebox.
+
+use super::error::{CommandError, ErrorCode};
+use super::words::{Place, Word, Words};
+use super::{check_family, check_unicast, same_family};
+use crate::language::command::Command;
+use crate::language::service::{
+    BackendChange, BackendName, Check, Destination, Frontend, MAX_WEIGHT, Method, OnDead, OnEmpty,
+    ServiceOptions, ServiceSpec,
+};
+use crate::language::value::{MacAddr, decimal};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+const SERVICE: &str = "not an address or a port of one; write one like 10.129.126.15, 2001:db8::1, \
+                       10.129.126.15:80, 10.129.126.15:53/udp or [2001:db8::1]:80";
+const TYPE: &str =
+    "not a balancing type; write 0 (static), 1 (source), 2 (rr), 3 (hash) or 4 (least)";
+const DESTINATION: &str = "not a destination; write an IP address, like 10.129.126.17, or 10.129.126.17@MAC; in full \
+                           ip[:port][@mac][*weight], with [ip]:port for IPv6";
+const OPTIONS: &str = "dsr, affinity, seed=N, check=none|arp|tcp[:port], on-dead=move|reset|keep, on-empty=reject|pass";
+
+/// `{ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`.
+pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, CommandError> {
+    let frontend = frontend(words)?;
+    let method = method(words, frontend.ip)?;
+    let destinations = destinations(words, Some(frontend), method.is_pool())?;
+    let mut options = ServiceOptions::default();
+    let mut named = BTreeSet::new();
+    for word in words.by_ref() {
+        let name = option(word, method, &mut options)?;
+        if !named.insert(name) {
+            let expected = "an option that was given before; give each once";
+            return Err(CommandError::new(ErrorCode::Syntax, word, expected));
+        }
+        let ported = destinations.iter().any(|to| to.port.is_some() && to.port != frontend.port);
+        if options.dsr && ported {
+            let expected = "rewrites nothing but the MAC; leave out the backends' ports";
+            return Err(CommandError::new(ErrorCode::Value, word, expected));
+        }
+        if options.check == Check::Tcp(None) && frontend.port.is_none() {
+            let expected = "knows no port, because the service has none; write check=tcp:PORT";
+            return Err(CommandError::new(ErrorCode::Value, word, expected));
+        }
+    }
+    Ok(Command::RegisterService {
+        mac,
+        frontend,
+        spec: ServiceSpec { method, destinations, options },
+    })
+}
+
+/// `[{ip}[:port[/tcp|udp]]] + {dst}…`, `- {dst}…` or `= {dst}… drain|up`.
+pub(super) fn change(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, CommandError> {
+    let is_sign = |text: &str| matches!(text, "+" | "-" | "=");
+    let named = words.peek().is_some_and(|word| !is_sign(word.text));
+    let frontend = if named { Some(frontend(words)?) } else { None };
+    let expected =
+        "not a change; write + (add), - (remove) or = (drain or up), and backends behind it";
+    let sign = words
+        .expect(ErrorCode::Syntax, expected, |text| is_sign(text).then(|| text.to_string()))?;
+    let change = match sign.as_str() {
+        "+" => BackendChange::Add(destinations(words, frontend, true)?),
+        "-" => BackendChange::Remove(names(destinations(words, frontend, true)?)),
+        _ => {
+            let backends = names(destinations(words, frontend, true)?);
+            let expected = "not a state; write drain (no new flows) or up";
+            let drain = words.expect(ErrorCode::Syntax, expected, |text| {
+                match text.to_ascii_lowercase().as_str() {
+                    "drain" => Some(true),
+                    "up" => Some(false),
+                    _ => None,
+                }
+            })?;
+            if drain { BackendChange::Drain(backends) } else { BackendChange::Up(backends) }
+        }
+    };
+    Ok(Command::ChangeBackends { mac, frontend, change })
+}
+
+fn names(destinations: Vec<Destination>) -> Vec<BackendName> {
+    destinations.iter().map(Destination::name).collect()
+}
+
+/// What clients of a service use.
+pub(super) fn frontend(words: &mut Words<'_>) -> Result<Frontend, CommandError> {
+    words.mark(Place::Frontend);
+    let word = words.peek().unwrap_or(words.end());
+    let frontend: Frontend = words.expect(ErrorCode::Value, SERVICE, |text| text.parse().ok())?;
+    check_unicast(word, frontend.ip).map(|()| frontend)
+}
+
+fn method(words: &mut Words<'_>, frontend: IpAddr) -> Result<Method, CommandError> {
+    let word = words.next().unwrap_or(words.end());
+    Ok(match word.text.to_ascii_lowercase().as_str() {
+        "0" | "static" => Method::Static,
+        "1" | "source" => Method::Source(same_family(words, frontend)?),
+        "2" | "rr" => Method::RoundRobin,
+        "3" | "hash" => Method::Hash,
+        "4" | "least" => Method::Least,
+        text if decimal::<u32>(text).is_some() => {
+            return Err(CommandError::new(ErrorCode::Value, word, TYPE));
+        }
+        _ => return Err(CommandError::new(ErrorCode::Syntax, word, TYPE)),
+    })
+}
+
+/// One destination, or as many as there are.
+fn destinations(
+    words: &mut Words<'_>,
+    frontend: Option<Frontend>,
+    several: bool,
+) -> Result<Vec<Destination>, CommandError> {
+    let mut out = vec![destination(words, frontend)?];
+    while several && words.peek().is_some_and(|word| !begins_option(word.text)) {
+        let word = words.peek().unwrap_or(words.end());
+        let next = destination(words, frontend)?;
+        let port = |to: &Destination| to.port.or(frontend.and_then(|frontend| frontend.port));
+        if let Some(first) = out.first() {
+            check_family(word, next.ip, first.ip)?;
+        }
+        if out.iter().any(|before| before.ip == next.ip && port(before) == port(&next)) {
+            let expected = "named twice; name each backend once";
+            return Err(CommandError::new(ErrorCode::Value, word, expected));
+        }
+        out.push(next);
+    }
+    Ok(out)
+}
+
+/// Whether a word stands behind destinations. Addresses and MACs have a `.` or a `:`, and so has what is mistaken for
+/// them; `check=tcp:80` is the exception.
+fn begins_option(text: &str) -> bool {
+    text.contains('=') || text.bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'-')
+}
+
+/// `ip[:port][@mac][*weight]`, not the registered address itself.
+fn destination(
+    words: &mut Words<'_>,
+    frontend: Option<Frontend>,
+) -> Result<Destination, CommandError> {
+    words.mark(Place::Backend(0));
+    let Some(word) = words.next() else {
+        return Err(CommandError::new(ErrorCode::Syntax, words.end(), DESTINATION));
+    };
+    let value = |expected: &str| CommandError::new(ErrorCode::Value, word, expected);
+    let (rest, weight) = match word.text.rsplit_once('*') {
+        None => (word.text, 1),
+        Some((rest, weight)) => {
+            let weight = decimal(weight).filter(|weight| (1..=MAX_WEIGHT).contains(weight));
+            (
+                rest,
+                weight.ok_or_else(|| {
+                    value("behind the * there is no weight; write one from 1 to 1000")
+                })?,
+            )
+        }
+    };
+    let (name, mac) = match rest.split_once('@') {
+        None => (rest, None),
+        Some((name, mac)) => (name, Some(mac)),
+    };
+    let Ok(BackendName { ip, port }) = name.parse() else { return Err(value(DESTINATION)) };
+    check_unicast(word, ip)?;
+    if let Some(frontend) = frontend {
+        check_family(word, ip, frontend.ip)?;
+        if ip == frontend.ip {
+            return Err(value("the middlebox' own address; write the address of another host"));
+        }
+        if frontend.port.is_none() && port.is_some() {
+            return Err(value(
+                "a port, but the registered address has none; give both a port, or neither",
+            ));
+        }
+    }
+    let mac = match mac.map(str::parse::<MacAddr>) {
+        None => None,
+        Some(Ok(mac)) if mac.is_station() => Some(mac),
+        Some(_) => {
+            return Err(value(
+                "behind the @ there is no unicast MAC address; write one like 12:13:14:15:16:17",
+            ));
+        }
+    };
+    Ok(Destination { ip, port, mac, weight })
+}
+
+/// Reads an option into `terms`; its name comes back.
+fn option(
+    word: Word<'_>,
+    method: Method,
+    options: &mut ServiceOptions,
+) -> Result<String, CommandError> {
+    let syntax = |expected: String| CommandError::new(ErrorCode::Syntax, word, expected);
+    let (name, value) = match word.text.split_once('=') {
+        None => (word.text, None),
+        Some((name, value)) => (name, Some(value)),
+    };
+    let unknown = || {
+        if method.is_pool() {
+            syntax(format!(
+                "not a destination and not an option; options are {OPTIONS}, behind all destinations"
+            ))
+        } else {
+            syntax(
+                "unexpected; this type has one destination, and behind it nothing but dsr"
+                    .to_string(),
+            )
+        }
+    };
+    let lower = |text: &str| text.to_ascii_lowercase();
+    if lower(name) == "dsr" && value.is_none() {
+        options.dsr = true;
+        return Ok(lower(name));
+    }
+    if !method.is_pool() {
+        return Err(unknown());
+    }
+    match (lower(name).as_str(), value.map(lower).as_deref()) {
+        ("affinity", None) => options.affinity = true,
+        ("seed", Some(seed)) => {
+            let expected = "has no seed behind it; write a number from 0 to 4294967295";
+            options.seed =
+                decimal(seed).ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))?;
+        }
+        ("check", Some(kind)) => {
+            let expected = "not a check; write check=none, check=arp, check=tcp or check=tcp:PORT";
+            let check = match kind.split_once(':') {
+                None if kind == "none" => Some(Check::None),
+                None if kind == "arp" => Some(Check::Neighbour),
+                None if kind == "tcp" => Some(Check::Tcp(None)),
+                Some(("tcp", port)) => {
+                    decimal(port).filter(|port| *port != 0).map(|port| Check::Tcp(Some(port)))
+                }
+                _ => None,
+            };
+            options.check =
+                check.ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))?;
+        }
+        ("on-dead", Some(what)) => {
+            let expected = "not what happens to flows of a dead backend; write move, reset or keep";
+            options.on_dead = match what {
+                "move" => OnDead::Move,
+                "reset" => OnDead::Reset,
+                "keep" => OnDead::Keep,
+                _ => return Err(CommandError::new(ErrorCode::Value, word, expected)),
+            };
+        }
+        ("on-empty", Some(what)) => {
+            let expected = "not what happens without a backend; write reject or pass";
+            options.on_empty = match what {
+                "reject" => OnEmpty::Reject,
+                "pass" => OnEmpty::Pass,
+                _ => return Err(CommandError::new(ErrorCode::Value, word, expected)),
+            };
+        }
+        _ => return Err(unknown()),
+    }
+    Ok(lower(name))
+}

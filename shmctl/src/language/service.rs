@@ -1,0 +1,312 @@
+//! Load balancing as the command language has it: services, how they choose, and the backends they choose from.
+
+use super::value::{MacAddr, ParseValueError, Protocol, decimal};
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::str::FromStr;
+
+/// What clients of a service use: an address, or one port of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Frontend {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port; without one, every port.
+    pub port: Option<u16>,
+    /// The protocol of the port, TCP or UDP; without one, both.
+    pub protocol: Option<Protocol>,
+}
+
+impl Frontend {
+    /// An address as a whole.
+    pub fn of(ip: IpAddr) -> Frontend {
+        Frontend { ip, port: None, protocol: None }
+    }
+
+    /// Whether packets that both could take are this one's: that of a port goes before that of the whole address, that of a
+    /// protocol before that of both.
+    pub fn takes_precedence_over(&self, other: &Frontend) -> bool {
+        fn meet<T: PartialEq>(one: Option<T>, other: Option<T>) -> bool {
+            one.is_none() || other.is_none() || one == other
+        }
+        let meets = self.ip == other.ip
+            && meet(self.port, other.port)
+            && meet(self.protocol, other.protocol);
+        let place = |frontend: &Frontend| (frontend.port.is_none(), frontend.protocol.is_none());
+        meets && place(self) < place(other)
+    }
+}
+
+/// A backend as a command names it, to take it out or to change its state.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct BackendName {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its port; without one, the service's.
+    pub port: Option<u16>,
+}
+
+/// A backend as a command describes it: `ip[:port][@mac][*weight]`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Destination {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its port; without one, the service's.
+    pub port: Option<u16>,
+    /// Its MAC, when the command says it; the host finds it otherwise.
+    pub mac: Option<MacAddr>,
+    /// Its share of new flows beside the other backends': 1 to [`MAX_WEIGHT`].
+    pub weight: u16,
+}
+
+/// The largest weight.
+pub const MAX_WEIGHT: u16 = 1000;
+
+impl Destination {
+    /// Its name.
+    pub fn name(&self) -> BackendName {
+        BackendName { ip: self.ip, port: self.port }
+    }
+}
+
+/// How a service chooses a backend for a new flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Method {
+    /// Type 0: there is one backend, and all that the service takes goes there.
+    Static,
+    /// Type 1: the same, for what comes from this address only.
+    Source(IpAddr),
+    /// Type 2: by weighted round robin.
+    RoundRobin,
+    /// Type 3: by consistent hashing.
+    Hash,
+    /// Type 4: to the one with the fewest live flows for its weight.
+    Least,
+}
+
+impl Method {
+    /// Whether there may be several backends, of which each flow keeps its own.
+    pub fn is_pool(self) -> bool {
+        matches!(self, Method::RoundRobin | Method::Hash | Method::Least)
+    }
+}
+
+/// How the host learns whether a backend is alive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Check {
+    /// A backend whose MAC the command gives is taken as alive, others answer ARP or neighbour discovery.
+    #[default]
+    Default,
+    /// Not at all.
+    None,
+    /// By ARP or neighbour discovery.
+    Neighbour,
+    /// By TCP connections from the host to this port; without one, to the backend's.
+    Tcp(Option<u16>),
+}
+
+/// What happens to the flows of a backend that is dead or was removed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnDead {
+    /// They go to other backends; these end what they do not know.
+    #[default]
+    Move,
+    /// TCP connections are ended by a reset at their next packet; others move.
+    Reset,
+    /// They stay with a dead backend, in case it comes back.
+    Keep,
+}
+
+/// What happens to a new flow when no backend can take it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnEmpty {
+    /// It is refused: TCP by a reset, others by an ICMP error.
+    #[default]
+    Reject,
+    /// The middlebox gets it.
+    Pass,
+}
+
+/// What a service does besides choosing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ServiceOptions {
+    /// Only the MAC is rewritten: backends own the address, and answer clients themselves.
+    pub dsr: bool,
+    /// All flows of a client's address go to one backend.
+    pub affinity: bool,
+    /// The seed of consistent hashing.
+    pub seed: u32,
+    /// How backends are checked.
+    pub check: Check,
+    /// What happens to the flows of a dead backend.
+    pub on_dead: OnDead,
+    /// What happens when there is no backend.
+    pub on_empty: OnEmpty,
+}
+
+/// What `R L` registers. Addresses have the family of the registered one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServiceSpec {
+    /// How it chooses.
+    pub method: Method,
+    /// The backends: at least one; one for types that are no pools; none twice.
+    pub destinations: Vec<Destination>,
+    /// The rest.
+    pub options: ServiceOptions,
+}
+
+/// A change of a pool's backends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BackendChange {
+    /// `+`: add these, or give them another MAC and weight.
+    Add(Vec<Destination>),
+    /// `-`: remove these.
+    Remove(Vec<BackendName>),
+    /// `= … drain`: these get no new flows.
+    Drain(Vec<BackendName>),
+    /// `= … up`: these get new flows again.
+    Up(Vec<BackendName>),
+}
+
+/// An address with a port: `10.0.0.1:80` or `[2001:db8::1]:80`.
+pub(crate) fn with_port(text: &str) -> Option<(IpAddr, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let port = decimal(port).filter(|port| *port != 0)?;
+    let ip = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        Some(host) => IpAddr::V6(host.parse::<Ipv6Addr>().ok()?),
+        None => IpAddr::V4(host.parse().ok()?),
+    };
+    Some((ip, port))
+}
+
+impl FromStr for Frontend {
+    type Err = ParseValueError;
+
+    fn from_str(text: &str) -> Result<Frontend, ParseValueError> {
+        if let Ok(ip) = text.parse() {
+            return Ok(Frontend::of(ip));
+        }
+        let (address, protocol) = match text.split_once('/') {
+            None => (text, None),
+            Some((address, name)) if name.eq_ignore_ascii_case("tcp") => {
+                (address, Some(Protocol::TCP))
+            }
+            Some((address, name)) if name.eq_ignore_ascii_case("udp") => {
+                (address, Some(Protocol::UDP))
+            }
+            Some(_) => return Err(ParseValueError),
+        };
+        let (ip, port) = with_port(address).ok_or(ParseValueError)?;
+        Ok(Frontend { ip, port: Some(port), protocol })
+    }
+}
+
+impl FromStr for BackendName {
+    type Err = ParseValueError;
+
+    fn from_str(text: &str) -> Result<BackendName, ParseValueError> {
+        if let Ok(ip) = text.parse() {
+            return Ok(BackendName { ip, port: None });
+        }
+        let (ip, port) = with_port(text).ok_or(ParseValueError)?;
+        Ok(BackendName { ip, port: Some(port) })
+    }
+}
+
+fn write_address(f: &mut fmt::Formatter<'_>, ip: IpAddr, port: Option<u16>) -> fmt::Result {
+    match (ip, port) {
+        (ip, None) => write!(f, "{ip}"),
+        (IpAddr::V4(ip), Some(port)) => write!(f, "{ip}:{port}"),
+        (IpAddr::V6(ip), Some(port)) => write!(f, "[{ip}]:{port}"),
+    }
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_address(f, self.ip, self.port)?;
+        self.protocol.map_or(Ok(()), |protocol| write!(f, "/{protocol}"))
+    }
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_address(f, self.ip, self.port)
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name().fmt(f)?;
+        self.mac.map_or(Ok(()), |mac| write!(f, "@{mac}"))?;
+        if self.weight == 1 { Ok(()) } else { write!(f, "*{}", self.weight) }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Method::Static => f.write_str("0"),
+            Method::Source(ip) => write!(f, "1 {ip}"),
+            Method::RoundRobin => f.write_str("rr"),
+            Method::Hash => f.write_str("hash"),
+            Method::Least => f.write_str("least"),
+        }
+    }
+}
+
+/// Each option that is not the default, with a blank before it.
+impl fmt::Display for ServiceOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.dsr {
+            f.write_str(" dsr")?;
+        }
+        if self.affinity {
+            f.write_str(" affinity")?;
+        }
+        if self.seed != 0 {
+            write!(f, " seed={}", self.seed)?;
+        }
+        match self.check {
+            Check::Default => {}
+            Check::None => f.write_str(" check=none")?,
+            Check::Neighbour => f.write_str(" check=arp")?,
+            Check::Tcp(None) => f.write_str(" check=tcp")?,
+            Check::Tcp(Some(port)) => write!(f, " check=tcp:{port}")?,
+        }
+        match self.on_dead {
+            OnDead::Move => {}
+            OnDead::Reset => f.write_str(" on-dead=reset")?,
+            OnDead::Keep => f.write_str(" on-dead=keep")?,
+        }
+        match self.on_empty {
+            OnEmpty::Reject => Ok(()),
+            OnEmpty::Pass => f.write_str(" on-empty=pass"),
+        }
+    }
+}
+
+impl fmt::Display for ServiceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.method.fmt(f)?;
+        self.destinations.iter().try_for_each(|to| write!(f, " {to}"))?;
+        self.options.fmt(f)
+    }
+}
+
+impl fmt::Display for BackendChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words = |sign: char, names: &[BackendName], state: &str| {
+            write!(f, "{sign}")?;
+            names.iter().try_for_each(|name| write!(f, " {name}"))?;
+            f.write_str(state)
+        };
+        match self {
+            BackendChange::Remove(names) => words('-', names, ""),
+            BackendChange::Drain(names) => words('=', names, " drain"),
+            BackendChange::Up(names) => words('=', names, " up"),
+            BackendChange::Add(destinations) => {
+                f.write_str("+")?;
+                destinations.iter().try_for_each(|to| write!(f, " {to}"))
+            }
+        }
+    }
+}

@@ -1,8 +1,0 @@
-//! Answers many connections, in the network namespace that it is started in: `crowd NAME PORT`, both numbers.
-#![allow(clippy::expect_used)]
-
-fn main() {
-    let mut arguments = std::env::args().skip(1).map(|text| text.parse().expect("a number"));
-    let (name, port): (u16, u16) = (arguments.next().expect("a name"), arguments.next().expect("a port"));
-    nfqd_tests::crowd::run(name.try_into().expect("a byte"), port);
-}
