@@ -270,7 +270,9 @@ fn socket_paths(control: Option<PathBuf>, observe: Option<PathBuf>) -> SocketPat
         Some("control") | None => control.with_file_name("observe"),
         Some(name) => control.with_file_name(format!("{name}.observe")),
     };
+    let directory = control.parent().filter(|_| is_default).map(Path::to_path_buf);
     SocketPaths {
+        directory,
         observe: observe.unwrap_or(beside),
         control,
         legacy: is_default.then(|| PathBuf::from(LEGACY_CONTROL)),
@@ -357,6 +359,9 @@ mod tests {
         assert_eq!(default.legacy.as_deref(), Some(Path::new("/run/nfqd.sock")));
         assert_eq!(paths(Some("/run/nfqd.sock")), default);
         let other = paths(Some("/tmp/a.sock"));
-        assert_eq!((other.observe, other.legacy), (PathBuf::from("/tmp/a.sock.observe"), None));
+        assert_eq!(
+            (other.directory, other.observe, other.legacy),
+            (None, PathBuf::from("/tmp/a.sock.observe"), None)
+        );
     }
 }

@@ -140,7 +140,7 @@ impl SignalFd {
     /// If the system refuses.
     pub fn new(signals: &[i32]) -> io::Result<SignalFd> {
         let (read, write) = UnixStream::pair()?;
-        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly::default(), signals)?;
+        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, signals)?;
         Ok(SignalFd { delivery })
     }
 

@@ -1,10 +1,10 @@
-//! What crosses shared memory between a middlebox VM and its host.
+//! The interface between a middlebox VM and its host: what crosses shared memory.
 //!
-//! * [`Command`] is the command language; [`Command::parse`] reads one line of it and [`Display`] writes the
-//!   canonical form back.
-//! * [`Region`] maps an ivshmem region. It is the only module with `unsafe`: bytes are copied out once and no Rust
-//!   reference into the region ever exists.
-//! * [`mailbox`] is the protocol at offset 0, both ends of it.
+//! * [`language`]: the command language. [`Command::parse`] parses one line of it, [`Display`]
+//!   writes the canonical form back.
+//! * [`Region`]: a mapped ivshmem region. It is the only module with `unsafe`: bytes are copied out
+//!   once and no Rust reference into the region ever exists.
+//! * [`mailbox`]: the protocol at offset 0, both ends of it.
 //!
 //! # Layout of the region
 //!
@@ -12,16 +12,17 @@
 //!
 //! | offset | size | what | written by |
 //! |---|---|---|---|
-//! | 0 | 2048 | commands: `@…@` frames of ASCII text; NUL bytes inside are skipped | the guest; the host replaces both `@` of a frame by `$` when it has taken it |
-//! | 2048 | 2048 | reply: text ended by a NUL, one line a frame | the host |
-//! | 4096 | … | left for the ring layout | nobody yet |
+//! | 0 | 2048 | commands: `@…@` messages of ASCII text; NUL bytes inside are skipped | the guest; the host replaces both `@` of a message by `$` when it has taken it |
+//! | 2048 | 2048 | reply: text ended by a NUL, one line a message | the host |
+//! | 4096 | … | reserved | nobody |
 //!
-//! Frames stand one behind the other from the start, with NULs or blanks between them; what stands before a frame and is
-//! neither, nor a taken frame, leaves it unread. A write should have at most sixteen frames: further ones are answered
-//! over the reply to the first.
+//! Messages follow each other from the start, with NULs or blanks between them; any other byte in
+//! front of a message leaves it unread. A write should have at most sixteen messages: further ones
+//! are answered over the reply to the first.
 //!
-//! A writer keeps the mailbox' depth of one: it writes the body and the closing `@`, the opening `@` last, waits
-//! until the opening byte has become `$`, and then reads the reply. The host writes the reply before it writes `$`.
+//! The mailbox has a depth of one: a writer writes the body and the closing `@`, the opening `@`
+//! last, waits until the opening byte is `$`, and then reads the reply. The host writes the reply
+//! before it writes `$`.
 //!
 //! [`Display`]: std::fmt::Display
 

@@ -1,7 +1,8 @@
 //! A mapped ivshmem region: bytes in, bytes out, and single bytes atomically.
 //!
-//! The other side may change any byte at any time. So there is never a Rust reference into the region: ranges are
-//! copied by volatile reads and writes, and the copy is judged. This is the only module of the crate with `unsafe`.
+//! The other side may change any byte at any time. So there is never a Rust reference into the
+//! region: ranges are copied by volatile reads and writes, and only the copy is parsed. This is the
+//! only module of the crate with `unsafe`.
 #![allow(unsafe_code)]
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -12,10 +13,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// The size of a region that nfqd makes: 1 MiB, as the original's.
+/// The size of a region that nfqd creates: 1 MiB, like the original's.
 pub const DEFAULT_SIZE: usize = 1 << 20;
 
-/// A region below this size cannot hold the mailbox.
+/// The smallest size of a region, in bytes: that of the mailbox.
 const MIN_SIZE: u64 = 4096;
 
 /// A shared mapping of a region.
@@ -26,31 +27,31 @@ pub struct Region {
     path: PathBuf,
 }
 
-/// Why a region cannot be used.
+/// The reason a region cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
-    /// It cannot be opened, made or mapped.
+    /// The region cannot be opened, created or mapped.
     #[error("{path}: {source}; it must be a file that this user can read and write")]
     Io {
         /// The path asked for.
         path: PathBuf,
-        /// What the system said.
+        /// The system's reason.
         source: io::Error,
     },
-    /// It is no file that can be shared memory.
+    /// The path is not a file that can be shared memory.
     #[error("{path}: not a regular file; give the mem-path of the VM's memory-backend-file")]
     Kind {
         /// The path asked for.
         path: PathBuf,
     },
-    /// It has no room for the mailbox, or has become smaller than it was.
+    /// The file is too small for the mailbox, or smaller than it was.
     #[error("{path}: {size} bytes long; a region has at least {needed}")]
     Size {
         /// The path asked for.
         path: PathBuf,
-        /// Its size in bytes.
+        /// The size in bytes.
         size: u64,
-        /// The size it must have in bytes.
+        /// The size that it must have, in bytes.
         needed: u64,
     },
 }
@@ -59,12 +60,13 @@ impl Region {
     /// Maps an existing region.
     ///
     /// # Errors
-    /// When it is missing, unreadable, no file, or too small.
+    /// If it is missing, unreadable, not a file, or too small.
     pub fn open(path: &Path) -> Result<Region, RegionError> {
         Region::map(path, OpenOptions::new().read(true).write(true), false)
     }
 
-    /// Maps a region, which is made, [`DEFAULT_SIZE`] long and for this user only, when it is not there.
+    /// Maps a region, which is created if it does not exist: [`DEFAULT_SIZE`] long, and for this
+    /// user only.
     ///
     /// # Errors
     /// As [`Region::open`].
@@ -77,7 +79,7 @@ impl Region {
         let io = |source| RegionError::Io { path: path.to_path_buf(), source };
         let file = options.open(path).map_err(io)?;
         let about = file.metadata().map_err(io)?;
-        // The memory of a PCI device is a regular file, too, in sysfs.
+        // In sysfs, the memory of a PCI device is a regular file as well.
         if !about.is_file() {
             return Err(RegionError::Kind { path: path.to_path_buf() });
         }
@@ -85,7 +87,7 @@ impl Region {
             if about.len() == 0 {
                 file.set_len(DEFAULT_SIZE as u64).map_err(io)?;
             }
-            // Touching a hole that a full file system cannot fill is a SIGBUS; now it is an error.
+            // Touching a hole that a full file system cannot fill is a SIGBUS; here it is an error.
             let len = file.metadata().map_err(io)?.len().min(DEFAULT_SIZE as u64);
             posix_fallocate(&file, 0, len as i64).map_err(|errno| io(errno.into()))?;
         }
@@ -97,21 +99,22 @@ impl Region {
         Ok(Region { map, file, path: path.to_path_buf() })
     }
 
-    /// Where the region is.
+    /// Returns the path of the region.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its size in bytes.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.map.len()
     }
 
-    /// Whether the file still backs the whole mapping. Touching a mapping of a file that was cut is a SIGBUS, so this
-    /// is asked before a region that another user could cut is read.
+    /// Checks that the file still backs the whole mapping. Touching a mapping of a file that was
+    /// truncated is a SIGBUS, so this comes before reading a region that another user could
+    /// truncate.
     ///
     /// # Errors
-    /// When the file has become smaller, or cannot be asked.
+    /// If the file has become smaller, or its size is not known.
     pub fn check_size(&self) -> Result<(), RegionError> {
         let size = self
             .file
@@ -125,10 +128,11 @@ impl Region {
         Ok(())
     }
 
-    /// A pointer to `len` bytes at `offset`.
+    /// Returns a pointer to `len` bytes at `offset`.
     ///
     /// # Panics
-    /// When they are not inside the region: offsets are constants of the layout, never read from the region.
+    /// If they are not inside the region: offsets are constants of the layout, never read from the
+    /// region.
     fn range(&self, offset: usize, len: usize) -> *mut u8 {
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.map.len());
         assert!(inside, "{len} bytes at {offset} of a region of {}", self.map.len());
@@ -136,10 +140,10 @@ impl Region {
         unsafe { self.map.as_mut_ptr().add(offset) }
     }
 
-    /// Copies bytes out. What the other side changes meanwhile may be seen in part.
+    /// Copies bytes out. A concurrent change by the other side may be seen in part.
     ///
     /// # Panics
-    /// When the range is not inside the region.
+    /// If the range is not inside the region.
     pub fn read(&self, offset: usize, out: &mut [u8]) {
         let from = self.range(offset, out.len());
         let (words, rest) = out.as_chunks_mut::<8>();
@@ -158,7 +162,7 @@ impl Region {
     /// Copies bytes in.
     ///
     /// # Panics
-    /// When the range is not inside the region.
+    /// If the range is not inside the region.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         let to = self.range(offset, bytes.len());
         for (index, byte) in bytes.iter().enumerate() {
@@ -174,10 +178,10 @@ impl Region {
         unsafe { AtomicU8::from_ptr(at) }
     }
 
-    /// Reads a byte; what its writer wrote before it is seen by later reads.
+    /// Reads a byte; later reads see what its writer wrote before it.
     ///
     /// # Panics
-    /// When the offset is not inside the region.
+    /// If the offset is not inside the region.
     pub fn load(&self, offset: usize) -> u8 {
         self.atomic(offset).load(Ordering::Acquire)
     }
@@ -185,15 +189,15 @@ impl Region {
     /// Writes a byte after everything written before it.
     ///
     /// # Panics
-    /// When the offset is not inside the region.
+    /// If the offset is not inside the region.
     pub fn store(&self, offset: usize, byte: u8) {
         self.atomic(offset).store(byte, Ordering::Release);
     }
 
-    /// Replaces `old` by `new` when the byte is still `old`, and says whether it was.
+    /// Replaces `old` by `new` if the byte is still `old`, and returns whether it was.
     ///
     /// # Panics
-    /// When the offset is not inside the region.
+    /// If the offset is not inside the region.
     pub fn replace(&self, offset: usize, old: u8, new: u8) -> bool {
         self.atomic(offset).compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }

@@ -179,9 +179,10 @@ fn status_tells_which_rules_are_looked_at_one_by_one() {
                 Some("its MAC mask has holes")
             ]
         );
-        assert!(text(&status).contains(
-            "rule #4 has dropped 0 packets, 0 bytes - looked at by itself: nftables has"
-        ));
+        assert!(
+            text(&status)
+                .contains("rule #4 has dropped 0 packets, 0 bytes - not indexed: nftables has")
+        );
     });
 }
 
@@ -265,10 +266,7 @@ fn rules_and_middleboxes_count_what_they_see() {
         let expected = "; R F 12:13:14:15:16:17 10.129.126.15; A 12:13:14:15:16:17 I 8 p icmp; \
                         A 12:13:14:15:16:17 #2 U 2 d 5000-5001; #1 packets 1 bytes 84; #2 packets 2 bytes 256";
         assert!(reply.ends_with(expected), "{reply}");
-        assert_eq!(
-            daemon.tell("Q 2:0:0:0:0:9"),
-            "ERR unknown-mac column 3: '2:0:0:0:0:9': not registered"
-        );
+        assert_eq!(daemon.tell("Q 2:0:0:0:0:9"), "ERR unknown-mac '2:0:0:0:0:9': not registered");
         daemon.must("X 12:13:14:15:16:17");
         assert_eq!(daemon.tell("Q"), "OK nothing registered");
     });
@@ -663,7 +661,9 @@ fn a_mac_that_one_guest_says_is_no_others_after_a_restart() {
             daemon.restart();
         }
         assert!(
-            daemon.log().contains("10.0.0.2 -> 10.0.0.7: its channel may not redirect there"),
+            daemon.log().contains(
+                "10.0.0.2 -> 10.0.0.7: the channel of 02:00:00:00:00:02 may not redirect there"
+            ),
             "{}",
             daemon.log()
         );

@@ -40,7 +40,7 @@ impl ControlPlane {
     pub fn poll_channels(&mut self, now: Instant) {
         for at in 0..self.channels.len() {
             let Some(channel) = self.channels.get_mut(at) else { continue };
-            if !channel.next_poll().is_some_and(|next| next <= now) {
+            if channel.next_poll().is_none_or(|next| next > now) {
                 continue;
             }
             let messages = channel.poll(Instant::now());

@@ -48,6 +48,8 @@ impl Socket {
 /// The paths of the sockets.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SocketPaths {
+    /// The directory to create if it does not exist: that of the default paths.
+    pub directory: Option<PathBuf>,
     /// Of [`Socket::Control`].
     pub control: PathBuf,
     /// Of [`Socket::Observe`].
@@ -117,6 +119,12 @@ impl ControlSocket {
     /// # Errors
     /// If a daemon answers at a path, or a path cannot be used; the text names it.
     pub fn open(paths: &SocketPaths) -> io::Result<ControlSocket> {
+        if let Some(directory) = &paths.directory {
+            let named = |error: io::Error| {
+                io::Error::new(error.kind(), format!("{}: {error}", directory.display()))
+            };
+            fs::create_dir_all(directory).map_err(named)?;
+        }
         let mut listeners = BTreeMap::new();
         for socket in Socket::ALL {
             let path = match socket {
@@ -284,9 +292,6 @@ impl Client {
 }
 
 fn listen(path: &Path, socket: Socket) -> io::Result<Listener> {
-    if let Some(directory) = path.parent().filter(|_| socket != Socket::Legacy) {
-        fs::create_dir_all(directory)?;
-    }
     if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(ErrorKind::AddrInUse, "another nfqd answers here"));
     }
@@ -344,6 +349,7 @@ mod tests {
 
     fn paths(directory: &tempfile::TempDir) -> SocketPaths {
         SocketPaths {
+            directory: Some(directory.path().join("run")),
             control: directory.path().join("run/control"),
             observe: directory.path().join("run/observe"),
             legacy: Some(directory.path().join("old.sock")),

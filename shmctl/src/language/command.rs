@@ -1,6 +1,6 @@
-//! The command language as types, and its canonical text.
+//! Commands as types, and their canonical text.
 //!
-//! A value of [`Command`] is well formed, but may still be refused by the policy it is applied to.
+//! A [`Command`] is well formed, but the policy may still reject it.
 
 use super::field::{Class, Field, FieldValue};
 use super::service::{BackendChange, Destination, Frontend, ServiceSpec};
@@ -14,12 +14,12 @@ use std::str::FromStr;
 pub struct RuleNumber(u16);
 
 impl RuleNumber {
-    /// The rule of this number; there is no rule 0.
+    /// Returns the number, unless it is 0.
     pub fn new(number: u16) -> Option<RuleNumber> {
         (number != 0).then_some(RuleNumber(number))
     }
 
-    /// The number.
+    /// Returns the number, from 1 to 65535.
     pub fn get(self) -> u16 {
         self.0
     }
@@ -31,35 +31,35 @@ impl fmt::Display for RuleNumber {
     }
 }
 
-/// What happens to a packet that a rule matches, or that none does.
+/// The action for a packet that a rule matches, or that no rule matches.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Action {
-    /// It goes on.
+    /// The packet passes.
     Allow,
-    /// It is dropped.
+    /// The packet is dropped.
     Deny,
 }
 
-/// The name of a rule: `+n` allows, `#n` denies. In this order they are looked at.
+/// The name of a rule: `+n` allows, `#n` denies. Rules are evaluated in the order of their names.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct RuleId {
-    /// What it does.
+    /// The action of the rule.
     pub action: Action,
-    /// Its number among the rules that do the same.
+    /// The number among the rules with the same action.
     pub number: RuleNumber,
 }
 
 impl RuleId {
-    /// The rule that a command without a number means, `#1`.
+    /// The rule of a command that names none, `#1`.
     pub const FIRST: RuleId = RuleId { action: Action::Deny, number: RuleNumber(1) };
 
-    /// The rule of this name.
+    /// Returns the rule with this action and number, unless the number is 0.
     pub fn new(action: Action, number: u16) -> Option<RuleId> {
         RuleNumber::new(number).map(|number| RuleId { action, number })
     }
 }
 
-/// Reads `#7` or `+7`.
+/// Parses `#7` or `+7`.
 impl FromStr for RuleId {
     type Err = ParseValueError;
 
@@ -83,32 +83,33 @@ impl fmt::Display for RuleId {
     }
 }
 
-/// What a command asks for.
+/// A command.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
-    /// `R F {mac} {ip} [allow|deny]`: firewall service for a middlebox; its rules start empty.
+    /// `R F {mac} {ip} [allow|deny]`: register a middlebox for firewall service, with no rules.
     RegisterFirewall {
         /// The middlebox.
         mac: MacAddr,
-        /// Its address, the default of `d` under `I`.
+        /// The middlebox' address, the default of `d` under `I`.
         ip: IpAddr,
-        /// What happens to packets that no rule matches.
+        /// The action for packets that no rule matches.
         default: Action,
     },
-    /// `R L {mac} {ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`: load balancing of a middlebox' address.
+    /// `R L {mac} {ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`: register a
+    /// load-balanced service.
     RegisterService {
         /// The middlebox.
         mac: MacAddr,
-        /// What clients use.
+        /// The address, or the port of one, that clients use.
         frontend: Frontend,
-        /// Which traffic goes where.
+        /// The method, the backends and the options.
         spec: ServiceSpec,
     },
     /// `B {mac} [{ip}[:port[/tcp|udp]]] …`: change the backends of a service.
     ChangeBackends {
         /// The middlebox.
         mac: MacAddr,
-        /// The service; without one, the only one.
+        /// The frontend of the service; `None` for the only one.
         frontend: Option<Frontend>,
         /// The change.
         change: BackendChange,
@@ -122,13 +123,14 @@ pub enum Command {
         /// The class, the bits and the values.
         update: FilterUpdate,
     },
-    /// `D {mac} [#n|+n] {class} {value} [key]…`: keep only the bits of the value and blank the keys named.
+    /// `D {mac} [#n|+n] {class} {value} [key]…`: keep only the bits of the value, and clear the
+    /// keys named.
     Delete {
         /// The middlebox.
         mac: MacAddr,
         /// The rule.
         rule: RuleId,
-        /// The class, the bits to keep and the keys to blank.
+        /// The class, the bits to keep and the keys to clear.
         removal: FilterRemoval,
     },
     /// `D {mac} #n|+n`: remove a rule.
@@ -142,12 +144,12 @@ pub enum Command {
     Unregister {
         /// The middlebox.
         mac: MacAddr,
-        /// Which services end.
+        /// The services that end.
         scope: UnregisterScope,
     },
-    /// `Q [{mac}]`: what is registered, with counters.
+    /// `Q [{mac}]`: show what is registered, with counters.
     Query {
-        /// The middlebox; without one, all that the channel may speak for.
+        /// The middlebox; `None` for all that the channel may speak for.
         mac: Option<MacAddr>,
     },
 }
@@ -155,40 +157,41 @@ pub enum Command {
 /// The services of a middlebox that `X` ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum UnregisterScope {
-    /// `F`.
+    /// `F`: the firewall service.
     Firewall,
     /// `L`: all services.
     LoadBalancing,
-    /// `L` and an address: that one.
+    /// `L` and a frontend: that service.
     Service(Frontend),
-    /// `A`, or nothing.
+    /// `A`, or nothing: all services.
     All,
 }
 
-/// What `A` brings: bits to switch on and values to store. A field without a value keeps what it had.
+/// The change of a rule by `A`: bits to switch on and values to store. A field without a value
+/// keeps its own.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FilterUpdate {
     /// The class.
     pub class: Class,
-    /// Bits to switch on, at most the class' [`Class::all`].
+    /// The bits to switch on, at most [`Class::all`].
     pub bits: u8,
-    /// Values of fields of the class, each at most once, in the order of the bits.
+    /// The values of fields of the class, each at most once, in the order of the bits.
     pub values: Vec<FieldValue>,
 }
 
-/// What `D` takes away.
+/// The change of a rule by `D`: bits to keep and values to clear.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FilterRemoval {
     /// The class.
     pub class: Class,
-    /// Bits that stay on, at most the class' [`Class::all`].
+    /// The bits that stay on, at most [`Class::all`].
     pub keep: u8,
-    /// Fields of the class whose values are blanked, in the order of the bits.
+    /// The fields of the class whose values are cleared, in the order of the bits.
     pub blank: Vec<Field>,
 }
 
 impl Command {
-    /// The middlebox that the command speaks for; `Q` may speak for none.
+    /// Returns the middlebox that the command is about; `Q` may be about all.
     pub fn mac(&self) -> Option<MacAddr> {
         match *self {
             Command::Query { mac } => mac,
@@ -204,7 +207,7 @@ impl Command {
 }
 
 impl Command {
-    /// The backends that the command adds, in its order.
+    /// Returns the backends that the command adds, in its order.
     pub fn destinations(&self) -> &[Destination] {
         match self {
             Command::RegisterService { spec, .. } => &spec.destinations,
@@ -216,7 +219,7 @@ impl Command {
     }
 }
 
-/// Writes ` #n`, which rule 1 does not need.
+/// Writes ` #n`, which is left out for rule #1.
 struct Named(RuleId);
 
 impl fmt::Display for Named {
@@ -225,7 +228,7 @@ impl fmt::Display for Named {
     }
 }
 
-/// The canonical text, which parses back to an equal command.
+/// Writes the canonical text, which parses back to an equal command.
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

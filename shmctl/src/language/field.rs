@@ -1,6 +1,7 @@
-//! Filter classes, their fields, and the values that rules compare fields with.
+//! Classes of filter fields, the fields, and the values that rules compare them with.
 //!
-//! This is the one table of the filter language: the parser, the policy and the printed form all read it.
+//! This is the one table of the filter language: the parser, the policy and the printed form all
+//! use it.
 
 use super::value::{
     AddressRange, EtherType, FragmentMatch, MacAddr, MacMask, NumberRange, Protocol, TcpFlags,
@@ -8,7 +9,8 @@ use super::value::{
 use super::value::{ICMP_TYPES, ICMP6_TYPES, named_range, number};
 use std::fmt;
 
-/// A class of fields. Its letter stands in a command; its fields are the bits of the value behind it.
+/// A class of fields, with a letter in commands. Its fields are the bits of the value behind the
+/// letter.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Class {
     /// `I`: IP header.
@@ -70,11 +72,11 @@ pub enum Field {
     TcpFlags,
     /// `P l`: the IP packet's length in bytes, header included.
     Length,
-    /// `P f`: which piece of a datagram the packet is.
+    /// `P f`: the position of the packet in a fragmented datagram.
     Fragment,
 }
 
-/// A field with what it must be.
+/// A field with the value that a rule compares it with.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum FieldValue {
     /// Source addresses.
@@ -111,9 +113,9 @@ pub enum FieldValue {
     Icmp6Code(NumberRange),
     /// TCP flags.
     TcpFlags(TcpFlags),
-    /// Lengths.
+    /// Lengths in bytes.
     Length(NumberRange),
-    /// Pieces.
+    /// Positions in a fragmented datagram.
     Fragment(FragmentMatch),
 }
 
@@ -131,7 +133,7 @@ impl Class {
         Class::Packet,
     ];
 
-    /// The letter in commands.
+    /// Returns the letter in commands.
     pub fn letter(self) -> char {
         match self {
             Class::Inet => 'I',
@@ -146,7 +148,7 @@ impl Class {
         }
     }
 
-    /// The fields, in the order of their bits.
+    /// Returns the fields, in the order of their bits.
     pub fn fields(self) -> &'static [Field] {
         match self {
             Class::Inet => &[Field::SourceIp, Field::DestinationIp, Field::Tos, Field::Protocol],
@@ -161,14 +163,14 @@ impl Class {
         }
     }
 
-    /// The largest bit value: every field of the class on.
+    /// Returns the largest bit value: every field of the class on.
     pub fn all(self) -> u8 {
         self.fields().iter().fold(0, |bits, field| bits | field.bit())
     }
 }
 
 impl Field {
-    /// The class.
+    /// Returns the class of the field.
     pub fn class(self) -> Class {
         match self {
             Field::SourceIp | Field::DestinationIp | Field::Tos | Field::Protocol => Class::Inet,
@@ -183,7 +185,7 @@ impl Field {
         }
     }
 
-    /// The letter of its key.
+    /// Returns the letter of the field's key.
     pub fn letter(self) -> char {
         match self {
             Field::SourceIp
@@ -203,18 +205,19 @@ impl Field {
         }
     }
 
-    /// Its bit in the value of its class: 1, 2, 4 or 8.
+    /// Returns the bit in the value of the class: 1, 2, 4 or 8.
     pub fn bit(self) -> u8 {
         let at = self.class().fields().iter().position(|&field| field == self);
         at.map_or(0, |at| 1 << at)
     }
 
-    /// Whether the registration has a value for it, so that a command need not give one.
+    /// Whether the registration provides a value, so that a command may leave it out.
     pub fn has_default(self) -> bool {
         matches!(self, Field::DestinationIp | Field::DestinationMac)
     }
 
-    /// What may stand behind its key, for messages: what the text is not, and what to write.
+    /// Returns what is expected behind the key, for messages: what the word is not, and what to
+    /// write.
     pub fn expected(self) -> &'static str {
         match self {
             Field::SourceIp | Field::DestinationIp => {
@@ -266,7 +269,7 @@ impl Field {
         }
     }
 
-    /// Reads a value of this field.
+    /// Parses a value of the field.
     pub fn read(self, text: &str) -> Option<FieldValue> {
         let numbers =
             |most: u16| text.parse().ok().filter(|range: &NumberRange| range.last() <= most);
@@ -297,7 +300,7 @@ impl Field {
         })
     }
 
-    /// The value that the registration has for it.
+    /// Returns the value that the registration provides.
     pub fn default_value(self) -> Option<FieldValue> {
         match self {
             Field::DestinationIp => Some(FieldValue::DestinationIp(None)),
@@ -308,7 +311,7 @@ impl Field {
 }
 
 impl FieldValue {
-    /// The field.
+    /// Returns the field.
     pub fn field(&self) -> Field {
         match self {
             FieldValue::SourceIp(_) => Field::SourceIp,
@@ -334,7 +337,7 @@ impl FieldValue {
     }
 }
 
-/// Writes the key and, unless it is the registration's, the value: `s 10.0.0.1`, `d`.
+/// Writes the key and, unless the registration provides it, the value: `s 10.0.0.1`, `d`.
 impl fmt::Display for FieldValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let letter = self.field().letter();

@@ -1,29 +1,29 @@
-//! Load balancing as the command language has it: services, how they choose, and the backends they choose from.
+//! Load-balanced services in the command language: frontends, methods, options and backends.
 
 use super::value::{MacAddr, ParseValueError, Protocol, decimal};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
-/// What clients of a service use: an address, or one port of it.
+/// The address, or the port of one, that clients of a service use.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Frontend {
     /// The address.
     pub ip: IpAddr,
-    /// The port; without one, every port.
+    /// The port; `None` for every port.
     pub port: Option<u16>,
-    /// The protocol of the port, TCP or UDP; without one, both.
+    /// The protocol of the port, TCP or UDP; `None` for both.
     pub protocol: Option<Protocol>,
 }
 
 impl Frontend {
-    /// An address as a whole.
+    /// The frontend of a whole address.
     pub fn of(ip: IpAddr) -> Frontend {
         Frontend { ip, port: None, protocol: None }
     }
 
-    /// Whether packets that both could take are this one's: that of a port goes before that of the whole address, that of a
-    /// protocol before that of both.
+    /// Whether packets that both frontends could take belong to this one: a port takes precedence
+    /// over the whole address, a protocol over both.
     pub fn takes_precedence_over(&self, other: &Frontend) -> bool {
         fn meet<T: PartialEq>(one: Option<T>, other: Option<T>) -> bool {
             one.is_none() || other.is_none() || one == other
@@ -36,50 +36,50 @@ impl Frontend {
     }
 }
 
-/// A backend as a command names it, to take it out or to change its state.
+/// The name of a backend: how commands refer to it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct BackendName {
     /// Its address.
     pub ip: IpAddr,
-    /// Its port; without one, the service's.
+    /// The port; `None` for that of the frontend.
     pub port: Option<u16>,
 }
 
-/// A backend as a command describes it: `ip[:port][@mac][*weight]`.
+/// A backend as a command adds it: `ip[:port][@mac][*weight]`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Destination {
     /// Its address.
     pub ip: IpAddr,
-    /// Its port; without one, the service's.
+    /// The port; `None` for that of the frontend.
     pub port: Option<u16>,
-    /// Its MAC, when the command says it; the host finds it otherwise.
+    /// The MAC, if the command gives it; the host finds it otherwise.
     pub mac: Option<MacAddr>,
-    /// Its share of new flows beside the other backends': 1 to [`MAX_WEIGHT`].
+    /// The weight, from 1 to [`MAX_WEIGHT`]: the backend's share of new flows beside the others'.
     pub weight: u16,
 }
 
-/// The largest weight.
+/// The largest weight of a backend.
 pub const MAX_WEIGHT: u16 = 1000;
 
 impl Destination {
-    /// Its name.
+    /// Returns the name.
     pub fn name(&self) -> BackendName {
         BackendName { ip: self.ip, port: self.port }
     }
 }
 
-/// How a service chooses a backend for a new flow.
+/// The method by which a service chooses the backend of a new flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Method {
-    /// Type 0: there is one backend, and all that the service takes goes there.
+    /// Type 0: the one backend gets all that the service takes.
     Static,
-    /// Type 1: the same, for what comes from this address only.
+    /// Type 1: the one backend gets what comes from this address.
     Source(IpAddr),
-    /// Type 2: by weighted round robin.
+    /// Type 2: weighted round robin.
     RoundRobin,
-    /// Type 3: by consistent hashing.
+    /// Type 3: consistent hashing.
     Hash,
-    /// Type 4: to the one with the fewest live flows for its weight.
+    /// Type 4: the backend with the fewest live flows for its weight.
     Least,
 }
 
@@ -90,84 +90,84 @@ impl Method {
     }
 }
 
-/// How the host learns whether a backend is alive.
+/// The check by which the host learns whether a backend is alive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Check {
-    /// A backend whose MAC the command gives is taken as alive, others answer ARP or neighbour discovery.
+    /// ARP or neighbour discovery; none for a backend whose MAC the command gives.
     #[default]
     Default,
-    /// Not at all.
+    /// None: the backend is always considered alive.
     None,
-    /// By ARP or neighbour discovery.
+    /// ARP or neighbour discovery.
     Neighbour,
-    /// By TCP connections from the host to this port; without one, to the backend's.
+    /// A TCP connection from the host to this port, or to the backend's if there is none.
     Tcp(Option<u16>),
 }
 
-/// What happens to the flows of a backend that is dead or was removed.
+/// The treatment of the flows of a backend that is dead or was removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OnDead {
-    /// They go to other backends; these end what they do not know.
+    /// They move to other backends, which reset connections that they do not know.
     #[default]
     Move,
-    /// TCP connections are ended by a reset at their next packet; others move.
+    /// TCP connections are reset at their next packet; other flows move.
     Reset,
     /// They stay with a dead backend, in case it comes back.
     Keep,
 }
 
-/// What happens to a new flow when no backend can take it.
+/// The treatment of a new flow that no backend can take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OnEmpty {
-    /// It is refused: TCP by a reset, others by an ICMP error.
+    /// It is rejected: TCP with a reset, other protocols with an ICMP error.
     #[default]
     Reject,
-    /// The middlebox gets it.
+    /// It goes to the middlebox.
     Pass,
 }
 
-/// What a service does besides choosing.
+/// The options of a service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ServiceOptions {
-    /// Only the MAC is rewritten: backends own the address, and answer clients themselves.
+    /// Whether only the MAC is rewritten: backends own the address, and answer clients directly.
     pub dsr: bool,
-    /// All flows of a client's address go to one backend.
+    /// Whether all flows from one client address go to the same backend.
     pub affinity: bool,
     /// The seed of consistent hashing.
     pub seed: u32,
-    /// How backends are checked.
+    /// The check of the backends.
     pub check: Check,
-    /// What happens to the flows of a dead backend.
+    /// The treatment of the flows of a dead backend.
     pub on_dead: OnDead,
-    /// What happens when there is no backend.
+    /// The treatment of new flows without a backend.
     pub on_empty: OnEmpty,
 }
 
-/// What `R L` registers. Addresses have the family of the registered one.
+/// A service as `R L` registers it. All addresses are of one family.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServiceSpec {
-    /// How it chooses.
+    /// The method.
     pub method: Method,
-    /// The backends: at least one; one for types that are no pools; none twice.
+    /// The backends: one, or for pools one or more, none of them twice.
     pub destinations: Vec<Destination>,
-    /// The rest.
+    /// The options.
     pub options: ServiceOptions,
 }
 
 /// A change of a pool's backends.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum BackendChange {
-    /// `+`: add these, or give them another MAC and weight.
+    /// `+`: add these backends, or change their MAC and weight.
     Add(Vec<Destination>),
-    /// `-`: remove these.
+    /// `-`: remove these backends.
     Remove(Vec<BackendName>),
-    /// `= … drain`: these get no new flows.
+    /// `= … drain`: these backends get no new flows.
     Drain(Vec<BackendName>),
-    /// `= … up`: these get new flows again.
+    /// `= … up`: these backends get new flows again.
     Up(Vec<BackendName>),
 }
 
-/// An address with a port: `10.0.0.1:80` or `[2001:db8::1]:80`.
+/// Parses an address with a port: `10.0.0.1:80` or `[2001:db8::1]:80`.
 pub(crate) fn with_port(text: &str) -> Option<(IpAddr, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let port = decimal(port).filter(|port| *port != 0)?;
@@ -253,7 +253,7 @@ impl fmt::Display for Method {
     }
 }
 
-/// Each option that is not the default, with a blank before it.
+/// Writes each option that is not the default, with a blank in front of it.
 impl fmt::Display for ServiceOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.dsr {

@@ -5,50 +5,52 @@ use crate::language::parse::MAX_COMMAND;
 use crate::language::service::BackendName;
 use crate::language::value::MacAddr;
 
-/// A command taken out of the mailbox, to be answered.
+/// A message taken out of the mailbox, which is to be answered.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MailboxMessage {
-    /// The text between the marks, NUL bytes left out.
+    /// The text between the marks, without NUL bytes.
     pub text: Result<String, MessageError>,
     /// The offset of the opening `@`.
     pub(super) open: usize,
-    /// The offset of the closing `@`, where there is one.
+    /// The offset of the closing `@`, if there is one.
     pub(super) close: Option<usize>,
-    /// Offsets of `$` inside: they would be taken for marks.
+    /// The offsets of `$` inside, which would be taken for marks.
     pub(super) dollars: Vec<usize>,
 }
 
-/// Why a frame has no text.
+/// The reason a message has no text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// No closing mark came.
+    /// There is no closing mark.
     #[error(
         "'@' at offset {offset} has no closing '@' within {COMMAND_SIZE} bytes and {} s; write @COMMAND@ with at \
          most {MAX_COMMAND} bytes between the marks",
         UNTERMINATED_AFTER.as_secs()
     )]
     Unterminated {
-        /// Where the opening mark stands.
+        /// The offset of the opening mark.
         offset: usize,
     },
-    /// There are bytes that are no ASCII text.
+    /// A byte is not ASCII text.
     #[error("byte {byte:#04x} at offset {offset} is not printable ASCII; commands are ASCII text")]
     NotText {
         /// The byte.
         byte: u8,
-        /// Where it stands.
+        /// The offset of the byte.
         offset: usize,
     },
 }
 
-/// Where the mark that closes a frame stands in its body. A `@` between an IP address and a MAC belongs to a destination
-/// (`10.0.0.3:80@02:00:00:00:00:03`), and so does one that only wants to: glued to an IP address and to more text, with
-/// another mark behind it. One before what may become a MAC when the writer goes on leaves the frame open.
+/// Returns where the mark that closes a message is in its body. A `@` between an IP address and a
+/// MAC belongs to a destination (`10.0.0.3:80@02:00:00:00:00:03`), and so does one that seems to:
+/// between an IP address and more text, with another mark behind it. One in front of what may still
+/// become a MAC leaves the message open.
 pub(super) fn closing(body: &[(usize, u8)]) -> Option<usize> {
     let mut from = 0;
-    // Marks that stand before MACs. What an earlier, longer command has left behind a new one's end may look like destinations
-    // that go on, but is followed by the earlier one's taken mark. Then the only such mark is the end; of several nobody can
-    // tell which, and the frame is never obeyed.
+    // The first mark in front of a MAC, and whether it is the only one. What an earlier, longer
+    // command has left behind the end of a new one may look like further destinations, but the
+    // earlier command's taken mark follows. If there is one such mark, it is the end; of several
+    // there is no telling which is, and the message is never executed.
     let (mut first, mut only) = (None, true);
     let left_behind = |first: usize, end: usize| {
         body.get(first..end).is_some_and(|bytes| bytes.iter().any(|&(_, byte)| byte == TAKEN))
@@ -90,7 +92,7 @@ pub(super) fn closing(body: &[(usize, u8)]) -> Option<usize> {
     }
 }
 
-/// The text of a frame.
+/// Returns the text of a message.
 pub(super) fn text_of(body: &[(usize, u8)]) -> Result<String, MessageError> {
     let is_text = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
     match body.iter().find(|&&(_, byte)| !is_text(byte)) {

@@ -1,6 +1,7 @@
-//! Reads one line of the command language into a [`Command`], or says which token is wrong and what was expected.
+//! The parser: one line becomes a [`Command`], or an error that names the wrong word and what was
+//! expected.
 //!
-//! Nothing here panics on any input, and the work is bounded by [`MAX_COMMAND`].
+//! It does not panic on any input, and its work is bounded by [`MAX_COMMAND`].
 
 pub mod error;
 mod service;
@@ -43,8 +44,8 @@ impl<'a> ParsedCommand<'a> {
     }
 }
 
-/// The commands of a file with their line numbers from 1, without blank lines and comments (a `#` that does not
-/// begin a rule number, and what follows it).
+/// Returns the commands of a file with their line numbers from 1, without blank lines and comments
+/// (a `#` that does not begin a rule, and what follows it).
 pub fn split_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let without_comment = |line: &str| {
         let digit_follows = |at: usize| line.as_bytes().get(at + 1).is_some_and(u8::is_ascii_digit);
@@ -122,7 +123,7 @@ fn address(words: &mut Words<'_>) -> Result<IpAddr, CommandError> {
     words.expect(ErrorCode::Value, ADDRESS, |text| text.parse().ok())
 }
 
-/// `F {mac} {ip} [allow|deny]` or `L {mac} …`.
+/// Parses `F {mac} {ip} [allow|deny]` or `L {mac} …`.
 fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     let expected = "not a service; write F (firewall) or L (load balancing)";
     let firewall = words.expect(ErrorCode::Syntax, expected, |text| match text {
@@ -157,7 +158,7 @@ fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     Ok(Command::RegisterFirewall { mac, ip, default })
 }
 
-/// An address that one host can have.
+/// Parses an address that one host can have.
 fn unicast(words: &mut Words<'_>) -> Result<IpAddr, CommandError> {
     let word = words.peek().unwrap_or(words.end());
     let ip = address(words)?;
@@ -166,7 +167,7 @@ fn unicast(words: &mut Words<'_>) -> Result<IpAddr, CommandError> {
 
 fn check_unicast(word: Word<'_>, ip: IpAddr) -> Result<(), CommandError> {
     let broadcast = ip == IpAddr::from([255, 255, 255, 255]);
-    // An IPv4 address in IPv6's clothes is on no wire.
+    // An IPv4-mapped address is on no wire.
     let mapped = matches!(ip, IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some());
     if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || broadcast || mapped {
         let expected =
@@ -176,7 +177,7 @@ fn check_unicast(word: Word<'_>, ip: IpAddr) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// An address of the family of `ip`.
+/// Parses an address of the family of `ip`.
 fn same_family(words: &mut Words<'_>, ip: IpAddr) -> Result<IpAddr, CommandError> {
     let word = words.peek().unwrap_or(words.end());
     let other = unicast(words)?;
@@ -193,7 +194,7 @@ fn check_family(word: Word<'_>, other: IpAddr, ip: IpAddr) -> Result<(), Command
     Err(CommandError::new(ErrorCode::Value, word, expected))
 }
 
-/// `{mac} [#n|+n]`, the beginning of `A` and `D`.
+/// Parses `{mac} [#n|+n]`, the beginning of `A` and `D`.
 fn mac_and_rule(words: &mut Words<'_>) -> Result<(MacAddr, Option<RuleId>), CommandError> {
     let mac = mac(words)?;
     words.mark(Place::Rule);
@@ -206,7 +207,7 @@ fn mac_and_rule(words: &mut Words<'_>) -> Result<(MacAddr, Option<RuleId>), Comm
     Ok((mac, Some(rule)))
 }
 
-/// `{class} {value}`.
+/// Parses `{class} {value}`.
 fn class_and_bits(words: &mut Words<'_>) -> Result<(Class, u8), CommandError> {
     let class = words.expect(ErrorCode::Syntax, CLASS, |text| {
         let letter = only_char(text)?.to_ascii_uppercase();
@@ -225,13 +226,13 @@ fn only_char(text: &str) -> Option<char> {
     chars.next().filter(|_| chars.next().is_none())
 }
 
-/// The field of the class whose key a token is.
+/// Returns the field of the class whose key a word is.
 fn key(class: Class, text: &str) -> Option<Field> {
     let letter = only_char(text)?.to_ascii_lowercase();
     class.fields().iter().copied().find(|field| field.letter() == letter)
 }
 
-/// The next key of the class; each may be named once.
+/// Parses the next key of the class; each may be named once.
 fn next_key<'a>(
     words: &mut Words<'a>,
     class: Class,
@@ -257,7 +258,8 @@ fn add(words: &mut Words<'_>) -> Result<Command, CommandError> {
     let (class, bits) = class_and_bits(words)?;
     let (mut seen, mut values) = (Vec::new(), Vec::new());
     while let Some((field, _)) = next_key(words, class, &mut seen)? {
-        // What the registration has a value for may stand alone: another key, or the end, follows.
+        // A key whose value the registration provides may be alone: another key, or the end,
+        // follows.
         let alone = words.peek().is_none_or(|word| key(class, word.text).is_some());
         values.push(match field.default_value().filter(|_| alone) {
             Some(value) => value,
@@ -279,7 +281,7 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
     }
     let (class, keep) = class_and_bits(words)?;
     let mut blank = Vec::new();
-    // A blanked key whose bit stays on would leave a bit on without a value.
+    // Clearing a key whose bit stays on would leave a bit on without a value.
     while let Some((field, word)) = next_key(words, class, &mut blank)? {
         let bit = field.bit();
         if keep & bit != 0 && !field.has_default() {

@@ -1,4 +1,4 @@
-//! Reads what `R L` and `B` say behind the middlebox.
+//! Parsing of `R L` and `B` behind the middlebox.
 
 use super::error::{CommandError, ErrorCode};
 use super::words::{Place, Word, Words};
@@ -20,7 +20,7 @@ const DESTINATION: &str = "not a destination; write an IP address, like 10.129.1
                            ip[:port][@mac][*weight], with [ip]:port for IPv6";
 const OPTIONS: &str = "dsr, affinity, seed=N, check=none|arp|tcp[:port], on-dead=move|reset|keep, on-empty=reject|pass";
 
-/// `{ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`.
+/// Parses `{ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`.
 pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, CommandError> {
     let frontend = frontend(words)?;
     let method = method(words, frontend.ip)?;
@@ -50,7 +50,7 @@ pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, C
     })
 }
 
-/// `[{ip}[:port[/tcp|udp]]] + {dst}…`, `- {dst}…` or `= {dst}… drain|up`.
+/// Parses `[{ip}[:port[/tcp|udp]]] + {dst}…`, `- {dst}…` or `= {dst}… drain|up`.
 pub(super) fn change(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, CommandError> {
     let is_sign = |text: &str| matches!(text, "+" | "-" | "=");
     let named = words.peek().is_some_and(|word| !is_sign(word.text));
@@ -82,7 +82,7 @@ fn names(destinations: Vec<Destination>) -> Vec<BackendName> {
     destinations.iter().map(Destination::name).collect()
 }
 
-/// What clients of a service use.
+/// Parses a frontend.
 pub(super) fn frontend(words: &mut Words<'_>) -> Result<Frontend, CommandError> {
     words.mark(Place::Frontend);
     let word = words.peek().unwrap_or(words.end());
@@ -105,7 +105,7 @@ fn method(words: &mut Words<'_>, frontend: IpAddr) -> Result<Method, CommandErro
     })
 }
 
-/// One destination, or as many as there are.
+/// Parses one destination, or as many as there are.
 fn destinations(
     words: &mut Words<'_>,
     frontend: Option<Frontend>,
@@ -128,13 +128,13 @@ fn destinations(
     Ok(out)
 }
 
-/// Whether a word stands behind destinations. Addresses and MACs have a `.` or a `:`, and so has what is mistaken for
-/// them; `check=tcp:80` is the exception.
+/// Whether a word is behind the destinations. Addresses and MACs contain a `.` or a `:`, and so do
+/// words that are mistyped ones; `check=tcp:80` is the exception.
 fn begins_option(text: &str) -> bool {
     text.contains('=') || text.bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'-')
 }
 
-/// `ip[:port][@mac][*weight]`, not the registered address itself.
+/// Parses `ip[:port][@mac][*weight]`, which is not the registered address itself.
 fn destination(
     words: &mut Words<'_>,
     frontend: Option<Frontend>,
@@ -185,7 +185,7 @@ fn destination(
     Ok(Destination { ip, port, mac, weight })
 }
 
-/// Reads an option into `terms`; its name comes back.
+/// Parses an option into `options`, and returns its name.
 fn option(
     word: Word<'_>,
     method: Method,

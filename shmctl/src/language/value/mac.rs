@@ -4,13 +4,13 @@ use super::ParseValueError;
 use std::fmt;
 use std::str::FromStr;
 
-/// A 48-bit Ethernet address, in the order it has on the wire.
+/// A 48-bit Ethernet address, in the order of the bytes on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
-    /// Whether it can name one station: not all zeros, and the group bit (IEEE 802, the lowest bit of the first
-    /// byte) is off.
+    /// Whether the address can be that of one station: it is not all zeros, and the group bit (IEEE
+    /// 802, the lowest bit of the first byte) is off.
     pub fn is_station(self) -> bool {
         self.0 != [0; 6] && self.0[0] & 1 == 0
     }
@@ -22,7 +22,7 @@ impl MacAddr {
     }
 }
 
-/// Reads six hexadecimal bytes, of one or two digits each, between colons.
+/// Parses six hexadecimal bytes, of one or two digits each, between colons.
 impl FromStr for MacAddr {
     type Err = ParseValueError;
 
@@ -55,7 +55,7 @@ impl fmt::Debug for MacAddr {
     }
 }
 
-/// MAC addresses that have some bits in common.
+/// A set of MAC addresses that have some bits in common.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct MacMask {
     bits: MacAddr,
@@ -65,27 +65,27 @@ pub struct MacMask {
 impl MacMask {
     const EXACT: MacAddr = MacAddr([0xff; 6]);
 
-    /// The addresses that are `mac` where `mask` has ones.
+    /// Returns the addresses that equal `mac` where `mask` has ones.
     pub fn new(mac: MacAddr, mask: MacAddr) -> MacMask {
         MacMask { bits: mac.and(mask), mask }
     }
 
-    /// The bits that are looked at.
+    /// Returns the bits that are compared.
     pub fn mask(&self) -> MacAddr {
         self.mask
     }
 
-    /// What they must be.
+    /// Returns the values of these bits.
     pub fn bits(&self) -> MacAddr {
         self.bits
     }
 
-    /// The address, when it is one.
+    /// Returns the address, if there is only one.
     pub fn exact(&self) -> Option<MacAddr> {
         (self.mask == MacMask::EXACT).then_some(self.bits)
     }
 
-    /// Whether an address is one of them.
+    /// Whether an address is in the set.
     pub fn contains(&self, mac: MacAddr) -> bool {
         mac.and(self.mask) == self.bits
     }
@@ -97,7 +97,7 @@ impl From<MacAddr> for MacMask {
     }
 }
 
-/// Reads `02:00:00:00:00:01` or `02:00:00:00:00:00/ff:ff:ff:00:00:00`.
+/// Parses `02:00:00:00:00:01` or `02:00:00:00:00:00/ff:ff:ff:00:00:00`.
 impl FromStr for MacMask {
     type Err = ParseValueError;
 

@@ -23,12 +23,12 @@ use std::str::FromStr;
 #[error("not a value of this type")]
 pub struct ParseValueError;
 
-/// Reads plain decimal digits: no sign, no blanks, nothing that does not fit.
+/// Parses plain decimal digits: no sign, no blanks, nothing that does not fit.
 pub(crate) fn decimal<T: FromStr>(text: &str) -> Option<T> {
     (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
 }
 
-/// Reads a byte written in decimal or, behind `0x`, in hexadecimal.
+/// Parses a byte in decimal or, behind `0x`, in hexadecimal.
 pub(crate) fn number(text: &str) -> Option<u8> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) if hex.len() <= 2 && hex.bytes().all(|b| b.is_ascii_hexdigit()) => {

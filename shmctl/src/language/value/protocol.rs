@@ -16,19 +16,19 @@ impl EtherType {
     /// IPv6, 0x86dd.
     pub const IPV6: EtherType = EtherType(0x86dd);
 
-    /// The EtherType of this number, unless it is an 802.3 length.
+    /// Returns the EtherType with this number, unless it is an 802.3 length.
     pub fn new(number: u16) -> Option<EtherType> {
         (number >= 0x0600).then_some(EtherType(number))
     }
 
-    /// The number, in host order.
+    /// Returns the number, in host order.
     pub fn number(self) -> u16 {
         self.0
     }
 }
 
-/// A decimal is the raw field as a little-endian host reads it (8 is 0x0800), as the original took it; hexadecimal
-/// numbers and the names `ip`, `arp` and `ip6` mean themselves.
+/// Parses a decimal as the raw field on a little-endian host (8 is 0x0800), as the original did;
+/// hexadecimal numbers and the names `ip`, `arp` and `ip6` mean themselves.
 impl FromStr for EtherType {
     type Err = ParseValueError;
 
@@ -61,7 +61,7 @@ impl fmt::Display for EtherType {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Protocol(pub u8);
 
-/// Names that are read and written, with their numbers. The first name of a number is the one written.
+/// The names of protocols. The first name of a number is the one that is written.
 const PROTOCOLS: [(&str, u8); 14] = [
     ("icmp", 1),
     ("igmp", 2),
@@ -114,7 +114,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Names of ICMP types, as nft has them (RFC 792 and IANA "ICMP Type Numbers").
+/// Names of ICMP types, as in nft (RFC 792 and IANA "ICMP Type Numbers").
 pub(crate) const ICMP_TYPES: [(&str, u8); 13] = [
     ("echo-reply", 0),
     ("destination-unreachable", 3),
@@ -131,7 +131,7 @@ pub(crate) const ICMP_TYPES: [(&str, u8); 13] = [
     ("address-mask-reply", 18),
 ];
 
-/// Names of ICMPv6 types, as nft has them (RFC 4443, RFC 4861 and IANA "ICMPv6 Parameters").
+/// Names of ICMPv6 types, as in nft (RFC 4443, RFC 4861 and IANA "ICMPv6 Parameters").
 pub(crate) const ICMP6_TYPES: [(&str, u8); 14] = [
     ("destination-unreachable", 1),
     ("packet-too-big", 2),
@@ -149,7 +149,7 @@ pub(crate) const ICMP6_TYPES: [(&str, u8); 14] = [
     ("nd-redirect", 137),
 ];
 
-/// The one number that a name stands for.
+/// Returns the number with this name, as a range.
 pub(crate) fn named_range(names: &[(&str, u8)], text: &str) -> Option<NumberRange> {
     let (_, number) = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(text))?;
     NumberRange::new(u16::from(*number), u16::from(*number))

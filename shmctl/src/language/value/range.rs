@@ -5,7 +5,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-/// Addresses of one family from the first to the last, both included; one address, a prefix, or any range.
+/// A range of addresses of one family, both ends included: one address, a prefix, or any other
+/// range.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct AddressRange {
     first: IpAddr,
@@ -13,12 +14,13 @@ pub struct AddressRange {
 }
 
 impl AddressRange {
-    /// The range from `first` to `last`, unless they are of two families or the wrong way round.
+    /// Returns the range from `first` to `last`, unless they are of two families or in the wrong
+    /// order.
     pub fn new(first: IpAddr, last: IpAddr) -> Option<AddressRange> {
         (first.is_ipv4() == last.is_ipv4() && first <= last).then_some(AddressRange { first, last })
     }
 
-    /// The addresses whose first `length` bits are those of `ip`.
+    /// Returns the addresses whose first `length` bits are those of `ip`.
     pub fn prefix(ip: IpAddr, length: u8) -> Option<AddressRange> {
         let length = u32::from(length);
         match ip {
@@ -42,22 +44,22 @@ impl AddressRange {
         }
     }
 
-    /// The first address.
+    /// Returns the first address.
     pub fn first(&self) -> IpAddr {
         self.first
     }
 
-    /// The last address.
+    /// Returns the last address.
     pub fn last(&self) -> IpAddr {
         self.last
     }
 
-    /// Whether the addresses are IPv4 ones.
+    /// Whether the addresses are IPv4.
     pub fn is_ipv4(&self) -> bool {
         self.first.is_ipv4()
     }
 
-    /// Whether an address is one of them.
+    /// Whether an address is in the range.
     pub fn contains(&self, ip: IpAddr) -> bool {
         ip.is_ipv4() == self.is_ipv4() && self.first <= ip && ip <= self.last
     }
@@ -69,7 +71,7 @@ impl From<IpAddr> for AddressRange {
     }
 }
 
-/// Reads `10.0.0.1`, `10.0.0.0/8` or `10.0.0.1-10.0.0.9`.
+/// Parses `10.0.0.1`, `10.0.0.0/8` or `10.0.0.1-10.0.0.9`.
 impl FromStr for AddressRange {
     type Err = ParseValueError;
 
@@ -103,7 +105,7 @@ impl fmt::Display for AddressRange {
     }
 }
 
-/// Numbers from the first to the last, both included: ports, or VLAN ids.
+/// A range of numbers, both ends included: ports, VLAN ids, lengths, ICMP types or codes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct NumberRange {
     first: u16,
@@ -111,28 +113,28 @@ pub struct NumberRange {
 }
 
 impl NumberRange {
-    /// The range from `first` to `last`, unless they are the wrong way round.
+    /// Returns the range from `first` to `last`, unless they are in the wrong order.
     pub fn new(first: u16, last: u16) -> Option<NumberRange> {
         (first <= last).then_some(NumberRange { first, last })
     }
 
-    /// The first number.
+    /// Returns the first number.
     pub fn first(&self) -> u16 {
         self.first
     }
 
-    /// The last number.
+    /// Returns the last number.
     pub fn last(&self) -> u16 {
         self.last
     }
 
-    /// Whether a number is one of them.
+    /// Whether a number is in the range.
     pub fn contains(&self, number: u16) -> bool {
         (self.first..=self.last).contains(&number)
     }
 }
 
-/// Reads `80` or `80-90`.
+/// Parses `80` or `80-90`.
 impl FromStr for NumberRange {
     type Err = ParseValueError;
 

@@ -4,34 +4,35 @@ use super::ParseValueError;
 use std::fmt;
 use std::str::FromStr;
 
-/// TCP flags (RFC 9293, RFC 3168): those that are looked at, and which of them must be on. Some is always looked at.
+/// A test of TCP flags (RFC 9293, RFC 3168): the flags that are compared, at least one, and those
+/// of them that must be on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct TcpFlags {
     on: u8,
     mask: u8,
 }
 
-/// The flags, from the lowest bit of byte 13 of the TCP header.
+/// The names of the flags, from the lowest bit of byte 13 of the TCP header.
 const TCP_FLAGS: [&str; 8] = ["fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr"];
 
 impl TcpFlags {
-    /// The flags of `mask` are looked at, and those of `on` must be on; `None` when none is looked at, or one must be
-    /// on that is not.
+    /// Returns the test that of the flags in `mask` those in `on` are on; `None` if `mask` is empty
+    /// or lacks one of them.
     pub fn new(on: u8, mask: u8) -> Option<TcpFlags> {
         (mask != 0 && on & !mask == 0).then_some(TcpFlags { on, mask })
     }
 
-    /// Those that must be on.
+    /// Returns the flags that must be on.
     pub fn on(&self) -> u8 {
         self.on
     }
 
-    /// Those that are looked at.
+    /// Returns the flags that are compared.
     pub fn mask(&self) -> u8 {
         self.mask
     }
 
-    /// Whether a header's flags are as they must be.
+    /// Whether the flags of a header pass the test.
     pub fn contains(&self, flags: u8) -> bool {
         flags & self.mask == self.on
     }
@@ -60,7 +61,8 @@ impl TcpFlags {
     }
 }
 
-/// Reads `syn,ack` (these are on) or `syn/syn,ack` (of these two, this one only). `none` alone is no flag at all.
+/// Parses `syn,ack` (these are on) or `syn/syn,ack` (of these two, only this one is on). `none`
+/// alone means no flag at all.
 impl FromStr for TcpFlags {
     type Err = ParseValueError;
 
