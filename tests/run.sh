@@ -1,81 +1,155 @@
 #!/bin/bash
-# Sets up and passes all tests: formatting, lints, documentation, unit and property tests, labs of network namespaces on
-# this kernel, user-mode Linux, a virtual machine, and the demo. Needs root on Debian 12 with Rust.
+# Runs the tests on Debian 12 with Rust.
 #
-# Environment: NFQD_TESTS_POLICIES, how many random policies the three oracles are compared under, with 60 frames each (180
-# on this kernel, 60 in user-mode Linux, which is slower); NFQD_TESTS_CONNECTIONS, how many connections a pool holds at once
-# (10 000 and 500); NFQD_TESTS_SEED, the beginning of the randomness (1).
+#   tests/run.sh [DEPTH...]
+#
+#   unit   formatting, lints, documentation, unit and property tests; needs no root
+#   netns  the labs of network namespaces, on this kernel; without root in a user namespace, where that is allowed
+#   uml    the same labs in user-mode Linux, whose kernel has the nft queue expression
+#   vm     a virtual machine that writes commands into its ivshmem device
+#   demo   br-netfilter.sh demo
+#   all    all of them (the default)
+#
+# Missing Debian packages are installed as root, and named otherwise.
+#
+# Environment: NFQD_TESTS_POLICIES, the number of random policies under which the three oracles are compared, with 60
+# frames each (180; 60 in user-mode Linux); NFQD_TESTS_CONNECTIONS, the connections that a pool holds at once (10000; 500);
+# NFQD_TESTS_SEED, the seed of the randomness (1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[ "$(id -u)" = 0 ] || {
-    echo "tests/run.sh: needs root; run it with sudo" >&2
-    exit 3
-}
-PATH=$PATH:${SUDO_USER:+$(getent passwd "$SUDO_USER" | cut -d: -f6)/.cargo/bin:}/root/.cargo/bin
-command -v cargo > /dev/null || {
-    echo "tests/run.sh: needs Rust's cargo; install it from https://rustup.rs" >&2
-    exit 3
-}
-
 step() { printf '\n== %s\n' "$*"; }
 
-step "packages"
-packages="gcc libc6-dev pkg-config libnftnl-dev libmnl-dev nftables iproute2 iputils-ping procps kmod util-linux socat
-    user-mode-linux qemu-system-x86 busybox-static cpio shellcheck"
-missing=""
-for package in $packages; do
-    dpkg-query -W -f '${Status}' "$package" 2> /dev/null | grep -q "ok installed" || missing="$missing $package"
-done
-apt-get update -q > /dev/null
-if [ -n "$missing" ]; then
-    echo "installing:$missing"
-    # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing > /dev/null
-fi
-
-step "shell scripts"
-shellcheck br-netfilter.sh fuzz/run tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
-
-step "formatting, lints, documentation"
-cargo fmt --all --check
-cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
-RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
-
-step "the guest's program, static, and its virtual machine"
-RUSTFLAGS="-C target-feature=+crt-static" \
-    cargo build --quiet --release --locked -p nfqd-guest --target x86_64-unknown-linux-gnu
-target=${CARGO_TARGET_DIR:-$PWD/target}
-tests/vm/prepare "$target/vm" "$target/x86_64-unknown-linux-gnu/release/nfqd-guest"
-
-export NFQD_TESTS_NEED_ROOT=1 NFQD_TESTS_VM=$target/vm
-
-step "this kernel: $(uname -r)"
-cargo build --quiet --workspace --locked
-NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-180} cargo test --quiet --workspace --locked
-
-step "user-mode Linux: the nft queue expression"
-# A guest has one core, so there are two of them.
-in_guest() {
-    NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_CONNECTIONS=${NFQD_TESTS_CONNECTIONS:-500} \
-        NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
-        cargo test --locked -p nfqd-rules -p nfqd-tests "$@" -- --test-threads 1
+die() {
+    echo "tests/run.sh: $*" >&2
+    exit 3
 }
-other=$(mktemp)
-in_guest --test kernel --test oracles --test traffic > "$other" 2>&1 &
-guest=$!
-passed=yes
-in_guest --test lab --test pools || passed=no
-wait "$guest" || passed=no
-cat "$other"
-rm "$other"
-[ "$passed" = yes ] || exit 1
 
-step "the demo"
-./br-netfilter.sh demo
-if pgrep -f '/nfqd-demo[.]' > /dev/null; then
-    echo "tests/run.sh: the demo has left a process behind" >&2
-    exit 1
+is_root() { [ "$(id -u)" = 0 ]; }
+need_root() { is_root || die "the depth '$1' needs root; run it with sudo"; }
+
+# Installs the packages that are missing.
+need_packages() {
+    local missing=()
+    for package in "$@"; do
+        dpkg-query -W -f '${Status}' "$package" 2> /dev/null | grep -q "ok installed" || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    is_root || die "missing: ${missing[*]}; install them with: sudo apt-get install ${missing[*]}"
+    step "packages: ${missing[*]}"
+    apt-get update -q > /dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}" > /dev/null
+}
+
+lab_packages="nftables iproute2 iputils-ping procps kmod util-linux"
+
+unit() {
+    need_packages shellcheck
+    step "shell scripts"
+    shellcheck br-netfilter.sh fuzz/run tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
+    step "formatting, lints, documentation"
+    cargo fmt --all --check
+    cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
+    step "unit and property tests"
+    cargo test --quiet --workspace --locked
+}
+
+# The tests that need the privilege, except for the virtual machine's.
+netns() {
+    # shellcheck disable=SC2086
+    need_packages $lab_packages
+    step "labs on this kernel: $(uname -r)"
+    cargo build --quiet --workspace --all-targets --locked
+    export NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-180}
+    local labs=(cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test oracles
+        --test pools --test traffic -- --ignored)
+    if is_root; then
+        "${labs[@]}"
+        return
+    fi
+    unshare --user --map-root-user --net --mount true 2> /dev/null \
+        || die "the depth 'netns' needs root, or user namespaces, which this kernel does not allow"
+    [ -w /dev/net/tun ] || die "the depth 'netns' needs root, or permission to write to /dev/net/tun"
+    # A user namespace cannot force socket buffers, and a placement with all its middleboxes does not fit without.
+    echo "in a user namespace; one test needs root itself and is left out: what_a_guest_changes_is_no_interference"
+    PATH=$PATH:/usr/sbin:/sbin unshare --user --map-root-user --net --mount \
+        sh -c 'mount -t tmpfs tmpfs /run && exec "$@"' sh "${labs[@]}" --skip what_a_guest_changes_is_no_interference
+}
+
+uml() {
+    need_root uml
+    # shellcheck disable=SC2086
+    need_packages $lab_packages user-mode-linux
+    step "labs in user-mode Linux, with the nft queue expression"
+    cargo build --quiet --workspace --all-targets --locked
+    in_guest() {
+        NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_CONNECTIONS=${NFQD_TESTS_CONNECTIONS:-500} \
+            NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
+            cargo test --locked -p nfqd-rules -p nfqd-tests "$@" -- --ignored --test-threads 1
+    }
+    # A guest has one core, so there are two of them.
+    local log passed=yes
+    log=$(mktemp)
+    in_guest --test kernel --test oracles --test traffic > "$log" 2>&1 &
+    local guest=$!
+    in_guest --test lab --test pools || passed=no
+    wait "$guest" || passed=no
+    cat "$log"
+    rm "$log"
+    [ "$passed" = yes ]
+}
+
+vm() {
+    need_root vm
+    # shellcheck disable=SC2086
+    need_packages $lab_packages qemu-system-x86 busybox-static cpio
+    step "a virtual machine"
+    # Its kernel is a package that is downloaded, not installed.
+    [ -e "$target/vm/kernel" ] || apt-get update -q > /dev/null
+    RUSTFLAGS="-C target-feature=+crt-static" \
+        cargo build --quiet --release --locked -p nfqd-guest --target x86_64-unknown-linux-gnu
+    tests/vm/prepare "$target/vm" "$target/x86_64-unknown-linux-gnu/release/nfqd-guest"
+    NFQD_TESTS_VM=$target/vm cargo test --locked -p nfqd-tests --test vm -- --ignored
+}
+
+demo() {
+    need_root demo
+    # shellcheck disable=SC2086
+    need_packages $lab_packages socat
+    step "the demo"
+    ./br-netfilter.sh demo
+    if pgrep -f '/nfqd-demo[.]' > /dev/null; then
+        echo "tests/run.sh: the demo has left a process behind" >&2
+        exit 1
+    fi
+}
+
+depths=()
+for depth in "${@:-all}"; do
+    case $depth in
+        all) depths+=(unit netns uml vm demo) ;;
+        unit | netns | uml | vm | demo) depths+=("$depth") ;;
+        -h | --help)
+            sed -n '2,17s/^# \{0,1\}//p' "$0"
+            exit
+            ;;
+        *)
+            echo "tests/run.sh: '$depth' is no depth; write unit, netns, uml, vm, demo or all" >&2
+            exit 2
+            ;;
+    esac
+done
+if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo " ]]; then
+    need_root "${depths[*]}"
 fi
 
-step "all passed"
+PATH=$PATH:${SUDO_USER:+$(getent passwd "$SUDO_USER" | cut -d: -f6)/.cargo/bin:}$HOME/.cargo/bin
+command -v cargo > /dev/null || die "cargo is not here; install Rust from https://rustup.rs"
+target=${CARGO_TARGET_DIR:-$PWD/target}
+# Needed to build anything.
+need_packages gcc libc6-dev pkg-config libnftnl-dev libmnl-dev
+for depth in "${depths[@]}"; do
+    "$depth"
+done
+step "passed: ${depths[*]}"

@@ -1,4 +1,4 @@
-//! The whole chain: a virtual machine types the original's commands into its ivshmem device, and the client's traffic to
+//! The whole chain: a virtual machine writes commands into its ivshmem device, and the traffic to
 //! it changes.
 #![allow(clippy::unwrap_used)]
 
@@ -12,16 +12,7 @@ use nfqd_tests::vm::{Vm, directory};
 #[test]
 #[ignore = "needs root: tests/run.sh vm"]
 fn a_virtual_machine_hands_its_work_to_the_host() {
-    let Some(files) = directory() else {
-        assert!(
-            std::env::var_os("NFQD_TESTS_NEED_ROOT").is_none(),
-            "NFQD_TESTS_VM is not set: run tests/run.sh"
-        );
-        eprintln!(
-            "SKIPPED: no virtual machine; NFQD_TESTS_VM names no directory of tests/vm/prepare. Run tests/run.sh"
-        );
-        return;
-    };
+    let files = directory().expect("NFQD_TESTS_VM, a directory of tests/vm/prepare");
     in_netns(move || {
         let topology = Topology::new(false);
         let daemon = Daemon::start(&[]);
@@ -32,32 +23,31 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         let at_vm = || who(&topology.client, VM, server.port());
         wait_for("the virtual machine answers", || at_vm().as_deref() == Some("vm"));
 
-        // Typed in the guest, word for word.
-        let mut type_in = |frame: &str| {
-            let (code, output) = vm.run(&format!("nfqd-guest -w '{frame}'"));
-            assert_eq!(code, 0, "{frame}: {output}\n{}", daemon.log());
-            assert!(output.starts_with("OK"), "{frame}: {output}");
+        let mut send = |message: &str| {
+            let (code, output) = vm.run(&format!("nfqd-guest -w '{message}'"));
+            assert_eq!(code, 0, "{message}: {output}\n{}", daemon.log());
+            assert!(output.starts_with("OK"), "{message}: {output}");
         };
-        type_in("@R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@");
+        send("@R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@");
         wait_for("the backend answers", || at_vm().as_deref() == Some("backend"));
-        type_in("@R F 12:13:14:15:16:17 10.129.126.15@");
+        send("@R F 12:13:14:15:16:17 10.129.126.15@");
         assert_eq!(at_vm().as_deref(), Some("backend"));
-        type_in("@A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8@");
+        send("@A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8@");
         assert_eq!(at_vm().as_deref(), Some("backend"), "another source MAC");
-        type_in(&format!("@A 12:13:14:15:16:17 M 5 s {CLIENT_MAC} p 8@"));
+        send(&format!("@A 12:13:14:15:16:17 M 5 s {CLIENT_MAC} p 8@"));
         assert_eq!(at_vm(), None);
         assert_eq!(who(&topology.other, VM, 80).as_deref(), Some("backend"));
-        type_in("@D 12:13:14:15:16:17 M 4 s@");
+        send("@D 12:13:14:15:16:17 M 4 s@");
         assert_eq!(who(&topology.other, VM, 80), None, "all IPv4");
-        type_in("@X 12:13:14:15:16:17 F@");
+        send("@X 12:13:14:15:16:17 F@");
         let transfer = connect(&topology.client, VM, 80).unwrap();
         assert_eq!(transfer.server, "backend");
         transfer.transfer(256 << 20);
-        type_in("@X 12:13:14:15:16:17@");
+        send("@X 12:13:14:15:16:17@");
         assert_eq!(at_vm().as_deref(), Some("vm"));
         assert!(pings(&topology.client, VM));
 
-        // Words instead of a frame; refusals; nobody there.
+        // A command as words; an error; no host that answers.
         let (code, output) = vm.run("nfqd-guest R F 12:13:14:15:16:17 10.129.126.15");
         assert_eq!((code, output.as_str()), (0, "OK R F 12:13:14:15:16:17 10.129.126.15\n"));
         let (code, output) = vm.run("nfqd-guest A 12:13:14:15:16:17 I 99");

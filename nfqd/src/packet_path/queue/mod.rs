@@ -14,6 +14,7 @@ mod message;
 
 pub use message::{Queued, VerdictBatch};
 
+use log::warn;
 use message::{MESSAGE_SIZE, config, read_packet};
 use nfqd_rules::netlink::{NLM_F_ACK, NLM_F_REQUEST, finish, messages, put};
 use nix::errno::Errno;
@@ -41,13 +42,19 @@ pub enum QueueError {
          id. Stop it, or choose other numbers with --queue"
     )]
     Taken(u16),
+    /// The kernel does not permit it, and does not say which of two reasons it has.
+    #[error(
+        "queue {0} is taken by another program, or nfqd lacks CAP_NET_ADMIN. Run it as root, or \
+         choose other numbers with --queue"
+    )]
+    NotPermitted(u16),
     /// This kernel has no NFQUEUE.
     #[error(
         "this kernel has no NFQUEUE ({0}); load the module nfnetlink_queue, or use a kernel with \
          CONFIG_NETFILTER_NETLINK_QUEUE"
     )]
     Unsupported(Errno),
-    /// The kernel refuses for another reason.
+    /// The kernel rejects the request for another reason.
     #[error("queue {queue}: {errno}")]
     Other {
         /// The number of the queue.
@@ -102,16 +109,27 @@ impl Queue {
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)
             .map_err(QueueError::Unsupported)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(other)?;
-        setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).map_err(other)?;
+        // Forcing it needs CAP_NET_ADMIN on the host (net/core/sock.c, sk_setsockopt), which root of
+        // a user namespace lacks; the buffer is then as large as net.core.rmem_max allows.
+        let forced = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_ok();
+        if !forced {
+            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER).map_err(other)?;
+        }
         let queue = Queue { number, socket, overruns: 0 };
-        // The kernel answers EPERM if another socket has the queue. It is not a missing privilege:
-        // without that, forcing the receive buffer has failed.
+        // The kernel answers EPERM both if another socket has the queue and without the privilege.
         let bound = queue.configure(config::COMMAND, &[config::COMMAND_BIND, 0, 0, 0]);
         bound.map_err(|errno| match errno {
+            Errno::EPERM if !forced => QueueError::NotPermitted(number),
             Errno::EPERM | Errno::EBUSY => QueueError::Taken(number),
             Errno::EINVAL | Errno::EOPNOTSUPP => QueueError::Unsupported(errno),
             errno => other(errno),
         })?;
+        if !forced {
+            warn!(
+                "queue {number}: the receive buffer could not be forced to {RECEIVE_BUFFER} bytes: \
+                 it is limited by net.core.rmem_max"
+            );
+        }
         let copy = [&config::COPY_RANGE.to_be_bytes()[..], &[config::COPY_PACKET]].concat();
         queue.configure(config::PARAMETERS, &copy).map_err(other)?;
         queue.configure(config::MAXIMUM_LENGTH, &QUEUE_LENGTH.to_be_bytes()).map_err(other)?;
