@@ -263,9 +263,9 @@ impl DaemonArgs {
 /// `--control /run/nfqd.sock` means.
 fn socket_paths(control: Option<PathBuf>, observe: Option<PathBuf>) -> SocketPaths {
     let is_legacy = |path: &PathBuf| path == Path::new(LEGACY_CONTROL);
-    let is_default = control.as_ref().is_none_or(is_legacy);
     let control =
         control.filter(|path| !is_legacy(path)).unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL));
+    let is_default = control == Path::new(DEFAULT_CONTROL);
     let beside = match control.file_name().and_then(|name| name.to_str()) {
         Some("control") | None => control.with_file_name("observe"),
         Some(name) => control.with_file_name(format!("{name}.observe")),
@@ -358,6 +358,7 @@ mod tests {
         assert_eq!(default.observe, Path::new("/run/nfqd/observe"));
         assert_eq!(default.legacy.as_deref(), Some(Path::new("/run/nfqd.sock")));
         assert_eq!(paths(Some("/run/nfqd.sock")), default);
+        assert_eq!(paths(Some("/run/nfqd/control")), default);
         let other = paths(Some("/tmp/a.sock"));
         assert_eq!(
             (other.directory, other.observe, other.legacy),

@@ -1,6 +1,6 @@
 //! The daemon: its event loop, which dispatches what the reactor reports.
 
-use crate::api::{Answer, ChannelStatus, ErrorCode, Request, RequestError, Status};
+use crate::api::{self, Answer, ChannelStatus, ErrorCode, Request, RequestError, Status};
 use crate::bindings::Bindings;
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
@@ -15,6 +15,7 @@ use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_shmctl::MacAddr;
 use nix::errno::Errno;
 use signal_hook::consts::SIGHUP;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often backends, the kernel's tables and unsaved registrations are looked after.
@@ -48,7 +49,18 @@ pub struct Daemon {
     mailbox_timer: Timer,
     /// Ticks that are to come soon, because a backend is looked for.
     resolve_retries: u32,
+    observed: Option<ObservedStatus>,
 }
+
+/// The status that observers get: it is made again when it is [`OBSERVE_AGE`] times as old as its
+/// making took, so that they cost at most a tenth of the daemon's time.
+struct ObservedStatus {
+    line: Arc<[u8]>,
+    until: Instant,
+}
+
+/// The age of the status that observers get, as a multiple of the time to make it.
+const OBSERVE_AGE: u32 = 9;
 
 impl Daemon {
     /// Starts a daemon, see [`start`].
@@ -68,6 +80,7 @@ impl Daemon {
             tick_timer: Timer::new().map_err(system)?,
             mailbox_timer: Timer::new().map_err(system)?,
             resolve_retries: 0,
+            observed: None,
         };
         daemon.register().map_err(system)?;
         Ok(daemon)
@@ -111,6 +124,7 @@ impl Daemon {
                     self.plane.enforcer.stop();
                     return Ok(());
                 }
+                self.hasten_tick()?;
             }
         }
     }
@@ -123,7 +137,6 @@ impl Daemon {
             token::MAILBOXES => {
                 self.mailbox_timer.acknowledge();
                 self.plane.poll_channels(Instant::now());
-                self.hasten_tick()?;
             }
             token::NFTABLES => self.plane.enforcer.check_tables(),
             token::WORKER_ENDED => self.check_workers()?,
@@ -205,13 +218,16 @@ impl Daemon {
         let now = Instant::now();
         let readiness = match self.control.proceed(id, now) {
             Progress::Asks(request) => {
-                let answer = self.answer(request);
-                self.control.answer(id, &answer, now);
+                let line = match (request, self.control.socket_of(id)) {
+                    (Request::Status, Some(Socket::Observe)) => self.observed_status(),
+                    _ => line(&self.answer(request)),
+                };
+                self.control.answer(id, line, now);
                 Readiness::Writable
             }
             Progress::WantsStatus => {
-                let status = self.status();
-                self.control.send_status(id, &status, now);
+                let status = api::legacy::status(&self.status());
+                self.control.answer(id, status.into_bytes().into(), now);
                 Readiness::Writable
             }
             Progress::Waits(Interest::Read) => Readiness::Readable,
@@ -237,6 +253,18 @@ impl Daemon {
         }
     }
 
+    fn observed_status(&mut self) -> Arc<[u8]> {
+        let start = Instant::now();
+        if let Some(observed) = self.observed.as_ref().filter(|observed| start < observed.until) {
+            return observed.line.clone();
+        }
+        let line = line(&self.answer(Request::Status));
+        let end = Instant::now();
+        let until = end + (end - start) * OBSERVE_AGE;
+        self.observed = Some(ObservedStatus { line: line.clone(), until });
+        line
+    }
+
     fn status(&mut self) -> Status {
         self.plane.enforcer.read_counters();
         let plane = &self.plane;
@@ -259,6 +287,10 @@ impl Daemon {
             state_error: plane.unsaved.as_ref().map(ToString::to_string),
         }
     }
+}
+
+fn line(answer: &Answer) -> Arc<[u8]> {
+    answer.to_line().into_bytes().into()
 }
 
 fn channel_status(channel: &Channel) -> ChannelStatus {

@@ -15,6 +15,7 @@
 //! those that change nothing.
 
 pub mod client;
+pub mod legacy;
 mod status;
 
 pub use status::{

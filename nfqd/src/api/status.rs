@@ -51,7 +51,7 @@ pub struct FlowTableStatus {
 }
 
 /// A queue.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Default, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct QueueStatus {
     /// The number of the queue.
     pub queue: u16,
