@@ -6,6 +6,7 @@ use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage};
 use nfqd_shmctl::{
     CommandError, ErrorCode, MacAddr, ParsedCommand, Place, Region, RegionError, Reply,
 };
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// A guest's channel.
@@ -67,13 +68,13 @@ impl Channel {
     /// whose file was cut is closed before it is touched.
     pub fn poll(&mut self, now: Instant) -> Vec<MailboxMessage> {
         let messages = self.take(now);
-        self.schedule.polled(now, !messages.is_empty());
+        self.schedule.polled(now, !messages.is_empty(), now + self.budget.wait());
         messages
     }
 
     fn take(&mut self, now: Instant) -> Vec<MailboxMessage> {
-        // All messages of one write are answered by one reply, so their budget must be there.
-        if self.budget.refill(now) < MAX_MESSAGES as f64 {
+        self.budget.refill(now);
+        if self.budget.wait() > Duration::ZERO {
             return Vec::new();
         }
         let Ok(region) = &self.region else { return Vec::new() };
@@ -131,11 +132,17 @@ struct Budget {
 }
 
 impl Budget {
-    fn refill(&mut self, now: Instant) -> f64 {
+    fn refill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.counted).as_secs_f64();
         self.commands = (self.commands + elapsed * RATE).min(BURST);
         self.counted = now;
-        self.commands
+    }
+
+    /// Returns how long the channel has to wait. All messages of one write are answered by one reply,
+    /// so it needs the budget for as many.
+    fn wait(&self) -> Duration {
+        let missing = (MAX_MESSAGES as f64 - self.commands).max(0.0);
+        Duration::from_secs_f64(missing / RATE)
     }
 }
 
@@ -143,29 +150,51 @@ impl Budget {
 /// when it is not.
 ///
 /// The interval is a share of the time since the guest's last message. So a message waits at most for
-/// that share of the pause before it, and a host full of silent guests sleeps.
+/// that share of the pause before it, and a host full of silent guests sleeps. The times of all
+/// mailboxes are on one grid, so that one wakeup polls all that are due.
 struct PollSchedule {
     next: Instant,
     last_message: Instant,
 }
 
-/// The interval is the time since the last message divided by this.
+/// The interval is the time since the last message divided by this, rounded down to the shortest
+/// interval times a power of two.
 const PAUSE_SHARE: u32 = 16;
 const MIN_POLL_INTERVAL: Duration = Duration::from_micros(500);
-const MAX_POLL_INTERVAL: Duration = Duration::from_millis(20);
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(16);
+
+/// The origin of the grid of all schedules.
+static GRID: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl PollSchedule {
     fn new(now: Instant) -> PollSchedule {
+        LazyLock::force(&GRID);
         PollSchedule { next: now, last_message: now }
     }
 
-    fn polled(&mut self, now: Instant, had_message: bool) {
+    /// Notes a poll. The next one is not before `earliest`.
+    fn polled(&mut self, now: Instant, had_message: bool, earliest: Instant) {
         if had_message {
             self.last_message = now;
         }
         let pause = now.saturating_duration_since(self.last_message);
-        self.next = now + (pause / PAUSE_SHARE).clamp(MIN_POLL_INTERVAL, MAX_POLL_INTERVAL);
+        self.next = next_on_grid(now.max(earliest), poll_interval(pause));
     }
+}
+
+fn poll_interval(pause: Duration) -> Duration {
+    let mut interval = MAX_POLL_INTERVAL;
+    while interval > MIN_POLL_INTERVAL && interval > pause / PAUSE_SHARE {
+        interval /= 2;
+    }
+    interval
+}
+
+/// Returns the first multiple of the interval since the origin of the grid that is after `time`.
+fn next_on_grid(time: Instant, interval: Duration) -> Instant {
+    let since = time.saturating_duration_since(*GRID);
+    let rest = Duration::from_nanos((since.as_nanos() % interval.as_nanos()) as u64);
+    time + (interval - rest)
 }
 
 #[cfg(test)]
@@ -208,18 +237,34 @@ mod tests {
 
     #[test]
     fn a_mailbox_is_polled_often_while_the_guest_talks_and_seldom_when_it_is_silent() {
-        let start = Instant::now();
-        let mut schedule = PollSchedule::new(start);
+        let ms = Duration::from_millis;
+        let mut schedule = PollSchedule::new(Instant::now());
+        let start = schedule.next;
         let mut interval_after = |pause: Duration, had_message: bool| {
             let now = start + pause;
-            schedule.polled(now, had_message);
+            schedule.polled(now, had_message, now);
             schedule.next - now
         };
+        assert!(interval_after(ms(1), true) <= MIN_POLL_INTERVAL);
+        assert!(interval_after(ms(161), false) <= ms(8), "at most a sixteenth of the pause");
+        assert!(interval_after(ms(60_000), false) <= MAX_POLL_INTERVAL);
+        assert!(interval_after(ms(60_001), true) <= MIN_POLL_INTERVAL, "it talks again");
+        assert_eq!(poll_interval(ms(160)), ms(8));
+        assert_eq!(poll_interval(ms(60_000)), MAX_POLL_INTERVAL);
+    }
+
+    #[test]
+    fn silent_mailboxes_are_polled_by_one_wakeup() {
         let ms = Duration::from_millis;
-        assert_eq!(interval_after(ms(1), true), MIN_POLL_INTERVAL);
-        assert_eq!(interval_after(ms(161), false), ms(10), "a sixteenth of the pause");
-        assert_eq!(interval_after(ms(60_000), false), MAX_POLL_INTERVAL);
-        assert_eq!(interval_after(ms(60_001), true), MIN_POLL_INTERVAL, "it talks again");
+        let (mut one, mut other) =
+            (PollSchedule::new(Instant::now()), PollSchedule::new(Instant::now()));
+        let later = one.next + ms(60_000);
+        one.polled(later, false, later);
+        other.polled(later + Duration::from_micros(1), false, later);
+        let apart = other.next - one.next;
+        assert!(apart == Duration::ZERO || apart == MAX_POLL_INTERVAL, "{apart:?}");
+        one.polled(later, false, later + ms(100));
+        assert!(one.next > later + ms(100), "a channel without a budget is not polled");
     }
 
     #[test]
