@@ -1,7 +1,7 @@
 //! The command writer inside a middlebox VM: one command in, the host's reply out.
 //!
 //! Exit codes: 0 accepted; 1 rejected, with the reason on standard error; 2 usage; 3 no device, or
-//! nobody took the command.
+//! the host did not take the command.
 
 mod device;
 
@@ -20,7 +20,7 @@ use std::time::Duration;
     after_help = "Examples:\n  nfqd-guest R F 12:13:14:15:16:17 10.129.126.15\n  nfqd-guest A 12:13:14:15:16:17 M 5 s 1:2:3:4:5:6 p 8\n  nfqd-guest -w '@X 12:13:14:15:16:17 F@'"
 )]
 struct Cli {
-    /// Write a message into the mailbox, the original's way
+    /// Write a message into the mailbox as it is, marks included
     #[arg(
         short = 'w',
         value_name = "@COMMAND@",
@@ -68,6 +68,11 @@ fn main() -> ExitCode {
         Err(error @ SendError::NotAMessage(_)) => {
             eprintln!("{error}");
             ExitCode::from(2)
+        }
+        // The command was taken: it must not look as if it could be sent again.
+        Err(error @ SendError::NotAReply(_)) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
         }
         Err(error) => {
             eprintln!("{error}");

@@ -98,7 +98,7 @@ fn replies(region: &Region) -> Result<Vec<Reply>, SendError> {
     let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
     let text = String::from_utf8_lossy(text);
     let parsed: Result<Vec<Reply>, _> = text.lines().map(str::parse).collect();
-    let not_a_reply = || SendError::NotAReply(text.chars().take(80).collect());
+    let not_a_reply = || SendError::NotAReply(text.to_string());
     match parsed {
         Ok(replies) if replies.is_empty() => Err(not_a_reply()),
         Ok(replies) => Ok(replies),

@@ -4,6 +4,7 @@ use super::framing::{MailboxMessage, MessageError, closing, text_of};
 use super::{
     COMMAND_SIZE, MARK, MAX_MESSAGES, REPLY_OFFSET, REPLY_SIZE, TAKEN, UNTERMINATED_AFTER,
 };
+use crate::language::parse::error::{CommandError, ErrorCode};
 use crate::language::reply::Reply;
 use crate::region::Region;
 use std::time::Instant;
@@ -80,8 +81,8 @@ impl HostMailbox {
         })
     }
 
-    /// Writes the replies, one line a message, then marks the messages as taken. Replies that do not
-    /// fit are left out from the end, and the last one that fits in part is cut.
+    /// Writes the replies, one line a message, then marks the messages as taken. A reply that fits in
+    /// part is cut; for those that do not fit, the last line tells their number.
     pub fn reply(&mut self, region: &Region, answered: &[(MailboxMessage, Reply)]) {
         if answered.is_empty() {
             return;
@@ -103,20 +104,32 @@ impl HostMailbox {
     }
 }
 
-fn reply_text<'a>(replies: impl Iterator<Item = &'a Reply>) -> Vec<u8> {
+fn reply_text<'a>(replies: impl ExactSizeIterator<Item = &'a Reply>) -> Vec<u8> {
     // What is left of a cut reply must still be one: `ERR unknown-backend` and some of its text.
     const SHORTEST_REPLY: usize = 32;
+    // Room for the last line, which tells how many replies are missing.
+    const RESERVED: usize = 48;
+    let mut left = replies.len();
     let mut out = Vec::new();
     for reply in replies {
         let line = reply.to_string();
-        let room = (REPLY_SIZE - 1).saturating_sub(out.len() + 1);
+        let reserved = if left > 1 { RESERVED } else { 0 };
+        let room = (REPLY_SIZE - 1).saturating_sub(out.len() + 1 + reserved);
         if room < line.len().min(SHORTEST_REPLY) {
+            let missing = CommandError {
+                code: ErrorCode::Internal,
+                column: 1,
+                message: format!("{left} replies did not fit"),
+            };
+            out.push(b'\n');
+            out.extend(Reply::from(missing).to_string().bytes());
             break;
         }
         if !out.is_empty() {
             out.push(b'\n');
         }
         out.extend(line.bytes().take(room));
+        left -= 1;
     }
     out
 }
