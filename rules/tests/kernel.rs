@@ -364,6 +364,11 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         let older = "{ comment \"made by nfqd, which repairs what others change here\"; }";
         nft(&["add", "table", "bridge", "nfqd", older]);
         kernel.load(&build(&policy, &slots, &options)).unwrap();
+        // Its comment is still the old one; the layout is told by a chain that loading has made.
+        assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_2 {"));
+        nft(&["add", "chain", "bridge", "nfqd", "layout_3"]);
+        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
+        assert!(matches!(error, KernelError::Newer { layout: 3, .. }), "{error}");
         assert!(kernel.remove().unwrap());
     });
 }

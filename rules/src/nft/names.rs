@@ -8,6 +8,20 @@ pub(super) const SLOT_MAPS: &str = "backend_";
 /// The beginning of the comment of a rule that counts packets whose flow could not be cached.
 pub(super) const CACHE_FULL: &str = "cache full: ";
 
+/// The beginning of the name of the chain that tells the layout of a table. It is empty; every load
+/// makes it anew, while a table's comment stays as it was made.
+const LAYOUT: &str = "layout_";
+
+/// Returns the name of the chain that tells the layout.
+pub(super) fn layout_chain(layout: u32) -> String {
+    format!("{LAYOUT}{layout}")
+}
+
+/// Returns the layout that a chain tells, if it is one that does.
+pub(super) fn layout_of_chain(name: &str) -> Option<u32> {
+    name.strip_prefix(LAYOUT)?.parse().ok()
+}
+
 /// Returns the comment of the elements and rules that count for a rule.
 pub(super) fn rule_comment(rule: RuleId) -> String {
     format!("rule {rule}")

@@ -1,7 +1,7 @@
-//! The kernel's nf_tables: loads a ruleset, or makes a change of one, in one transaction each.
+//! The kernel's nf_tables: loads a ruleset or changes it, in one transaction each.
 //!
-//! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet that
-//! waits in a queue.
+//! Base chains are made once and stay until [`Kernel::remove`]: deleting one drops every packet
+//! that waits in a queue.
 
 mod counters;
 mod difference;
@@ -14,7 +14,7 @@ pub use recover::{CachedReply, RecoveredState};
 use super::build::Ruleset;
 use super::delta::{Step, Transition};
 use super::model::{Chain, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment};
-use super::names::mac_of_chain;
+use super::names::{layout_of_chain, mac_of_chain};
 use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, fd};
 use crate::netlink::{NLMSG_DONE, messages};
 use difference::{creations, difference};
@@ -30,26 +30,26 @@ pub struct Kernel {
     sequence: u32,
 }
 
-/// The reason the kernel did not do what it was asked.
+/// The reason a request to the kernel failed.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The socket cannot be opened.
     #[error("no netlink socket for nftables: {0}; is nf_tables in this kernel?")]
     Socket(io::Error),
-    /// This user is not privileged.
+    /// The user is not privileged.
     #[error(
         "the kernel does not let this user change nftables; run as root, or with CAP_NET_ADMIN"
     )]
     Denied,
-    /// A message of a transaction was refused; nothing of the transaction took effect.
+    /// The kernel rejected a message of a transaction; nothing of the transaction took effect.
     #[error("the kernel refused to {what}: {errno}; nothing was changed")]
     Refused {
-        /// What the first message that was refused was to do.
+        /// The purpose of the first rejected message.
         what: String,
         /// The kernel's reason.
         errno: Errno,
     },
-    /// The transaction cannot be sent or its answer not received.
+    /// The transaction cannot be sent, or its answer not received.
     #[error("netlink: {0}")]
     Io(io::Error),
     /// A table of our name was made by another program.
@@ -77,7 +77,7 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// Returns the kernel's reason, if it refused.
+    /// Returns the kernel's error code, if it rejected the request.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             KernelError::Refused { errno, .. } => Some(*errno),
@@ -86,18 +86,19 @@ impl KernelError {
     }
 }
 
-/// How much of a change has taken effect when the kernel refuses it.
+/// How much of a change has taken effect when the kernel rejects it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Progress {
     /// Nothing: everything is as before.
     Nothing,
-    /// Some of its steps: the ruleset must be loaded as a whole.
+    /// Some of its steps: the ruleset must be loaded anew.
     Partial,
 }
 
-/// Size of the socket's buffers: enough for transactions of some hundred thousand elements.
+/// Size of the socket's buffers in bytes: enough for transactions of some hundred thousand
+/// elements.
 const BUFFER: usize = 64 << 20;
-/// Size of the buffer for one datagram; the kernel sends smaller ones.
+/// Size of the buffer for one datagram in bytes; the kernel sends smaller ones.
 const DATAGRAM: usize = 1 << 16;
 
 impl Kernel {
@@ -132,7 +133,7 @@ impl Kernel {
             let len = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(len) => len,
                 Err(Errno::EAGAIN) => break,
-                // At ENOBUFS the receive buffer overran with errors; the first ones are in it.
+                // At ENOBUFS the receive buffer overran with errors; it holds the first ones.
                 Err(Errno::EINTR | Errno::ENOBUFS) => continue,
                 Err(errno) => return Err(KernelError::Io(errno.into())),
             };
@@ -192,7 +193,8 @@ impl Kernel {
         }
     }
 
-    /// Returns the layout of our table, if there is one.
+    /// Returns the layout of our table, if there is one: that of the nfqd that made it, or of a newer
+    /// one that has taken it over since.
     ///
     /// # Errors
     /// If another program made it.
@@ -200,10 +202,11 @@ impl Kernel {
         let Some(comment) = self.dump(&DumpRequest::Table(family))?.table_comment else {
             return Ok(None);
         };
-        match comment.as_deref().and_then(layout_of_comment) {
-            Some(layout) => Ok(Some(layout)),
-            None => Err(KernelError::Foreign { family }),
-        }
+        let Some(made) = comment.as_deref().and_then(layout_of_comment) else {
+            return Err(KernelError::Foreign { family });
+        };
+        let chains = self.dump(&DumpRequest::Chains(family))?.chains;
+        Ok(chains.keys().filter_map(|name| layout_of_chain(name)).chain([made]).max())
     }
 
     /// Whether our table exists.
@@ -222,8 +225,8 @@ impl Kernel {
         self.socket.portid()
     }
 
-    /// Whether `ruleset`, which has been loaded, is intact as far as can be seen at a glance: its
-    /// chains and sets, and the rules of its base chains.
+    /// Whether `ruleset`, which has been loaded, is intact as far as a quick look shows: its chains
+    /// and sets, and the rules of its base chains.
     ///
     /// # Errors
     /// If the kernel cannot be asked, or a table of our name belongs to another program.
@@ -263,20 +266,20 @@ impl Kernel {
     /// base chains stay.
     ///
     /// # Errors
-    /// If the kernel refuses, or a table of our name belongs to another program; nothing is changed
-    /// then.
+    /// If the kernel rejects it, or a table of our name belongs to another program; nothing is
+    /// changed then.
     pub fn load(&mut self, wanted: &Ruleset) -> Result<(), KernelError> {
         let mut batch = self.batch();
         for family in Family::ALL {
             let exists = self.owns_table(family)?;
             match (wanted.get(&family), exists) {
                 (Some(table), exists) => self.replace(&mut batch, table, exists)?,
-                // The packets that wait there came by a path that is no longer used.
+                // The packets that wait there came by the path that is no longer used.
                 (None, true) => batch.delete_table(family),
                 (None, false) => {}
             }
         }
-        // The dumps have used up sequence numbers; the batch has its own.
+        // The dumps have used sequence numbers; the batch has its own.
         self.commit(batch)
     }
 
@@ -292,7 +295,7 @@ impl Kernel {
             let chains = self.dump(&DumpRequest::Chains(family))?.chains;
             let sets = self.dump(&DumpRequest::Sets(family))?.sets;
             batch.flush_rules(family, None);
-            // Maps of verdicts keep chains in use.
+            // Verdict maps keep chains in use.
             for name in sets.keys() {
                 let is_cache = table.sets.get(name).is_some_and(|set| set.dynamic.is_some());
                 if !is_cache {
@@ -326,8 +329,8 @@ impl Kernel {
     /// counters of the rules that are replaced.
     ///
     /// # Errors
-    /// If the kernel refuses, with what has taken effect by then. `ENOENT` and `EEXIST` mean that
-    /// another program has changed our tables, which [`Kernel::load`] repairs.
+    /// If the kernel rejects it, with what has taken effect by then. `ENOENT` and `EEXIST` mean
+    /// that another program has changed our tables, which [`Kernel::load`] repairs.
     pub fn change(&mut self, change: &Transition) -> Result<Counters, (KernelError, Progress)> {
         let (mut replaced, mut progress) = (Counters::default(), Progress::Nothing);
         for step in &change.steps {
@@ -350,8 +353,9 @@ impl Kernel {
                 self.add_chain_counters(Some(name), replaced)?;
             }
         }
-        // A packet that is in the ruleset when a transaction takes effect goes on with the old rules
-        // but looks up the new elements: it must find the chains filled that these lead to.
+        // A packet that traverses the ruleset when a transaction takes effect continues with the
+        // old rules but looks up the new elements: the chains that these lead to must already be
+        // filled.
         let mut batch = self.batch();
         creations(&mut batch, old, new);
         self.commit_part(batch, progress)?;
@@ -363,7 +367,7 @@ impl Kernel {
     fn commit_part(&mut self, batch: Batch, progress: &mut Progress) -> Result<(), KernelError> {
         let is_empty = batch.len() == 0;
         let result = self.commit(batch);
-        // What was sent and not acknowledged may have taken effect.
+        // Messages that were sent and not acknowledged may have taken effect.
         let is_refused = matches!(result, Err(KernelError::Refused { .. } | KernelError::Denied));
         if !is_empty && !is_refused {
             *progress = Progress::Partial;
@@ -374,7 +378,7 @@ impl Kernel {
     /// Removes the slots that a change has left.
     ///
     /// # Errors
-    /// If the kernel refuses; nothing is changed then.
+    /// If the kernel rejects it; nothing is changed then.
     pub fn finish(&mut self, change: &Transition) -> Result<(), KernelError> {
         let mut batch = self.batch();
         for (name, gone) in change.leftovers() {
@@ -386,7 +390,7 @@ impl Kernel {
     /// Removes our tables, whatever their layout. Returns whether there were any.
     ///
     /// # Errors
-    /// If the kernel refuses, or a table of our name belongs to another program.
+    /// If the kernel rejects it, or a table of our name belongs to another program.
     pub fn remove(&mut self) -> Result<bool, KernelError> {
         let mut batch = self.batch();
         for family in Family::ALL {

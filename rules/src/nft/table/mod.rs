@@ -1,8 +1,8 @@
-//! The base table: what is in the bridge family whatever is registered.
+//! The base table: the part in the bridge family that does not depend on the policy.
 //!
-//! In the order a packet meets it: [`steer`], [`filter`], [`reply`], [`flow`], [`upcall`], and behind
-//! the engine [`learn`]. Base chains are made once and stay, because deleting one drops every packet
-//! that waits in a queue. `docs/ARCHITECTURE.md` draws the way of a packet.
+//! The files follow a packet's order: [`steer`], [`filter`], [`reply`], [`flow`], [`upcall`], and
+//! behind the engine [`learn`]. Base chains are made once and stay, because deleting one drops
+//! every packet that waits in a queue. `docs/ARCHITECTURE.md` draws the path of a packet.
 
 mod filter;
 mod flow;
@@ -14,7 +14,8 @@ mod upcall;
 
 pub(super) use upcall::queueing_table;
 
-use super::model::{Chain, Family, Rule, Table};
+use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
+use super::names::layout_chain;
 use super::options::{FastPath, RulesetOptions};
 
 /// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or forwards.
@@ -50,6 +51,7 @@ pub(super) fn base_table(options: &RulesetOptions) -> Table {
     }
     base.upcall_chain();
     base.learn_chains();
+    base.chain(&layout_chain(TABLE_LAYOUT), Vec::new());
     base.table
 }
 
