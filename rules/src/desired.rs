@@ -5,7 +5,7 @@ use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeSet;
 
-/// A policy, and the slots of its backends. A clone is cheap.
+/// A policy with the slots of its backends. A clone is cheap.
 #[derive(Clone, Debug, Default)]
 pub struct Desired {
     /// The policy.

@@ -1,8 +1,10 @@
-//! Maglev: consistent hashing by a table, so that backends share alike and few flows move when one goes.
+//! Maglev: consistent hashing by a table, so that backends get even shares and few flows move when
+//! one leaves.
 //!
-//! After Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016, section 3.4. Each
-//! backend has a permutation of the places; in turns, as often as its weight asks for, each takes the next place of its own
-//! that is free. The table depends on nothing but the backends' names and weights and the seed.
+//! After Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
+//! section 3.4. Each backend has a permutation of the table's entries; in turns, as often as its
+//! weight allows, each takes the next free entry of its permutation. The table depends only on the
+//! backends' names and weights and the seed.
 //!
 //! All hashes are SipHash-1-3 with the seed as the first key and the purpose as the second:
 //!
@@ -16,11 +18,11 @@ use nfqd_shmctl::BackendName;
 use siphasher::sip::SipHasher13;
 use std::net::IpAddr;
 
-/// Places of a table: a prime, so that every step but 0 makes a permutation; large beside the number of backends, so that
-/// shares are even.
+/// Entries of a table: a prime, so that every step but 0 makes a permutation; large compared with
+/// the number of backends, so that shares are even.
 pub const PLACES: usize = 65537;
 
-/// The longest of what is hashed, in bytes.
+/// The longest input of a hash, in bytes.
 const LONGEST: usize = 37;
 
 fn bytes(ip: IpAddr) -> [u8; 16] {
@@ -34,7 +36,7 @@ fn hash(seed: u32, purpose: u64, bytes: &[u8]) -> u64 {
     SipHasher13::new_with_keys(u64::from(seed), purpose).hash(bytes)
 }
 
-/// The hash of a flow towards a service; with `affinity`, of its client's address alone.
+/// Returns the hash of a flow towards a service; with `affinity`, of its client's address alone.
 pub fn flow(seed: u32, affinity: bool, ip: &IpHeader) -> u64 {
     let mut text = [0; LONGEST];
     let (client, rest) = text.split_at_mut(16);
@@ -50,7 +52,8 @@ pub fn flow(seed: u32, affinity: bool, ip: &IpHeader) -> u64 {
     hash(seed, 0, &text)
 }
 
-/// The table for backends of these names and weights, at most 255: which of them has each place. Empty without backends.
+/// Returns the table for backends with these names and weights, at most 255: the backend of each
+/// entry. Empty without backends.
 pub fn table(seed: u32, backends: &[(BackendName, u16)]) -> Vec<u8> {
     const NOBODY: u8 = u8::MAX;
     let heaviest = backends.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(0);
@@ -146,7 +149,7 @@ mod tests {
         }
     }
 
-    /// Other hosts must come to the same table, and later versions too.
+    /// Other hosts and later versions must make the same table.
     #[test]
     fn the_table_is_the_same_everywhere() {
         let table = table(42, &backends(5, u16::from));

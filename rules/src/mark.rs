@@ -10,7 +10,7 @@
 
 use crate::ids::{MAX_ID, MiddleboxId, SlotId};
 
-/// The bits that belong to nfqd.
+/// The bits of the mark that belong to nfqd.
 pub const OURS: u32 = 0xffff_ff00;
 /// The bits of the operation.
 pub const OPERATION: u32 = 0xf800_0000;

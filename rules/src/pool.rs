@@ -1,4 +1,4 @@
-//! Pools: which backend a new flow goes to.
+//! Backend pools: which backend a new flow is assigned to.
 
 use crate::ids::SlotId;
 use crate::maglev;
@@ -15,18 +15,18 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-/// A backend that new flows may go to.
+/// A backend that accepts new flows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Member {
     /// Its name.
     pub name: BackendName,
-    /// Its share of new flows beside the others'.
+    /// Its share of new flows, relative to the others.
     pub weight: u16,
     /// Its slot.
     pub slot: SlotId,
 }
 
-/// Some members of a pool, by their places.
+/// A subset of the members of a pool, by index.
 #[derive(Clone, Copy)]
 struct Subset([u64; MAX_BACKENDS.div_ceil(64)]);
 
@@ -47,23 +47,23 @@ impl Subset {
     }
 }
 
-/// What a service chooses from, and where it is with choosing.
+/// The pool of a service, and the state of its balancing method.
 #[derive(Debug)]
 pub struct Pool {
     method: Method,
     seed: u32,
     affinity: bool,
     members: Vec<Member>,
-    /// The table of consistent hashing, once a flow has asked for it.
+    /// The table of consistent hashing, made when the first flow needs it.
     table: Arc<OnceLock<Vec<u8>>>,
-    /// What each member has saved up for its turn, for smooth weighted round robin.
+    /// The credit of each member, for smooth weighted round robin.
     credits: Mutex<Vec<i64>>,
-    /// Where the search for the least loaded begins, so that those alike take turns.
+    /// The index at which the search for the least loaded member begins, so that equals take turns.
     start: AtomicUsize,
 }
 
 impl Pool {
-    /// A pool of a service, of those backends that new flows may go to.
+    /// The pool of a service: the backends that accept new flows.
     pub fn new(service: &Service, members: Vec<Member>) -> Pool {
         let options = service.options();
         Pool {
@@ -77,12 +77,13 @@ impl Pool {
         }
     }
 
-    /// The backends that new flows may go to.
+    /// Returns the backends that accept new flows.
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// Chooses among the members that `fits`. `live` says how many flows a slot has.
+    /// Chooses among the members for which `fits` is true. `live` returns the number of flows of a
+    /// slot.
     pub fn choose(
         &self,
         ip: &IpHeader,
@@ -97,8 +98,9 @@ impl Pool {
         }
     }
 
-    /// The member that `pick` takes of those that fit, and these as far as they had to be known. Most often the best of all
-    /// fits; if not, each is asked once, so that a client whom nobody may serve does not cost more than that.
+    /// Returns the member that `pick` takes among those that fit. Most often the best of all fits;
+    /// if not, each member is tested once, so that a client whom nobody may serve costs no more
+    /// than that.
     fn best(
         &self,
         pick: impl Fn(Subset) -> Option<usize>,
@@ -112,8 +114,9 @@ impl Pool {
         pick(fitting).map(|best| (best, fitting))
     }
 
-    /// Smooth weighted round robin: everybody saves its weight, the richest has its turn and pays for all (nginx,
-    /// ngx_http_upstream_get_peer). Who does not fit is left out of the round.
+    /// Smooth weighted round robin: every member gains its weight, the one with the most credit is
+    /// chosen and pays the sum (nginx, ngx_http_upstream_get_peer). Members that do not fit are
+    /// left out of the round.
     fn next_turn(&self, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         let mut credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner);
         let richest = |among: Subset| {
@@ -121,7 +124,7 @@ impl Pool {
             saved
                 .filter(|(at, _)| among.contains(*at))
                 .map(|(at, (member, credit))| (at, credit + i64::from(member.weight)))
-                // The first of those alike.
+                // Of equals the first.
                 .reduce(|best, other| if other.1 > best.1 { other } else { best })
                 .map(|(at, _)| at)
         };
@@ -137,7 +140,8 @@ impl Pool {
         self.members.get(best).copied()
     }
 
-    /// The one with the fewest live flows for its weight, the new one counted.
+    /// Least connections: the member with the fewest live flows for its weight, the new one
+    /// counted.
     fn least(
         &self,
         live: impl Fn(SlotId) -> u32,
@@ -158,7 +162,8 @@ impl Pool {
         self.members.get(best).copied()
     }
 
-    /// By the table; where that leads to a member that does not fit, on from there by a step of its own.
+    /// Consistent hashing: by the table; if that leads to a member that does not fit, on from there
+    /// by a second hash's step.
     fn hashed(&self, ip: &IpHeader, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         const TRIES: usize = 32;
         let table = self.table();
@@ -179,7 +184,7 @@ impl Pool {
         })
     }
 
-    /// Makes the table of consistent hashing, which costs more than a packet should.
+    /// Makes the table of consistent hashing, which costs more than a packet should pay.
     pub fn prepare(&self) {
         if self.method == Method::Hash {
             self.table();
@@ -202,19 +207,19 @@ impl Pool {
     }
 }
 
-/// The pools of all middleboxes. A clone costs nothing.
+/// The pools of all middleboxes. A clone is cheap.
 #[derive(Clone, Debug, Default)]
 pub struct Pools {
     middleboxes: OrdMap<MacAddr, Arc<BTreeMap<Frontend, Arc<Pool>>>>,
 }
 
 impl Pools {
-    /// The pool of a service.
+    /// Returns the pool of a service.
     pub fn get(&self, middlebox: MacAddr, frontend: &Frontend) -> Option<&Pool> {
         self.middleboxes.get(&middlebox)?.get(frontend).map(Arc::as_ref)
     }
 
-    /// Makes the pools of one middlebox those of its services. A pool that is as before goes on where it was.
+    /// Rebuilds the pools of one middlebox from its services. An unchanged pool keeps its state.
     pub fn update(&mut self, mac: MacAddr, middlebox: Option<&Middlebox>, slots: &Slots) {
         let Some(middlebox) = middlebox.filter(|middlebox| !middlebox.services().is_empty()) else {
             self.middleboxes.remove(&mac);
@@ -243,7 +248,7 @@ impl Pools {
         self.middleboxes.insert(mac, Arc::new(pools));
     }
 
-    /// Makes what packets of this middlebox would have to wait for.
+    /// Makes the tables that packets of this middlebox would have to wait for.
     pub fn prepare(&self, mac: MacAddr) {
         self.middleboxes
             .get(&mac)
@@ -253,7 +258,7 @@ impl Pools {
     }
 }
 
-/// Whether a backend could answer this client: a backend that is one itself cannot be sent to itself.
+/// Whether a backend can answer this client: a backend that is itself the client cannot.
 pub fn can_serve(member: &Member, client: IpAddr) -> bool {
     member.name.ip != client
 }
@@ -311,7 +316,8 @@ mod tests {
         assert!(pool.choose(&packet(1), |_| 0, |_| false).is_none());
     }
 
-    /// By counting, not by a clock: who may be served by nobody makes each member be asked once or twice, however many.
+    /// Counted, not timed: if nobody may be chosen, each member is tested once or twice, however
+    /// many there are.
     #[test]
     fn a_client_that_nobody_may_serve_is_not_expensive() {
         let name = |n: u8| BackendName { ip: IpAddr::from([10, 0, 1, n]), port: None };
@@ -336,7 +342,7 @@ mod tests {
                 asked.get() <= 2 * 255 && counted.get() <= 2 * 255,
                 "{method}: {asked:?} {counted:?}"
             );
-            // The last one that is left is found.
+            // The last remaining member is found.
             let last = pool.members()[254];
             assert_eq!(
                 pool.choose(&packet(1), |_| 0, |member| *member == last),
@@ -350,7 +356,7 @@ mod tests {
     fn the_least_loaded_for_its_weight_is_chosen_and_those_alike_take_turns() {
         let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 least 10.0.0.2*2 10.0.0.3 10.0.0.4");
         let live = |slot: SlotId| [0, 9, 4, 5][slot.get() as usize];
-        // 10/2, 5/1, 6/1: the first two are alike.
+        // 10/2, 5/1, 6/1: the first two are equal.
         let chosen: Vec<u32> =
             (0..6).map(|_| pool.choose(&packet(1), live, |_| true).unwrap().slot.get()).collect();
         assert!(chosen.contains(&1) && chosen.contains(&2) && !chosen.contains(&3), "{chosen:?}");

@@ -1,14 +1,15 @@
-//! Changes addresses in a frame the way the fast path does: destination MAC, an IP address, a port, and the checksums over
-//! them; the same in what an ICMP error quotes, which the fast path leaves to the engine.
+//! Rewriting of a frame as the fast path does it: destination MAC, an IP address, a port, and the
+//! checksums over them; also in the packet that an ICMP error quotes, which the fast path leaves to
+//! the engine.
 //!
-//! Checksums are mended by difference (RFC 1624), not made anew, so a wrong one stays wrong; a result of 0 is written
-//! as 0xffff, as `nft_csum_replace` does.
+//! Checksums are updated incrementally (RFC 1624), not recomputed, so a wrong one stays wrong; a
+//! result of 0 is written as 0xffff, as `nft_csum_replace` does.
 
 use crate::packet::{IpHeader, Packet, Quoted, checksum_offset, l3_offset};
 use nfqd_shmctl::{Fragment, MacAddr, Protocol};
 use std::net::IpAddr;
 
-/// Which address of the packet changes.
+/// The address of the packet that is rewritten.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Side {
     /// The source address.
@@ -24,8 +25,9 @@ pub fn set_destination_mac(frame: &mut [u8], mac: MacAddr) {
     }
 }
 
-/// Writes an address of `packet`, which was read from `frame`, and with `port` the port beside it, and mends the checksums.
-/// Says whether it could: the address must be of the packet's family, and what changes inside the frame.
+/// Writes an address of `packet`, which was read from `frame`, and with `port` its port, and
+/// updates the checksums. Returns whether it could: the address must be of the packet's family, and
+/// every byte to change must be inside the frame.
 pub fn translate(
     frame: &mut [u8],
     packet: &Packet,
@@ -59,9 +61,9 @@ pub fn translate(
     true
 }
 
-/// Writes an address of the packet that an ICMP error quotes, and with `port` the port beside it; mends the quoted
-/// checksums, as far as they are quoted, and the error's own. `payload` begins with the IP header of the error, which `ip`
-/// was read from.
+/// Writes an address of the packet that an ICMP error quotes, and with `port` its port; updates the
+/// quoted checksums, as far as they are quoted, and the error's own. `payload` begins with the IP
+/// header of the error, which `ip` was read from.
 pub fn translate_quoted(
     payload: &mut [u8],
     ip: &IpHeader,
@@ -100,7 +102,7 @@ pub fn translate_quoted(
     true
 }
 
-/// Both addresses of a packet, whole or quoted.
+/// The source and destination addresses of a packet, whole or quoted.
 trait Addressed {
     fn address(&self, side: Side) -> IpAddr;
 }
@@ -130,7 +132,7 @@ enum EditedField {
     Port,
 }
 
-/// Bytes that change; their number is even, and so is their distance from what a checksum covers.
+/// Bytes to replace: an even number, at an even distance from the start of what a checksum covers.
 struct ByteEdit {
     part: EditedField,
     at: usize,
@@ -142,7 +144,7 @@ impl ByteEdit {
         self.at..self.at + self.new.len()
     }
 
-    /// Makes the change; what was there comes back.
+    /// Replaces the bytes and returns the old ones.
     fn apply(&self, bytes: &mut [u8]) -> Vec<u8> {
         let Some(field) = bytes.get_mut(self.range()) else { return self.new.clone() };
         let old = field.to_vec();
@@ -181,7 +183,8 @@ fn changes(
     Some([address].into_iter().chain(port).collect())
 }
 
-/// Where the L4 checksum to mend is: none in later fragments, none in UDP packets that carry none.
+/// Returns the offset of the L4 checksum to update: none in later fragments, and none in UDP
+/// packets without one.
 fn l4_checksum(frame: &[u8], ip: &IpHeader, l3: usize) -> Option<usize> {
     if ip.fragment == Fragment::Later {
         return None;
@@ -233,11 +236,11 @@ mod tests {
         out
     }
 
-    /// Whether etherparse, computing anew, agrees with all checksums of the frame.
+    /// Whether etherparse, which computes them anew, agrees with all checksums of the frame.
     fn checksums_hold(frame: &[u8]) -> bool {
         let sliced = LaxSlicedPacket::from_ethernet(frame).unwrap();
         let transport = sliced.transport.unwrap();
-        // In ones' complement 0 and 0xffff are one number; TCP may write either.
+        // In ones' complement 0 and 0xffff are equal; TCP may write either.
         let same = |a: u16, b: u16| a % 0xffff == b % 0xffff;
         match sliced.net.unwrap() {
             LaxNetSlice::Ipv4(ip) => {
@@ -349,7 +352,7 @@ mod tests {
         fn quoted_packets_are_translated_as_packets_are(
             v6: bool, udp: bool, source: bool, address: [u8; 16], port: Option<u16>, cut in 8..40_usize
         ) {
-            // Half a checksum cannot be mended.
+            // A checksum that is cut in half cannot be updated.
             prop_assume!(cut != 17);
             let inner = frame(v6, udp, &[7; 30]);
             let new = if v6 { IpAddr::from(address) } else { IpAddr::from([address[0], address[1], address[2], address[3]]) };
@@ -363,7 +366,7 @@ mod tests {
             let whole = Packet::from_frame(&inner).unwrap();
             prop_assert!(translate(&mut translated, &whole, side, new, port));
             prop_assert_eq!(&bytes[14 + l4 + 8..], &translated[14..end], "as the packet itself would be");
-            // And the error's own checksum is the one computed anew.
+            // The error's own checksum is correct as well.
             let expected = error(v6, &translated[14..end]);
             let sum = |frame: &[u8]| u16::from_be_bytes([frame[14 + l4 + 2], frame[14 + l4 + 3]]) % 0xffff;
             prop_assert_eq!(sum(&bytes), sum(&expected));

@@ -1,4 +1,4 @@
-//! A balanced service: how it chooses, and its backends.
+//! Load-balanced services: a service's method, options and backends.
 
 use crate::packet::IpHeader;
 use crate::policy::PolicyError;
@@ -13,64 +13,64 @@ use std::net::IpAddr;
 /// Backends in one command of a printed policy: few enough for the longest command.
 const A_COMMAND: usize = 12;
 
-/// A service as it is registered.
+/// A registered service.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     method: Method,
     options: ServiceOptions,
-    /// Sorted, so that every host with the same configuration chooses alike. A name has a port if and only if the service
-    /// has one.
+    /// The backends, sorted, so that every host with the same configuration chooses alike. A name
+    /// has a port if and only if the service has one.
     backends: BTreeMap<BackendName, Backend>,
 }
 
 /// A backend of a service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Backend {
-    /// Its MAC, when a command has said it.
+    /// Its MAC, if a command gave it.
     pub mac: Option<MacAddr>,
-    /// Its share of new flows beside the others'.
+    /// Its share of new flows, relative to the others.
     pub weight: u16,
-    /// It gets no new flows.
+    /// Whether it is draining: it gets no new flows.
     pub draining: bool,
 }
 
 impl Service {
-    /// The service that `R L` registers for `vip`.
+    /// Returns the service that `R L` registers for a frontend.
     pub fn new(frontend: Frontend, spec: &ServiceSpec) -> Service {
         let backends = spec.destinations.iter().map(|to| entry(frontend, to)).collect();
         Service { method: spec.method, options: spec.options, backends }
     }
 
-    /// How it chooses.
+    /// Returns the balancing method.
     pub fn method(&self) -> Method {
         self.method
     }
 
-    /// What it does besides choosing.
+    /// Returns the options.
     pub fn options(&self) -> &ServiceOptions {
         &self.options
     }
 
-    /// Its backends. A name has a port if and only if the service has one.
+    /// Returns the backends. A name has a port if and only if the service has one.
     pub fn backends(&self) -> &BTreeMap<BackendName, Backend> {
         &self.backends
     }
 
-    /// The one backend of a service that is no pool.
+    /// Returns the only backend of a service that is not a pool.
     pub fn only_backend(&self) -> Option<BackendName> {
         self.backends.keys().next().copied().filter(|_| !self.method.is_pool())
     }
 
-    /// Whether this service, registered for `vip`, takes a packet to its middlebox. Without a port, static and source take
-    /// all of the address' family, pools TCP and UDP to the address. Of a later fragment the port is not known: it may be
-    /// any.
+    /// Whether this service, registered for `vip`, takes a packet to its middlebox. Without a port,
+    /// static and source services take all packets of the address' family, pools the TCP and UDP
+    /// packets to the address. The port of a later fragment is unknown, so it matches any.
     pub fn takes(&self, frontend: &Frontend, ip: &IpHeader) -> bool {
         if frontend.ip.is_ipv4() != ip.source.is_ipv4() {
             return false;
         }
         let is_protocol = match frontend.protocol {
             Some(protocol) => ip.protocol == protocol,
-            // The address is the backend's own: all that is to it.
+            // The address belongs to the backend: all that is to it passes.
             None if frontend.port.is_none() && !self.method.is_pool() => true,
             None => ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP,
         };
@@ -83,7 +83,7 @@ impl Service {
         let own_port = frontend.ip == ip.destination && is_protocol && by_port;
         let not_from = |ip: IpAddr| self.only_backend().is_some_and(|backend| backend.ip != ip);
         match self.method {
-            // A backend could not answer itself.
+            // A backend cannot answer itself.
             Method::Static => not_from(ip.source) && (whole || own_port),
             Method::Source(source) => {
                 source == ip.source && not_from(ip.source) && (whole || own_port)
@@ -171,7 +171,7 @@ impl Service {
         }
     }
 
-    /// The commands that make this service of `vip`.
+    /// Returns the commands that make this service for a frontend.
     pub(crate) fn commands(&self, mac: MacAddr, frontend: Frontend) -> Vec<Command> {
         let destination = |(name, backend): (&BackendName, &Backend)| Destination {
             ip: name.ip,

@@ -1,6 +1,6 @@
-//! Timeouts of what the kernel caches of flows, in seconds.
+//! Timeouts of the flow caches in the kernel, in seconds.
 //!
-//! The kernel's maps are a cache of the engine's flow table. What is quarantined in [`crate::slots`]
+//! The kernel's maps are a cache of the engine's flow table. The quarantine of [`crate::slots`]
 //! follows from the longest of these.
 
 /// Lifetime of a cached flow towards its backend. It is not refreshed, so a live flow passes the
@@ -12,7 +12,7 @@ pub const TCP_REPLY_TIMEOUT: u32 = 7440;
 /// Lifetime of the cached reply direction of a UDP flow: shorter than the engine keeps the flow, so
 /// that replies alone keep it alive.
 pub const UDP_REPLY_TIMEOUT: u32 = 120;
-/// Lifetime of the note that a flow of a backend is its own.
+/// Lifetime of the entry that marks a flow of a backend as its own.
 pub const BYPASS_TIMEOUT: u32 = 90;
 /// Lifetime of a cached flow that is closing; the engine keeps it longer.
 pub const CLOSE_TIMEOUT: u32 = 5;

@@ -1,4 +1,4 @@
-//! Finds the first rule that a packet matches without looking at the rules one by one.
+//! Classifier: finds the first rule that a packet matches without comparing the rules one by one.
 //!
 //! Every field that rules compare is an axis, cut into intervals at the bounds of the rules' ranges. Each interval has
 //! a set of the rules that its values leave possible, as bits in the rules' order. A packet finds its interval on each
@@ -11,17 +11,18 @@ use crate::packet::Packet;
 use nfqd_shmctl::{AddressRange, Fragment, FragmentMatch, NumberRange, RuleId, TcpFlags};
 use std::net::IpAddr;
 
-/// The rules of one middlebox, made ready for packets.
+/// The compiled rules of one middlebox.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Classifier {
-    /// In the order they are looked at; those that no packet can match are not here.
+    /// The rules in order, without those that no packet can match.
     rules: Box<[RuleId]>,
-    /// Rules with a condition that is no set of intervals: what the axes leave possible must be looked at whole.
+    /// Rules with a condition that is no set of intervals: what the axes leave possible is compared
+    /// whole.
     inexact: Box<[u64]>,
     axes: Box<[(Dimension, Axis)]>,
 }
 
-/// What an axis is of.
+/// A field that an axis stands for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Dimension {
     SourceMac,
@@ -64,11 +65,12 @@ const DIMENSIONS: [Dimension; 16] = [
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Axis {
     cuts: Cuts,
-    /// For a packet that has no such field, then for each interval: one word for 64 rules.
+    /// The candidate rules of a packet without the field, then of each interval: one word for 64
+    /// rules.
     sets: Box<[u64]>,
 }
 
-/// Where the intervals begin; the first one at 0.
+/// The beginnings of the intervals; the first one is 0.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Cuts {
     Narrow(Box<[u64]>),
@@ -76,11 +78,11 @@ enum Cuts {
     Wide(Box<[u128]>),
 }
 
-/// Values from the first to the last.
+/// Ranges of values, first to last.
 type Interval = (u128, u128);
 
 impl Classifier {
-    /// Makes rules ready, which stand in the order they are looked at.
+    /// Compiles rules, which are given in order.
     pub fn new(rules: &[(RuleId, Conditions)]) -> Classifier {
         let words = rules.len().div_ceil(64);
         let mut inexact = vec![0; words];
@@ -99,18 +101,19 @@ impl Classifier {
         self.axes.iter().any(|(dimension, _)| wanted.contains(dimension))
     }
 
-    /// Whether a rule looks at VLAN tags.
+    /// Whether a rule compares VLAN tags.
     pub fn depends_on_tags(&self) -> bool {
         self.depends_on(&[Dimension::Vlan])
     }
 
-    /// Whether a rule looks at the transport header.
+    /// Whether a rule compares the transport header.
     pub fn depends_on_transport(&self) -> bool {
         use Dimension::{DestinationPort, IcmpCode, IcmpType, SourcePort, TcpFlags};
         self.depends_on(&[SourcePort, DestinationPort, TcpFlags, IcmpType, IcmpCode])
     }
 
-    /// The first rule that a packet matches. `whole` looks at all conditions of a rule, for the few that need it.
+    /// Returns the first rule that a packet matches. `whole` compares all conditions of a rule, for
+    /// the few that need it.
     pub fn find(&self, packet: &Packet, whole: impl Fn(RuleId) -> bool) -> Option<RuleId> {
         let mut rows: [&[u64]; DIMENSIONS.len()] = [&[]; DIMENSIONS.len()];
         for (row, (dimension, axis)) in rows.iter_mut().zip(&self.axes) {
@@ -142,9 +145,9 @@ fn set_bit(words: &mut [u64], at: usize, on: bool) {
 }
 
 impl Axis {
-    /// The axis, if any rule has a condition on it.
+    /// Returns the axis, if any rule has a condition on it.
     fn new(dimension: Dimension, rules: &[(RuleId, Conditions)], words: usize) -> Option<Axis> {
-        // What changes where: a rule becomes possible, or impossible.
+        // The bounds at which a rule becomes possible, or impossible.
         let mut events: Vec<(u128, usize, bool)> = Vec::new();
         let mut indifferent = vec![0_u64; words];
         let mut any = false;
@@ -163,7 +166,7 @@ impl Axis {
         if !any {
             return None;
         }
-        // An interval that ends where the next of the same rule begins leaves it possible.
+        // If an interval ends where the next of the same rule begins, the rule stays possible.
         events.sort();
         let (mut cuts, mut sets) = (vec![0], indifferent.clone());
         let mut current = indifferent;
@@ -194,7 +197,7 @@ impl Axis {
         Some(Axis { cuts, sets: sets.into() })
     }
 
-    /// The rules that a value leaves possible.
+    /// Returns the rules that a value leaves possible.
     fn row(&self, value: Option<u128>, words: usize) -> &[u64] {
         let row = match (value, &self.cuts) {
             (None, _) => 0,
@@ -235,7 +238,7 @@ fn fragment(fragment: Fragment) -> u128 {
     }
 }
 
-/// The runs of header bytes whose flags are as they must be.
+/// Returns the runs of header bytes whose flags match.
 fn flag_bytes(flags: TcpFlags) -> Vec<Interval> {
     let fitting = (0..=u8::MAX)
         .filter(|&byte| flags.contains(byte))
@@ -244,13 +247,14 @@ fn flag_bytes(flags: TcpFlags) -> Vec<Interval> {
 }
 
 impl Dimension {
-    /// What a rule allows here; `None` when it does not look.
+    /// Returns the ranges of the field that a rule allows; `None` if the rule does not compare it.
     fn of_rule(self, wanted: &Conditions) -> Option<Vec<Interval>> {
         let numbers = |range: Option<NumberRange>| {
             range.map(|range| vec![(u128::from(range.first()), u128::from(range.last()))])
         };
         let one = |value: Option<u128>| value.map(|value| vec![(value, value)]);
-        // A rule about one family does not look at the other's axis; on its own it leaves no packet of the other.
+        // A rule for one family does not use the other's axis; on its own the axis leaves no packet
+        // of the other.
         let addresses = |range: Option<AddressRange>, v4: bool| {
             let range = range.filter(|range| range.is_ipv4() == v4)?;
             Some(vec![(address(range.first()), address(range.last()))])
@@ -283,7 +287,7 @@ impl Dimension {
         }
     }
 
-    /// What a packet has here.
+    /// Returns the packet's value of the field.
     fn of_packet(self, packet: &Packet) -> Option<u128> {
         let (link, ip) = (&packet.link, packet.ip.as_ref());
         let of_family =
@@ -317,7 +321,7 @@ mod tests {
     use crate::packet::Packet;
     use proptest::prelude::*;
 
-    /// Rules out of a small world, so that they meet each other's bounds.
+    /// Rules from a small domain, so that they share bounds.
     fn rule() -> impl Strategy<Value = String> {
         let fields = [
             "I 1 s 10.0.0.1",
@@ -377,7 +381,7 @@ mod tests {
     }
 
     proptest! {
-        /// What looking at the rules one by one finds.
+        /// The result of comparing the rules one by one.
         #[test]
         fn the_first_rule_that_matches_is_found(
             lines in proptest::collection::vec(rule(), 0..200),
@@ -386,7 +390,7 @@ mod tests {
             let mut policy = Policy::default();
             policy.apply_line("R F 2:0:0:0:0:2 10.0.0.2").unwrap();
             for line in lines {
-                // Two families in one rule are refused.
+                // Two families in one rule are rejected.
                 let _ = policy.apply_line(&line);
             }
             let mac = "2:0:0:0:0:2".parse().unwrap();

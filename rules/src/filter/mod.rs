@@ -1,4 +1,5 @@
-//! Rules: what a middlebox stores for each, and what a packet must have to be matched.
+//! Filter rules: the stored state of a rule, and the conditions that a packet must meet to match
+//! it.
 
 pub mod classifier;
 
@@ -9,18 +10,18 @@ use nfqd_shmctl::{
 };
 use std::net::IpAddr;
 
-/// One rule: the bits that are on, and the stored values whether their bit is on or not.
+/// A rule: the bits that are on, and the stored values, whether their bit is on or not.
 ///
-/// All bits that are on must match; a rule with no bit on matches nothing.
+/// The bits that are on: all must match. A rule with no bit on matches nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct FilterRule {
-    /// By class.
+    /// The bits of each class.
     bits: [u8; Class::ALL.len()],
-    /// Of each field at most one, sorted.
+    /// The values, sorted, at most one of each field.
     values: Box<[FieldValue]>,
 }
 
-/// Why a rule cannot be as a command wants it: words for the person who wrote the command.
+/// The reason a rule cannot be changed as a command asks, in words for its author.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RuleError {
     /// A bit is on for a field that has no value.
@@ -47,7 +48,7 @@ pub enum RuleError {
     },
 }
 
-/// A rule with its defaults filled in and its contradictions found: what a packet must have.
+/// The conditions of a rule, with defaults filled in and contradictions found.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Conditions {
     /// The source MAC.
@@ -64,7 +65,7 @@ pub struct Conditions {
     pub tos: Option<u8>,
     /// The IP packet's length.
     pub length: Option<NumberRange>,
-    /// Which piece of a datagram.
+    /// The position in a fragmented datagram.
     pub fragment: Option<FragmentMatch>,
     /// The protocol.
     pub protocol: Option<Protocol>,
@@ -74,17 +75,17 @@ pub struct Conditions {
     pub destination_port: Option<NumberRange>,
     /// The TCP flags.
     pub tcp_flags: Option<TcpFlags>,
-    /// The type of ICMP or ICMPv6, by the protocol above.
+    /// The ICMP or ICMPv6 type, by the protocol above.
     pub icmp_type: Option<NumberRange>,
-    /// The code.
+    /// The ICMP or ICMPv6 code.
     pub icmp_code: Option<NumberRange>,
 }
 
 impl FilterRule {
-    /// The rule with more bits on and more values stored, as `A` has it.
+    /// Returns the rule with more bits on and more values stored, as `A` asks.
     ///
     /// # Errors
-    /// When a bit would be on without a value, or the addresses are of two families.
+    /// If a bit would be on without a value, or the addresses are of two families.
     pub fn with(&self, set: &FilterUpdate, ip: IpAddr) -> Result<FilterRule, RuleError> {
         let mut rule = self.clone();
         *rule.bits_of(set.class) |= set.bits;
@@ -97,10 +98,10 @@ impl FilterRule {
         Ok(rule)
     }
 
-    /// The rule with fewer bits on and the named values blanked, as `D` has it.
+    /// Returns the rule with fewer bits on and the named values removed, as `D` asks.
     ///
     /// # Errors
-    /// When what is left contradicts itself.
+    /// If the remaining bits and values contradict each other.
     pub fn without(&self, clear: &FilterRemoval, ip: IpAddr) -> Result<FilterRule, RuleError> {
         let mut rule = self.clone();
         *rule.bits_of(clear.class) &= clear.keep;
@@ -129,7 +130,7 @@ impl FilterRule {
         self.values.iter().copied().find(|value| value.field() == field).or(field.default_value())
     }
 
-    /// The values of the fields whose bits are on.
+    /// Returns the values of the fields whose bits are on.
     fn on(&self) -> impl Iterator<Item = (Field, Option<FieldValue>)> {
         let fields = Class::ALL.into_iter().flat_map(Class::fields).copied();
         fields.filter(|&field| self.is_on(field)).map(|field| (field, self.value(field)))
@@ -156,7 +157,7 @@ impl FilterRule {
         }
     }
 
-    /// The commands that make this rule of an empty one.
+    /// Returns the commands that make this rule from an empty one.
     pub fn commands(&self, mac: MacAddr, rule: RuleId) -> Vec<Command> {
         let of = |class: Class| {
             let values = self
@@ -170,20 +171,20 @@ impl FilterRule {
         let mut sets: Vec<FilterUpdate> = Class::ALL.into_iter().map(of).collect();
         sets.retain(|set| set.bits != 0 || !set.values.is_empty());
         if sets.is_empty() {
-            // A rule with no bit on is kept.
+            // A rule with no bit on is kept as well.
             sets.push(FilterUpdate { class: Class::Inet, bits: 0, values: Vec::new() });
         }
         sets.into_iter().map(|set| Command::Add { mac, rule, update: set }).collect()
     }
 
-    /// What a packet to the middlebox `mac`, registered with `ip`, must have to be matched; `None` when no packet can
-    /// have it: no bit is on, or the bits contradict each other.
+    /// Returns the conditions on a packet to the middlebox `mac`, registered with `ip`; `None` if
+    /// no packet can meet them: no bit is on, or the bits contradict each other.
     pub fn conditions(&self, mac: MacAddr, ip: IpAddr) -> Option<Conditions> {
         if self.bits.iter().all(|&bits| bits == 0) {
             return None;
         }
         let mut out = Conditions::default();
-        // Several fields of a rule may each ask for a protocol or a family; no packet is of two.
+        // Several fields of a rule may each imply a protocol or a family; no packet has two.
         let (mut protocols, mut families) = (Vec::new(), Vec::new());
         let mut ask = |protocol: Protocol, family: Option<EtherType>| {
             protocols.push(protocol);
@@ -239,7 +240,8 @@ impl FilterRule {
         if is_ipv6 && out.length.is_some_and(|range| usize::from(range.last()) < IPV6_LEN) {
             return None;
         }
-        // Beside addresses the EtherType says nothing new; for ICMP it tells the two families' types apart.
+        // With addresses the EtherType is redundant; for ICMP it tells the two families' types
+        // apart.
         out.ether_type = match (named_type, family) {
             (Some(named), Some(family)) if named != family => return None,
             (Some(named), None)
@@ -253,7 +255,7 @@ impl FilterRule {
     }
 }
 
-/// The one value, `None` for none; nothing when there are two that differ.
+/// Returns the one value that is given, if any; `None` if two differ.
 #[allow(clippy::option_option)]
 fn the_same<T: Copy + PartialEq>(values: &[T]) -> Option<Option<T>> {
     let first = values.first().copied();
@@ -261,7 +263,7 @@ fn the_same<T: Copy + PartialEq>(values: &[T]) -> Option<Option<T>> {
 }
 
 impl Conditions {
-    /// Whether any of them looks at the IP header or behind it.
+    /// Whether any condition reads the IP header or what follows it.
     pub fn need_ip(&self) -> bool {
         self.source.is_some()
             || self.destination.is_some()
@@ -271,7 +273,7 @@ impl Conditions {
             || self.protocol.is_some()
     }
 
-    /// Whether any of them looks behind the IP header: later pieces of a datagram have nothing there.
+    /// Whether any condition reads what follows the IP header; later fragments have nothing there.
     pub fn need_transport(&self) -> bool {
         self.source_port.is_some()
             || self.destination_port.is_some()
@@ -280,7 +282,7 @@ impl Conditions {
             || self.icmp_code.is_some()
     }
 
-    /// Whether a packet has all of them.
+    /// Whether a packet meets all conditions.
     pub fn match_packet(&self, packet: &Packet) -> bool {
         fn same<T: PartialEq>(wanted: Option<T>, found: Option<T>) -> bool {
             wanted.is_none() || wanted == found

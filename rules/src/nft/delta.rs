@@ -1,4 +1,4 @@
-//! What a change of the policy changes in the ruleset, found from the changed middleboxes alone.
+//! Incremental changes of the ruleset, found from the changed middleboxes alone.
 
 use super::build::{Ruleset, build_visiting};
 use super::field::Value;
@@ -13,24 +13,25 @@ use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;
 use std::collections::{BTreeMap, HashMap};
 
-/// What stands in the kernel: not the ruleset itself, only what tells how to change it.
+/// The state that stands in the kernel: not the ruleset itself, only what a change depends on.
 #[derive(Debug)]
 pub struct Installed {
     options: RulesetOptions,
-    /// What stands whatever is registered.
+    /// The part of the ruleset that does not depend on the policy.
     base: Table,
-    /// How many middleboxes use each set and chain that comes and goes.
+    /// The number of middleboxes that use each set and chain that comes and goes.
     users: HashMap<String, usize>,
 }
 
-/// A change of the ruleset, in steps, so that what both ends treat alike is treated so all the way. Most changes have one.
+/// A change of the ruleset, in steps, so that packets which both ends treat alike are treated so
+/// throughout. Most changes have one step.
 #[derive(Debug)]
 pub struct Transition {
     pub(super) steps: Vec<Step>,
     users: BTreeMap<String, usize>,
 }
 
-/// A part of the ruleset before and after a step; nothing else changes.
+/// The affected part of the ruleset, before and after a step.
 #[derive(Debug)]
 pub(super) struct Step {
     pub old: Table,
@@ -38,7 +39,8 @@ pub(super) struct Step {
 }
 
 impl Transition {
-    /// The slots that go, by map: packets on their way may still carry them when the rest of the change is made.
+    /// The slots to be removed, by map: packets on their way may still carry them when the rest of
+    /// the change is made.
     pub(super) fn leftovers(&self) -> BTreeMap<&String, BTreeMap<&Vec<Value>, &Element>> {
         let mut out: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for Step { old, new } in &self.steps {
@@ -60,14 +62,14 @@ impl Transition {
     }
 }
 
-/// The parts of the changed middleboxes at one moment of a change, and whose numbers they have.
+/// The parts of the changed middleboxes at one step of a change.
 struct Stage<'a> {
     parts: Vec<MiddleboxPart>,
     slots: &'a Slots,
 }
 
 impl Installed {
-    /// The ruleset to be loaded, and what then stands.
+    /// Returns the ruleset to be loaded, and the state that then stands.
     pub fn new(state: &Desired, options: &RulesetOptions) -> (Installed, Ruleset) {
         let mut users: HashMap<String, usize> = HashMap::new();
         let ruleset = build_visiting(&state.policy, &state.slots, options, |part| {
@@ -82,7 +84,7 @@ impl Installed {
         (Installed { options: *options, base, users }, ruleset)
     }
 
-    /// What changes between what stands and what is to stand.
+    /// Returns the change from the standing state to the desired one.
     pub fn change(&self, old: &Desired, new: &Desired) -> Transition {
         let mut stages = self.stages(old, new).into_iter();
         let mut before = stages.next().unwrap_or(Stage { parts: Vec::new(), slots: &old.slots });
@@ -115,7 +117,8 @@ impl Installed {
         Transition { steps, users }
     }
 
-    /// The parts of the changed middleboxes, step by step from what stands to what is to stand.
+    /// Returns the parts of the changed middleboxes, step by step from the standing state to the
+    /// desired one.
     fn stages<'a>(&self, old: &'a Desired, new: &'a Desired) -> Vec<Stage<'a>> {
         let changed = new.changed(old);
         let rules = |desired: &Desired, mac: MacAddr| {
@@ -135,7 +138,7 @@ impl Installed {
         for (mac, before, lists) in &lists {
             let mut made: Option<(&RuleList, MiddleboxPart)> = None;
             for (at, stage) in stages.iter_mut().enumerate() {
-                // What is not registered any more stays until the last step.
+                // Parts that are no longer registered stay until the last step.
                 let (desired, list) = match at.checked_sub(1) {
                     None => (old, before),
                     Some(at) => {
@@ -147,7 +150,7 @@ impl Installed {
                     }
                 };
                 let Some(middlebox) = desired.policy.get(*mac) else { continue };
-                // Behind the first stage only the rules make a difference.
+                // After the first stage only the rules make a difference.
                 let part = match made.take().filter(|(before, _)| at > 1 && *before == list) {
                     Some((_, part)) => part,
                     None => {
@@ -161,7 +164,8 @@ impl Installed {
         stages
     }
 
-    /// The part of the ruleset that a step touches, at one end of it; `others` are the parts at the other end.
+    /// Returns the part of the ruleset that a step touches, at one end of it; `others` are the
+    /// parts at the other end.
     fn table(
         &self,
         stage: &Stage<'_>,
@@ -170,7 +174,7 @@ impl Installed {
     ) -> Table {
         let mut table = Table::new(Family::Bridge);
         let used = |name: &String| users.get(name).is_some_and(|count| *count != 0);
-        // What stays for the sake of middleboxes that do not change is the same before and after.
+        // Parts that stay for the sake of unchanged middleboxes are the same before and after.
         for part in others {
             let kept = part.sets.iter().filter(|(name, _)| used(name));
             table.sets.extend(kept.map(|(name, set)| (name.clone(), set.empty())));
@@ -179,7 +183,7 @@ impl Installed {
         }
         table.sets.extend(self.base.sets.iter().map(|(name, set)| (name.clone(), set.clone())));
         stage.parts.iter().for_each(|part| table.add(part.clone()));
-        // Addresses of backends may be shared with middleboxes that do not change.
+        // Addresses of backends may be shared with unchanged middleboxes.
         for (name, set) in table.sets.iter_mut().filter(|(name, _)| name.starts_with("backends")) {
             let touched = others.iter().filter_map(|part| part.elements.get(name)).flatten();
             let is_backend =
@@ -190,7 +194,7 @@ impl Installed {
         table
     }
 
-    /// The change has been made.
+    /// Notes that the change has been made.
     pub fn done(&mut self, change: Transition) {
         for (name, count) in change.users {
             if count == 0 {
@@ -214,7 +218,7 @@ mod tests {
     use proptest::sample::select;
     use std::time::Instant;
 
-    /// What a transaction makes of a table, as `kernel::difference` sends it.
+    /// Returns the table after a transaction, as `kernel::difference` sends it.
     fn apply(table: &mut Table, change: &Transition) {
         for Step { old, new } in &change.steps {
             apply_step(table, old, new);
@@ -278,8 +282,8 @@ mod tests {
     }
 
     proptest! {
-        /// Step by step, or several commands at once, with MACs of backends that become known: what stands is what would be
-        /// loaded.
+        /// Step by step, or several commands at once, with backends' MACs becoming known: the
+        /// result equals a full load.
         #[test]
         fn changes_make_what_a_load_makes(
             steps in proptest::collection::vec((proptest::collection::vec(command(), 1..4), any::<bool>()), 1..30),

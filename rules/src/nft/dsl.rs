@@ -29,7 +29,7 @@ pub(super) fn jump(chain: &str) -> Statement {
     verdict(Verdict::Jump(chain.to_string()))
 }
 
-/// Marks a packet for the engine; the identifier tells it the middlebox.
+/// Marks a packet for the engine; the identifier tells the engine the middlebox.
 pub(super) fn upcall(middlebox: Option<MiddleboxId>) -> Statement {
     Statement::SetMark { keep: !OURS, set: upcall_bits(middlebox) }
 }

@@ -51,7 +51,7 @@ impl IpFamily {
         Statement::Is(Field::EtherType, Value::EtherType(self.ether_type))
     }
 
-    /// Returns what sends a packet to the backend of its slot.
+    /// Returns the writes that send a packet to the backend of its slot.
     pub fn redirect_writes(self, ports: PortRewrite) -> Vec<Write> {
         let mut out = vec![
             Write { field: self.destination, map: self.name("backend_ip") },
@@ -63,7 +63,7 @@ impl IpFamily {
         out
     }
 
-    /// Returns what makes a packet of a backend one of the frontend of its slot.
+    /// Returns the writes that make a packet of a backend one of its slot's frontend.
     pub fn reply_writes(self, ports: PortRewrite) -> Vec<Write> {
         let mut out = vec![Write { field: self.source, map: self.name("backend_vip") }];
         if ports == PortRewrite::Translated {
@@ -73,7 +73,7 @@ impl IpFamily {
     }
 
     /// Returns ICMP of the family, the field of its type, the set of its error types, and the
-    /// destination address that an error quotes.
+    /// destination address in an error's quoted packet.
     pub fn icmp_errors(self) -> (Protocol, Field, &'static str, Field) {
         if self.is_ipv4() {
             (Protocol::ICMP, Field::IcmpType, "icmp_errors", Field::QuotedIp4Destination)
@@ -83,7 +83,7 @@ impl IpFamily {
     }
 }
 
-/// Whether ports are rewritten beside addresses. Flows of the two kinds have maps of their own,
+/// Whether ports are rewritten beside addresses. The two kinds of flows have maps of their own,
 /// because a rule performs all of its writes or none.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum PortRewrite {

@@ -1,4 +1,4 @@
-//! Packet fields as nftables names them, and the values they are compared with.
+//! Packet fields as nftables names them, and the values that they are compared with.
 
 use nfqd_shmctl::{AddressRange, EtherType, MacAddr, Protocol};
 use std::fmt;
@@ -17,7 +17,7 @@ pub enum Field {
     VlanId,
     /// `meta protocol`: the EtherType behind one VLAN tag.
     EtherType,
-    /// `meta l4proto`: there only when the IP header holds together.
+    /// `meta l4proto`: present only if the IP header is consistent.
     L4Protocol,
     /// `meta mark & …`.
     Mark(u32),
@@ -33,13 +33,13 @@ pub enum Field {
     Ip6Source,
     /// `ip6 daddr`.
     Ip6Destination,
-    /// `ip6 nexthdr`: without extension headers, the protocol.
+    /// `ip6 nexthdr`: the protocol, if there are no extension headers.
     Ip6NextHeader,
     /// The traffic class, which nft shows as `ip6 dscp … ip6 ecn …`.
     Ip6TrafficClass,
-    /// `frag frag-off`: the offset in the first fragment header, where there is one.
+    /// `frag frag-off`: the offset in the first fragment header.
     Ip6FragmentOffset,
-    /// `frag nexthdr`: what follows the first fragment header.
+    /// `frag nexthdr`: the header behind the first fragment header.
     Ip6FragmentNext,
     /// `exthdr frag`: whether there is a fragment header.
     Ip6FragmentHeader,
@@ -63,7 +63,7 @@ pub enum Field {
     Icmp6Code,
     /// The destination address of the IPv4 packet that an ICMP error quotes.
     QuotedIp4Destination,
-    /// The same of IPv6.
+    /// The destination address of the IPv6 packet that an ICMP error quotes.
     QuotedIp6Destination,
     /// `tcp checksum`.
     TcpChecksum,
@@ -95,7 +95,7 @@ pub enum Type {
 }
 
 impl Type {
-    /// nft's number.
+    /// Returns nft's number of the type.
     pub(super) fn number(self) -> u32 {
         match self {
             Type::Ip4 => 7,
@@ -110,7 +110,7 @@ impl Type {
         }
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub(super) fn len(self) -> usize {
         match self {
             Type::Protocol | Type::IcmpType | Type::Icmp6Type => 1,
@@ -139,7 +139,8 @@ impl fmt::Display for Type {
 }
 
 impl Field {
-    /// The type of a set's key part that holds this field; `None` for fields that are only compared.
+    /// Returns the type of a set's key part that holds this field; `None` for fields that are only
+    /// compared.
     pub fn set_type(self) -> Option<Type> {
         match self {
             Field::EtherDestination | Field::EtherSource => Some(Type::Mac),
@@ -174,7 +175,7 @@ impl Field {
         }
     }
 
-    /// Length in bytes of what is loaded.
+    /// Returns the length in bytes of the loaded value.
     pub(super) fn len(self) -> usize {
         match self {
             Field::Ip4Tos
@@ -195,7 +196,7 @@ impl Field {
         }
     }
 
-    /// How many 32-bit registers it takes.
+    /// Returns the number of 32-bit registers for the field.
     pub(super) fn registers(self) -> u32 {
         self.len().div_ceil(4) as u32
     }
@@ -257,22 +258,22 @@ pub enum Value {
     Mark(u32),
     /// A TOS or traffic-class byte.
     Tos(u8),
-    /// Whether a header is there.
+    /// Whether a header is present.
     Exists(bool),
     /// TCP flags.
     Flags(u8),
-    /// A type of ICMP.
+    /// An ICMP type.
     IcmpType(u8),
-    /// A code of ICMP.
+    /// An ICMP code.
     IcmpCode(u8),
-    /// A type of ICMPv6.
+    /// An ICMPv6 type.
     Icmp6Type(u8),
-    /// A code of ICMPv6.
+    /// An ICMPv6 code.
     Icmp6Code(u8),
 }
 
 impl Value {
-    /// The value as a number, in the order that the kernel's interval sets have.
+    /// Returns the value as a number, in the order of the kernel's interval sets.
     pub(super) fn number(self) -> u128 {
         match self {
             Value::Mac(mac) => mac.0.iter().fold(0, |number, byte| number << 8 | u128::from(*byte)),
@@ -292,7 +293,7 @@ impl Value {
         }
     }
 
-    /// The bytes as they are in a register: network order, marks in host order.
+    /// Returns the bytes as they are in a register: network order, marks in host order.
     pub(super) fn bytes(self) -> Vec<u8> {
         match self {
             Value::Mac(mac) => mac.0.to_vec(),
@@ -316,7 +317,7 @@ impl Value {
 /// ECN code points as nft names them.
 const ECN: [&str; 4] = ["not-ect", "ect1", "ect0", "ce"];
 
-/// DSCP code points as nft of Debian 12 names them; others are numbers.
+/// DSCP code points as nft of Debian 12 names them; others are shown as numbers.
 const DSCP: [(u8, &str); 21] = [
     (0, "cs0"),
     (8, "cs1"),
@@ -341,7 +342,7 @@ const DSCP: [(u8, &str); 21] = [
     (46, "ef"),
 ];
 
-/// Types and codes of ICMP as nft of Debian 12 names them; others are numbers.
+/// ICMP types and codes as nft of Debian 12 names them; others are shown as numbers.
 const ICMP_TYPES: [(u8, &str); 15] = [
     (0, "echo-reply"),
     (3, "destination-unreachable"),
@@ -407,7 +408,8 @@ fn named(f: &mut fmt::Formatter<'_>, names: &[(u8, &str)], number: u8) -> fmt::R
 }
 
 impl Value {
-    /// A range as nft shows it: one value, a prefix where addresses make one, or first and last.
+    /// Writes a range as nft shows it: one value, a prefix where addresses make one, or first and
+    /// last.
     pub(super) fn range_text(first: &Value, last: &Value) -> String {
         match (first, last) {
             _ if first == last => first.to_string(),
@@ -418,7 +420,7 @@ impl Value {
         }
     }
 
-    /// The bound of a range as nft shows it: types and codes of ICMP without their names.
+    /// Writes a bound of a range as nft shows it: ICMP types and codes without their names.
     pub(super) fn bound_text(&self) -> String {
         match self {
             Value::IcmpType(n) | Value::IcmpCode(n) | Value::Icmp6Type(n) | Value::Icmp6Code(n) => {
@@ -428,7 +430,7 @@ impl Value {
         }
     }
 
-    /// The byte as nft shows it: `0x04 ip ecn ect1` behind `ip dscp`.
+    /// Writes the byte as nft shows it: `0x04 ip ecn ect1` behind `ip dscp`.
     pub(super) fn tos_text(tos: u8, family: &str) -> String {
         let ecn = ECN.get(usize::from(tos & 3)).copied().unwrap_or_default();
         let dscp = match DSCP.iter().find(|(number, _)| *number == tos >> 2) {

@@ -1,7 +1,8 @@
-//! Statements as the expressions of nf_tables, which are data here: [`super::sys`] hands them to libnftnl.
+//! Lowering of statements to the expressions of nf_tables, which are data here: [`super::sys`]
+//! hands them to libnftnl.
 //!
-//! Registers: 0 is the verdict; the sixteen 32-bit registers (NFT_REG32_00 to 15) are 8 to 23 (linux/netfilter/
-//! nf_tables.h). A field takes as many as its length needs, rounded up.
+//! Registers: 0 is the verdict; the sixteen 32-bit registers (NFT_REG32_00 to 15) are 8 to 23
+//! (linux/netfilter/nf_tables.h). A field takes as many as its length needs, rounded up.
 
 use super::field::{Field, Type, Value};
 use super::model::{Queues, Statement, Verdict, Write};
@@ -25,7 +26,7 @@ pub(super) enum Attribute {
     Text(String),
     /// At most 64 bytes.
     Bytes(Vec<u8>),
-    /// The same, for memory that libnftnl takes over and frees.
+    /// Bytes in memory that libnftnl takes over and frees.
     Owned(Vec<u8>),
 }
 
@@ -33,7 +34,7 @@ use Attribute::{Bytes, Owned, Text, U8, U16, U32, U64};
 
 const VERDICT: u32 = 0;
 const R0: u32 = 8;
-/// Behind the longest key, of 13 registers.
+/// The register behind the longest key, of 13 registers.
 const SAVED_MARK: u32 = R0 + 13;
 
 const LINK: u32 = 0;
@@ -159,7 +160,7 @@ fn fragment_header(register: u32, offset: u32, len: u32, flags: u32) -> Expr {
     )
 }
 
-/// Loads a field into a register and the ones behind it.
+/// Loads a field into a register and those behind it.
 fn load(field: Field, register: u32) -> Vec<Expr> {
     let len = field.len() as u32;
     let masked = |base: u32, offset: u32, mask: u16| {
@@ -202,7 +203,7 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::TcpFlags => vec![payload(TRANSPORT, 13, len, register)],
         Field::IcmpType | Field::Icmp6Type => vec![payload(TRANSPORT, 0, len, register)],
         Field::IcmpCode | Field::Icmp6Code => vec![payload(TRANSPORT, 1, len, register)],
-        // Behind the ICMP header of 8 bytes: where IPv4 and IPv6 headers have it.
+        // Behind the ICMP header of 8 bytes, at the offset of the address in IPv4 and IPv6 headers.
         Field::QuotedIp4Destination => vec![payload(TRANSPORT, 8 + 16, len, register)],
         Field::QuotedIp6Destination => vec![payload(TRANSPORT, 8 + 24, len, register)],
         Field::UdpChecksum => vec![payload(TRANSPORT, 6, len, register)],
@@ -210,7 +211,7 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
     }
 }
 
-/// Loads the parts of a key one behind the other from `R0`; the register behind them comes back.
+/// Loads the parts of a key one behind the other from `R0`; returns the register behind them.
 fn load_key(fields: &[Field]) -> (Vec<Expr>, u32) {
     let mut register = R0;
     let mut out = Vec::new();
@@ -228,8 +229,9 @@ fn value_bytes(field: Field, value: Value) -> Vec<u8> {
     }
 }
 
-/// Writes a register into an address or port. The kernel mends the IPv4 header's checksum (at byte 10) and by
-/// NFT_PAYLOAD_L4CSUM_PSEUDOHDR the one of TCP, UDP and ICMPv6: for ports, too, because that leaves an absent one alone.
+/// Writes a register into an address or port. The kernel updates the IPv4 header's checksum (at
+/// byte 10) and, by NFT_PAYLOAD_L4CSUM_PSEUDOHDR, that of TCP, UDP and ICMPv6: for ports, too,
+/// because the flag leaves an absent checksum alone.
 fn write(field: Field, register: u32) -> Expr {
     let (base, offset, checksum) = match field {
         Field::Ip4Source => (NETWORK, 12, Some(Some(10))),
@@ -260,7 +262,8 @@ fn write(field: Field, register: u32) -> Expr {
     expr("payload", attributes)
 }
 
-/// Looks every address up under the slot in `slot` before the first is written, so that a missing one writes none.
+/// Looks up every address of the slot in `slot` before the first is written, so that a missing one
+/// writes none.
 fn look_up_then_write(writes: &[Write], slot: Field, between: Option<Expr>) -> Vec<Expr> {
     let mut out = load(slot, R0);
     let mut register = R0 + 1;
@@ -279,7 +282,7 @@ fn queue_bits(queues: Queues) -> u16 {
     u16::from(queues.bypass)
 }
 
-/// The expressions of a statement.
+/// Returns the expressions of a statement.
 pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
     match statement {
         Statement::Is(field, value) => {
@@ -311,8 +314,8 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         }
         Statement::Rewrite(writes) => look_up_then_write(writes, Field::Mark(mark::ID), None),
         Statement::RewriteFlow { key, flows, writes } => {
-            // nft of Debian 12 aborts on a look-up whose key is another look-up's result, so the slot goes through
-            // the mark and the mark's own value through a register.
+            // nft of Debian 12 aborts on a look-up whose key is another look-up's result, so the
+            // slot goes through the mark and the mark's own value through a register.
             let (mut out, _) = load_key(key);
             out.insert(0, meta(META_MARK, SAVED_MARK));
             out.push(lookup(flows, R0, Some(R0)));
@@ -337,7 +340,7 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
         Statement::Forget { key, set } => {
             [load_key(key).0, vec![dynset(DYNSET_DELETE, set, None, None)]].concat()
         }
-        // A map wants data to delete by, and looks at the key only.
+        // Deleting from a map needs data, of which only the key is used.
         Statement::ForgetFlow { key, map } => {
             let (mut out, data) = load_key(key);
             out.extend(load(Field::Mark(mark::ID), data));
@@ -387,17 +390,17 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
     }
 }
 
-/// The expression that counts packets and bytes.
+/// Returns the expression that counts packets and bytes.
 pub(super) fn counter() -> Expr {
     expr("counter", Vec::new())
 }
 
-/// nft's number for a key of several parts: six bits each.
+/// Returns nft's number for a key of several parts: six bits each.
 pub(super) fn key_type(parts: &[Type]) -> u32 {
     parts.iter().fold(0, |number, part| number << 6 | part.number())
 }
 
-/// The length of a key in bytes: parts of several are padded to four.
+/// Returns the length of a key in bytes: several parts are padded to four each.
 pub(super) fn key_len(parts: &[Type]) -> u32 {
     match parts {
         [one] => one.len() as u32,
@@ -405,7 +408,7 @@ pub(super) fn key_len(parts: &[Type]) -> u32 {
     }
 }
 
-/// The bytes of a key.
+/// Returns the bytes of a key.
 pub(super) fn key_bytes(parts: &[Value]) -> Vec<u8> {
     match parts {
         [one] => one.bytes(),

@@ -1,5 +1,5 @@
-//! What one middlebox adds to the ruleset: elements of the sets that stand, and sets and chains that stand as long as a
-//! middlebox uses them.
+//! A middlebox' part of the ruleset: elements of the permanent sets, and the sets and chains that
+//! exist while a middlebox uses them.
 
 use super::dsl::{accept, commented, goto, rule, upcall};
 use super::family::IpFamily;
@@ -16,19 +16,20 @@ use crate::slots::{Slot, SlotKey, Slots};
 use nfqd_shmctl::{Frontend, MacAddr, Method};
 use std::collections::BTreeMap;
 
-/// What one middlebox adds.
+/// The part of one middlebox.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct MiddleboxPart {
-    /// Elements of sets that stand, by the set's name.
+    /// Elements of permanent sets, by the set's name.
     pub elements: BTreeMap<String, BTreeMap<Vec<Value>, Element>>,
-    /// Sets of its own and sets that it shares with middleboxes of equal shapes; the elements are its own.
+    /// Sets of its own, and sets that it shares with middleboxes of equal shapes; the elements are
+    /// its own.
     pub sets: BTreeMap<String, Set>,
     /// Chains of its own, and chains that it shares in the same way.
     pub chains: BTreeMap<String, Chain>,
 }
 
 impl MiddleboxPart {
-    /// What `middlebox`, whose MAC is `mac`, adds.
+    /// Returns the part of `middlebox`, whose MAC is `mac`.
     pub(super) fn new(
         mac: MacAddr,
         middlebox: &Middlebox,
@@ -38,7 +39,7 @@ impl MiddleboxPart {
         MiddleboxPart::with(mac, middlebox, &RuleList::new(mac, middlebox), slots, options)
     }
 
-    /// The same with other rules than its own, on the way to these.
+    /// Returns the part with other rules than its own, on the way to these.
     pub(super) fn with(
         mac: MacAddr,
         middlebox: &Middlebox,
@@ -54,7 +55,7 @@ impl MiddleboxPart {
             Element { comment, ..Element::default() },
         );
         part.filters(mac, rules, options);
-        // Where the kernel filters, the engine need not know a middlebox that balances nothing.
+        // If the kernel filters, the engine need not know a middlebox without services.
         let asked = options.fast_path == FastPath::Off || !middlebox.services().is_empty();
         if options.queue_path == QueuePath::BrNetfilter
             && asked
@@ -89,7 +90,7 @@ impl MiddleboxPart {
         self.element(map, vec![Value::Mac(mac)], Element { data, comment, ..Element::default() });
     }
 
-    /// A chain of its own, which a map of verdicts leads to.
+    /// A chain of the middlebox alone, which a verdict map leads to.
     fn own_chain(&mut self, map: &str, mac: MacAddr, comment: Option<String>, rules: Vec<Rule>) {
         let chain = own_name(map, mac);
         self.jump(map, mac, comment, &chain);
@@ -118,7 +119,7 @@ impl MiddleboxPart {
         self.chains.extend(filters.chains);
     }
 
-    /// What the engine is asked about.
+    /// The elements that send packets to the engine.
     fn service(&mut self, mac: MacAddr, frontend: &Frontend, service: &Service) {
         let ip = IpFamily::of(frontend.ip);
         let (mac, address) = (Value::Mac(mac), Value::Ip(frontend.ip));
@@ -135,7 +136,7 @@ impl MiddleboxPart {
         }
     }
 
-    /// Maps from a slot to addresses and ports.
+    /// The maps from slots to addresses and ports.
     fn backend(&mut self, key: SlotKey, slot: Slot) {
         let (ip, Slot { id, mac, dsr, .. }) = (IpFamily::of(key.backend.ip), slot);
         let entry = |value: Value| Element {
@@ -148,7 +149,8 @@ impl MiddleboxPart {
             self.element(&ip.name("backends"), vec![Value::Ip(key.backend.ip)], Element::default());
         }
         self.element(&ip.name("backend_vip"), slot.clone(), entry(Value::Ip(key.frontend.ip)));
-        // Without a MAC there is no way there: a flow that is cached misses and asks the engine.
+        // A backend whose MAC is unknown has no element: the look-up of a cached flow misses, and
+        // the packet goes to the engine.
         let Some(mac) = mac else { return };
         let address = if dsr { key.frontend.ip } else { key.backend.ip };
         self.element(&ip.name("backend_ip"), slot.clone(), entry(Value::Ip(address)));
@@ -160,8 +162,8 @@ impl MiddleboxPart {
     }
 }
 
-/// Static redirects work without an engine. One rule a service, those that go before others first; see
-/// [`crate::decide::service`].
+/// Static redirects work without an engine. Each service is one rule, in the order of precedence;
+/// see [`crate::policy`].
 fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> {
     let mut ranked = Vec::new();
     let all = of.services();
@@ -179,7 +181,7 @@ fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> 
         match service.method() {
             Method::Static => {}
             Method::Source(source) => conditions.push(Statement::Is(ip.source, Value::Ip(source))),
-            // Which backend is the engine's to say; it is not another service's packet.
+            // The engine chooses the backend; no later service takes the packet.
             _ => {
                 let rank = (false, frontend.port.is_none(), frontend.protocol.is_none());
                 conditions.push(to_vip);

@@ -1,4 +1,4 @@
-//! The fast path: the policy as nftables.
+//! The fast path: the ruleset in nftables that implements the policy.
 //!
 //! From the bottom up:
 //!

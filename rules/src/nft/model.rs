@@ -1,4 +1,4 @@
-//! What a ruleset is made of, as values that can be compared, and its text in nft's own words.
+//! The model of a ruleset: values that can be compared, and their text as nft writes it.
 
 use super::field::{Field, Type, Value};
 use crate::mark;
@@ -10,9 +10,9 @@ use std::fmt;
 pub enum Family {
     /// `bridge`.
     Bridge,
-    /// `ip`: the way into the queue by br_netfilter, for IPv4.
+    /// `ip`: the path into the queue by br_netfilter, for IPv4.
     Ip,
-    /// `ip6`: the same for IPv6.
+    /// `ip6`: the path into the queue by br_netfilter, for IPv6.
     Ip6,
 }
 
@@ -31,7 +31,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// A table with everything in it.
+/// A table with its sets and chains.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
     /// Its family; its name is [`TABLE_NAME`].
@@ -43,7 +43,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table with nothing in it.
+    /// Returns an empty table.
     pub fn new(family: Family) -> Table {
         Table { family, sets: BTreeMap::new(), chains: BTreeMap::new() }
     }
@@ -89,22 +89,22 @@ pub struct Chain {
 pub struct Rule {
     /// Its statements in order.
     pub statements: Vec<Statement>,
-    /// For the reader of `nft list ruleset`.
+    /// The comment, for the reader of `nft list ruleset`.
     pub comment: Option<String>,
 }
 
 /// A verdict.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Verdict {
-    /// The packet leaves this hook.
+    /// Lets the packet leave this hook.
     Accept,
-    /// The packet is gone.
+    /// Drops the packet.
     Drop,
-    /// Back to the calling chain.
+    /// Returns to the calling chain.
     Return,
-    /// Into a chain, and back.
+    /// Calls a chain.
     Jump(String),
-    /// Into a chain.
+    /// Continues in a chain.
     Goto(String),
 }
 
@@ -120,71 +120,73 @@ pub struct Write {
 /// A statement of a rule.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Statement {
-    /// The field has this value.
+    /// Matches if the field has this value.
     Is(Field, Value),
-    /// The field has another value.
+    /// Matches if the field has another value.
     IsNot(Field, Value),
-    /// The field's value is one from the first to the last.
+    /// Matches values from the first to the last.
     Between(Field, Value, Value),
-    /// Under the first value as a mask, the field has the second.
+    /// Matches if the field, masked with the first value, equals the second.
     Masked(Field, Value, Value),
-    /// The field is there, whatever its value.
+    /// Matches if the field is present.
     Present(Field),
-    /// The fields are an element of the set.
+    /// Matches if the fields are an element of the set.
     In(Vec<Field>, String),
-    /// The verdict that the map has for the fields.
+    /// Takes the verdict that the map has for the fields.
     Vmap(Vec<Field>, String),
-    /// The mark becomes `(mark & keep) | set`; the two do not overlap.
+    /// Sets the mark to `(mark & keep) | set`; the two do not overlap.
     SetMark {
-        /// Bits that stay.
+        /// The bits that are kept.
         keep: u32,
-        /// Bits that are set.
+        /// The bits that are set.
         set: u32,
     },
-    /// Writes addresses of the slot that the packet's mark names. Nothing is written unless every map has the slot.
+    /// Writes addresses of the slot that the packet's mark names. Nothing is written unless every
+    /// map has the slot.
     Rewrite(Vec<Write>),
-    /// Writes addresses of the slot that a map of flows has for the fields, and leaves the mark as it was.
+    /// Writes addresses of the slot that a map of flows has for the fields, and leaves the mark
+    /// unchanged.
     RewriteFlow {
         /// The key of the flow.
         key: Vec<Field>,
         /// The map of flows: key to mark bits of a slot.
         flows: String,
-        /// What is written.
+        /// The addresses to write.
         writes: Vec<Write>,
     },
-    /// Makes the slot of the packet's mark the data of the fields in a map of flows, whatever was there.
+    /// Updates a map of flows: the slot of the packet's mark becomes the data of the fields.
     Learn {
         /// The key of the flow.
         key: Vec<Field>,
         /// The map.
         map: String,
-        /// Seconds until it is forgotten; without them, as many as the map says.
+        /// Lifetime in seconds; without it, the map's.
         timeout: Option<u32>,
     },
-    /// Takes the fields out of a map of flows, if they are there.
+    /// Removes the fields from a map of flows, if they are there.
     ForgetFlow {
         /// The key of the flow.
         key: Vec<Field>,
         /// The map.
         map: String,
     },
-    /// Puts the fields into a set, or renews them there.
+    /// Adds the fields to a set, or renews them.
     Remember {
         /// The key of the flow.
         key: Vec<Field>,
         /// The set.
         set: String,
     },
-    /// Takes the fields out of a set, if they are there.
+    /// Removes the fields from a set, if they are there.
     Forget {
         /// The key of the flow.
         key: Vec<Field>,
         /// The set.
         set: String,
     },
-    /// Into the queues (native).
+    /// Queues the packet (the `queue` expression).
     Queue(Queues),
-    /// Into the queues (xt target, by br_netfilter), which nft cannot print.
+    /// Queues the packet (the xt target NFQUEUE), which nft cannot print.
     XtQueue(Queues),
     /// Counts packets and bytes.
     Counter,
@@ -197,9 +199,9 @@ pub enum Statement {
 pub struct Queues {
     /// The first number.
     pub first: u16,
-    /// How many.
+    /// The number of queues.
     pub count: u16,
-    /// Without an engine packets go on, instead of being dropped.
+    /// Whether packets pass without an engine, instead of being dropped.
     pub bypass: bool,
 }
 
@@ -208,21 +210,21 @@ pub struct Queues {
 pub struct Set {
     /// The types of the key's parts; nft of Debian 12 lists at most five rightly.
     pub key: Vec<Type>,
-    /// What a map gives.
+    /// The data of a map.
     pub data: Option<Data>,
-    /// A cache that packets fill: how long an element stays, in seconds, and how many there are.
+    /// The lifetime and size of a cache that packets fill.
     pub dynamic: Option<Dynamic>,
     /// Whether each element counts packets and bytes.
     pub counter: bool,
     /// Whether elements are ranges of keys, which must not overlap.
     pub interval: bool,
-    /// For the reader of `nft list ruleset`.
+    /// The comment, for the reader of `nft list ruleset`.
     pub comment: Option<String>,
-    /// The elements that the policy wants; what packets put in is not here.
+    /// The elements that the policy needs; those that packets add are not here.
     pub elements: BTreeMap<Vec<Value>, Element>,
 }
 
-/// What a map gives for a key.
+/// The kind of data that a map has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Data {
     /// A verdict.
@@ -231,23 +233,23 @@ pub enum Data {
     Value(Type),
 }
 
-/// A set that packets fill.
+/// The bounds of a set that packets fill.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Dynamic {
-    /// Seconds until an element goes.
+    /// Lifetime of an element in seconds.
     pub timeout: u32,
-    /// The most elements.
+    /// The largest number of elements.
     pub size: u32,
 }
 
-/// What a set has for a key.
+/// An element of a set.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Element {
     /// The last key of a range; the element's own key is the first.
     pub last: Option<Vec<Value>>,
     /// The data of a map.
     pub data: Option<ElementData>,
-    /// For the reader of `nft list ruleset`.
+    /// The comment, for the reader of `nft list ruleset`.
     pub comment: Option<String>,
 }
 
@@ -261,7 +263,7 @@ pub enum ElementData {
 }
 
 impl Set {
-    /// A set of the same kind without elements.
+    /// Returns a set of the same kind without elements.
     pub fn empty(&self) -> Set {
         let Set { key, data, dynamic, counter, interval, comment, elements: _ } = self;
         Set {
@@ -275,7 +277,7 @@ impl Set {
         }
     }
 
-    /// Whether both are made the same way, whatever their elements.
+    /// Whether both are of the same kind, whatever their elements.
     pub fn same_kind(&self, other: &Set) -> bool {
         self.key == other.key
             && self.data == other.data
@@ -425,7 +427,7 @@ impl fmt::Display for Statement {
                 };
                 f.write_str(&writes.iter().map(one).collect::<Vec<_>>().join(" "))
             }
-            // The mark carries the slot within this rule only; the second statement puts it back.
+            // The mark carries the slot within this rule only; the second statement restores it.
             Statement::RewriteFlow { key, flows, writes } => {
                 write!(f, "meta mark set {} map @{flows} meta mark set meta mark", key_text(key))?;
                 writes

@@ -24,7 +24,7 @@ impl QueuePath {
 /// The share of the work that the kernel does without the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FastPath {
-    /// Everything it can.
+    /// Everything that the kernel can do.
     Full,
     /// Nothing: every frame to a middlebox goes to the engine.
     Off,
@@ -47,13 +47,13 @@ pub struct RulesetOptions {
     pub queue_path: QueuePath,
     /// The share of the work that the kernel does.
     pub fast_path: FastPath,
-    /// The queues of the engine, and what happens without it.
+    /// The queues of the engine, and the treatment of packets without it.
     pub queues: Queues,
 }
 
 impl RulesetOptions {
-    /// Whether the engine filters although it sees neither VLAN tags nor frames that are not IP. The
-    /// kernel filters where rules depend on these.
+    /// Whether the engine filters although it sees neither VLAN tags nor frames that are not IP.
+    /// The kernel then filters where rules depend on these.
     pub fn engine_is_blind(&self) -> bool {
         self.fast_path == FastPath::Off && self.queue_path == QueuePath::BrNetfilter
     }

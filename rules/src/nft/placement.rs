@@ -1,13 +1,14 @@
-//! The filters of a middlebox in nftables.
+//! Placement of a middlebox' filter rules in nftables.
 //!
-//! Rules that compare the same fields have the same *shape*. Exact rules of all middleboxes are elements of one hash set
-//! a shape, whose key begins with the middlebox' MAC. Rules with prefixes or ranges are elements of an interval set a
-//! shape, which each middlebox has for itself: the kernel clones an interval set for every transaction on it and looks at
-//! all its elements at once (nft_set_pipapo.c), so that a common one would cost each what all others bring. What no set
-//! can hold is looked at one by one, in a chain of its middlebox.
+//! Rules that compare the same fields have the same *shape*. Exact rules of all middleboxes are
+//! elements of one hash set per shape, whose key begins with the middlebox' MAC. Rules with
+//! prefixes or ranges are elements of an interval set per shape and middlebox: the kernel clones an
+//! interval set for every transaction on it and searches all its elements at once
+//! (nft_set_pipapo.c), so that a common one would make each middlebox pay for all others. Rules
+//! that no set can hold are *linear*: rules in a chain of their middlebox.
 //!
-//! A packet meets only the shapes of its own middlebox: a map leads to a chain with their look-ups, which middleboxes of
-//! equal shapes share.
+//! A packet meets only the shapes of its own middlebox: a map leads to a chain of look-ups, which
+//! middleboxes of equal shapes share.
 
 use super::dsl::{commented, goto, rule, verdict};
 use super::family::{FAMILIES, IPV4, IPV6, IpFamily};
@@ -25,26 +26,28 @@ use nfqd_shmctl::{
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// The parts of a key that nft of Debian 12 lists rightly; the middlebox' MAC is one.
+/// The largest number of key parts that nft of Debian 12 lists correctly; the middlebox' MAC is
+/// one.
 const MAX_KEY: usize = 5;
-/// The most prefixes that the ranges of an interval set may be made of in one field: the kernel keeps a bit for each,
-/// looks at all of them for a packet, and takes time by their square to change one.
+/// The largest number of prefixes that the ranges of an interval set may consist of in one field:
+/// the kernel keeps a bit for each, examines all of them for a packet, and takes quadratic time to
+/// change one.
 const MAX_PREFIXES: usize = 2048;
 /// The longest name of a chain that middleboxes share; NFT_CHAIN_MAXNAMELEN is 256.
 const MAX_NAME: usize = 200;
 
-/// What the filters of one middlebox need.
+/// The placement of the filters of one middlebox.
 #[derive(Default)]
 pub(super) struct FilterPlan {
-    /// Where its packets are looked at.
+    /// The chain that filters its packets.
     pub chain: Option<String>,
     pub chains: BTreeMap<String, Chain>,
     pub sets: BTreeMap<String, Set>,
-    /// Whether what no rule matches is dropped.
+    /// Whether packets that no rule matches are dropped.
     pub closed: bool,
 }
 
-/// Why a rule is looked at one by one.
+/// The reason a rule is linear.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LinearReason {
     /// It compares a field that sets cannot hold.
@@ -79,17 +82,17 @@ impl fmt::Display for LinearReason {
     }
 }
 
-/// The fields that rules of one shape compare, and what holds for all of them.
+/// The fields that rules of one shape compare, and their common conditions.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct Shape {
     action: Action,
-    /// The protocol whose header is compared; later pieces of a datagram have none.
+    /// The protocol whose header is compared; later fragments have none.
     transport: Option<Protocol>,
     /// Only packets of this EtherType; one of the IP families.
     family: Option<EtherType>,
-    /// Only packets whose IP header holds together.
+    /// Whether the IP header must be consistent.
     needs_ip: bool,
-    /// The fields behind the middlebox' MAC.
+    /// The key parts behind the middlebox' MAC.
     fields: Vec<Field>,
 }
 
@@ -125,7 +128,7 @@ impl Shape {
         name
     }
 
-    /// What a packet must be before its fields are compared.
+    /// Returns the conditions on a packet before its fields are compared.
     fn guards(&self) -> Vec<Statement> {
         let mut out = Vec::new();
         out.extend(
@@ -143,7 +146,7 @@ impl Shape {
         [&[Field::EtherDestination], self.fields.as_slice()].concat()
     }
 
-    /// The look-up in a set of this shape.
+    /// Returns the look-up in a set of this shape.
     fn rule(&self, set: &str) -> Rule {
         let mut statements = self.guards();
         statements.push(Statement::In(self.key(), set.to_string()));
@@ -161,7 +164,7 @@ impl Shape {
     }
 }
 
-/// Back to the chain that steers, or gone.
+/// Returns the verdict: back to the chain that steers, or drop.
 fn verdict_of(action: Action) -> Verdict {
     match action {
         Action::Allow => Verdict::Return,
@@ -169,7 +172,7 @@ fn verdict_of(action: Action) -> Verdict {
     }
 }
 
-/// What a field must be.
+/// A condition on a field.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Test {
     Is(Value),
@@ -191,7 +194,7 @@ impl Test {
         Test::between(Value::Port(range.first()), Value::Port(range.last()))
     }
 
-    /// Types and codes of ICMP, which have 8 bits.
+    /// ICMP types and codes, which have 8 bits.
     fn icmp(field: Field, range: NumberRange) -> Test {
         let value = |number: u16| {
             let number = u8::try_from(number).unwrap_or(u8::MAX);
@@ -219,7 +222,7 @@ impl Test {
         Test::Masked { mask: Value::Flags(flags.mask()), bits: Value::Flags(flags.on()) }
     }
 
-    /// The bounds, where an interval set can hold them.
+    /// Returns the bounds, if an interval set can hold them.
     fn bounds(self) -> Option<(Value, Value)> {
         match self {
             Test::Is(value) => Some((value, value)),
@@ -275,7 +278,7 @@ fn fragment(wanted: FragmentMatch, ip: IpFamily) -> (Field, Test) {
     }
 }
 
-/// The length in each family's field; `None` when no packet of IPv6 is so short.
+/// Returns the length in each family's field; `None` if no packet of IPv6 is so short.
 fn length(range: NumberRange, ip: IpFamily) -> Option<(Field, Test)> {
     if ip.is_ipv4() {
         return Some((Field::Ip4Length, Test::numbers(range)));
@@ -286,19 +289,19 @@ fn length(range: NumberRange, ip: IpFamily) -> Option<(Field, Test)> {
     Some((Field::Ip6Length, Test::numbers(payload)))
 }
 
-/// The family that conditions are about, if it is one.
+/// Returns the family of the conditions, if they are for one.
 fn family(conditions: &Conditions) -> Option<IpFamily> {
     match (conditions.source.or(conditions.destination), conditions.ether_type) {
         (Some(range), _) => Some(IpFamily::of(range.first())),
-        // Beside fields of the IP header an EtherType can only be one of the two.
+        // Beside conditions on the IP header an EtherType can only be one of the two.
         (None, Some(EtherType::IPV6)) if conditions.need_ip() => Some(IPV6),
         (None, Some(_)) if conditions.need_ip() => Some(IPV4),
         _ => None,
     }
 }
 
-/// The shape of conditions, and the tests behind the middlebox' MAC as they are in the family `ip`; `None` when no packet
-/// of that family passes.
+/// Returns the shape of conditions, and the tests behind the middlebox' MAC in one family; `None`
+/// if no packet of that family can match.
 fn shape(
     action: Action,
     conditions: &Conditions,
@@ -341,7 +344,7 @@ fn shape(
     ))
 }
 
-/// Where a rule goes.
+/// The place of a rule.
 pub(super) enum RulePlace {
     Set { shape: Shape, first: Vec<Value>, last: Vec<Value> },
     Linear(LinearReason),
@@ -360,7 +363,7 @@ pub(super) fn place(action: Action, conditions: &Conditions) -> RulePlace {
     if let Some((_, field)) = no_set.into_iter().find(|(asked, _)| *asked) {
         return RulePlace::Linear(LinearReason::Field(field));
     }
-    // Only a length can leave no packet of a family.
+    // Only a length can exclude every packet of a family.
     let Some((shape, fields)) = shape(action, conditions, ip) else {
         return RulePlace::Linear(LinearReason::Fields);
     };
@@ -378,11 +381,11 @@ pub(super) fn place(action: Action, conditions: &Conditions) -> RulePlace {
     }
 }
 
-/// The rules of a firewall, each where it goes.
+/// The rules of a firewall, by place.
 pub(super) struct Placement {
-    /// Elements of sets that all middleboxes share.
+    /// Elements of the sets that all middleboxes share.
     exact: BTreeMap<Shape, BTreeMap<Vec<Value>, RuleId>>,
-    /// Elements of interval sets of the middlebox' own.
+    /// Elements of the middlebox' own interval sets.
     pub ranges: BTreeMap<Shape, Interval>,
     pub linear: Vec<(RuleId, Conditions, LinearReason)>,
 }
@@ -394,24 +397,24 @@ pub(super) struct Ranges {
     pub rule: Matching,
 }
 
-/// The elements of an interval set, found by where they lie in the first field.
+/// The elements of an interval set, indexed by the first field.
 #[derive(Default)]
 pub(super) struct Interval {
     pub elements: Vec<Ranges>,
-    /// The bounds of each element in every field, by where it begins in the first one.
+    /// The bounds of each element in every field, by its start in the first one.
     bounds: BTreeMap<(u128, usize), Vec<(u128, u128)>>,
     /// The longest range in the first field.
     longest: u128,
-    /// The prefixes that the ranges are made of, field by field.
+    /// The prefixes that the ranges consist of, field by field.
     prefixes: Vec<usize>,
 }
 
-/// How many prefixes a range is made of.
+/// Returns the number of prefixes that a range consists of.
 fn prefixes(first: u128, last: u128) -> usize {
     let (mut at, mut count) = (first, 0);
     loop {
         count += 1;
-        // The largest prefix that begins here and does not go beyond the end.
+        // The largest prefix that begins here and does not exceed the end.
         let room = (last - at).checked_add(1).map_or(127, u128::ilog2);
         let bits = at.trailing_zeros().min(room);
         match at
@@ -425,7 +428,7 @@ fn prefixes(first: u128, last: u128) -> usize {
 }
 
 impl Interval {
-    /// Adds an element, unless the set cannot hold it; why comes back.
+    /// Adds an element, or returns the reason the set cannot hold it.
     fn add(&mut self, ranges: Ranges) -> Option<LinearReason> {
         let bounds = ranges
             .first
@@ -465,7 +468,7 @@ pub(super) fn placement(list: &RuleList) -> Placement {
         match place(id.action, &conditions) {
             RulePlace::Linear(why) => out.linear.push((id, conditions, why)),
             RulePlace::Set { shape, first, last } if first == last => {
-                // Two rules of one middlebox may ask for the same; the first stays.
+                // Two rules of one middlebox may be equal; the first stays.
                 out.exact.entry(shape).or_default().entry(first).or_insert(id);
             }
             RulePlace::Set { shape, first, last } => {
@@ -479,7 +482,7 @@ pub(super) fn placement(list: &RuleList) -> Placement {
     out
 }
 
-/// The rules that are looked at one by one, and why.
+/// Returns the linear rules with their reasons.
 pub fn linear_rules(mac: MacAddr, middlebox: &Middlebox) -> Vec<(RuleId, LinearReason)> {
     placement(&RuleList::new(mac, middlebox))
         .linear
@@ -488,7 +491,7 @@ pub fn linear_rules(mac: MacAddr, middlebox: &Middlebox) -> Vec<(RuleId, LinearR
         .collect()
 }
 
-/// The look-ups of a chain, in the order they are made.
+/// Returns the look-ups of a chain, in order.
 #[derive(Default)]
 struct LookUps {
     allow: Vec<Rule>,
@@ -507,7 +510,7 @@ impl LookUps {
         }
     }
 
-    /// The chain, and the one for later pieces of datagrams, which have no transport header to look at.
+    /// Returns the chain, and the one for later fragments, which have no transport header.
     fn chains(self, name: &str, closed: bool) -> BTreeMap<String, Chain> {
         let LookUps { allow, allow_transport, deny, deny_transport } = self;
         let close: Vec<Rule> = closed.then(|| rule(vec![goto("closed")])).into_iter().collect();
@@ -536,10 +539,11 @@ impl LookUps {
     }
 }
 
-/// Goes before rules that load a transport header: later fragments have none. nft's slow path knows that, but the fast
-/// one (`nft_payload_fast_eval`, seen in 6.18) reads whatever stands there. Behind two fragment headers it even takes the
-/// IP header for the transport header (`ipv6_find_hdr` leaves the offset at 0), and no rule can look at the second one: what
-/// has an extension header behind the first is dropped.
+/// Precedes rules that load a transport header: later fragments have none. nft's slow path accounts
+/// for that, but the fast one (`nft_payload_fast_eval`, seen in 6.18) reads whatever bytes are
+/// there. Behind two fragment headers it even takes the IP header for the transport header
+/// (`ipv6_find_hdr` leaves the offset at 0), and no rule can read the second one: packets with an
+/// extension header behind the first are dropped.
 fn later_fragments(then: &Statement) -> [Rule; 3] {
     const OFFSET: u16 = 0x1fff;
     let later = |ip: IpFamily, offset: Field| {
@@ -559,7 +563,7 @@ fn later_fragments(then: &Statement) -> [Rule; 3] {
     ]
 }
 
-/// What the filters of a middlebox need.
+/// Returns the placement of the filters of a middlebox.
 pub(super) fn filters(mac: MacAddr, list: &RuleList) -> FilterPlan {
     let Placement { exact, mut ranges, linear } = placement(list);
     let mut linear: Vec<Matching> =
@@ -615,8 +619,8 @@ pub(super) fn filters(mac: MacAddr, list: &RuleList) -> FilterPlan {
     FilterPlan { chains: look_ups.chains(&name, closed), chain: Some(name), sets, closed }
 }
 
-/// A rule that no set holds: one rule; one a family when it compares what the two have in different places, one a kind of
-/// VLAN tag.
+/// Returns a linear rule: one nft rule; one per family if it compares fields that differ between
+/// them, one per kind of VLAN tag.
 fn plain_rules(id: RuleId, conditions: &Conditions) -> Vec<(Shape, Rule)> {
     let differs =
         conditions.tos.is_some() || conditions.length.is_some() || conditions.fragment.is_some();

@@ -1,4 +1,4 @@
-//! The rules of a middlebox as the kernel is to look at them, and the way from one list of them to another.
+//! Transitions between rule lists: the steps through which the kernel gets from one to another.
 
 use super::placement::{LinearReason, placement};
 use crate::filter::Conditions;
@@ -8,17 +8,17 @@ use nfqd_shmctl::{Action, MacAddr, RuleId};
 /// A rule that can match.
 pub(super) type Matching = (RuleId, Conditions);
 
-/// The rules of one middlebox that can match, in the order they are looked at, and its default.
+/// The rules of one middlebox that can match, in order, and its default.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct RuleList {
     pub rules: Vec<Matching>,
-    /// Whether what no rule matches is dropped.
+    /// Whether packets that no rule matches are dropped.
     pub closed: bool,
-    /// Rules on their way from a set to the chain or back: they are looked at one by one, in the set or not.
+    /// Rules that move between a set and the chain: they are linear meanwhile, in the set or not.
     pub relocating: Vec<(Matching, Relocation)>,
 }
 
-/// Where a rule is while it moves.
+/// The place of a rule while it moves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Relocation {
     /// In the set and in the chain.
@@ -28,7 +28,7 @@ pub(super) enum Relocation {
 }
 
 impl RuleList {
-    /// Those of a middlebox whose MAC is `mac`.
+    /// Returns the rule list of the middlebox `mac`.
     pub(super) fn new(mac: MacAddr, middlebox: &Middlebox) -> RuleList {
         middlebox.firewall().map_or_else(RuleList::default, |firewall| RuleList {
             rules: firewall.conditions(mac).collect(),
@@ -41,10 +41,11 @@ impl RuleList {
         self.rules.iter().filter(move |(id, _)| id.action == action)
     }
 
-    /// What a change from `self` to `new` goes through: first what is allowed more, then what is denied more, then what is
-    /// denied less, then what is allowed less. The kernel looks into its sets one after the other, each as it is at that
-    /// moment; but a packet that both lists treat alike is so treated by any mixture of two neighbours here. A rule that
-    /// another place is found for is in both for a step: the kernel changes chains and sets at different moments.
+    /// Returns the steps of a change from `self` to `new`: first more is allowed, then more is
+    /// denied, then less is denied, then less is allowed. The kernel searches its sets one after
+    /// the other, each in its state at that moment; but a packet that both lists treat alike is
+    /// treated so by any mixture of two neighbouring steps. A rule that moves to another place is
+    /// in both for one step: the kernel changes chains and sets at different moments.
     pub(super) fn transition_to(&self, new: &RuleList) -> Vec<RuleList> {
         let (mut out, mut before) = (Vec::new(), self.clone());
         for after in self.unions(new) {
@@ -54,7 +55,7 @@ impl RuleList {
         out
     }
 
-    /// From one list to the next with the rules that move between sets and the chain.
+    /// Returns the steps with the rules that move between sets and the chain.
     fn relocations(&self, after: &RuleList) -> Vec<RuleList> {
         let (now, then) = (placement(self).linear, placement(after).linear);
         let is_in = |list: &[(RuleId, Conditions, LinearReason)], rule: &Matching| {
@@ -85,7 +86,7 @@ impl RuleList {
         out
     }
 
-    /// The lists between which only one thing happens.
+    /// Returns the lists between which only one kind of change happens.
     fn unions(&self, new: &RuleList) -> [RuleList; 4] {
         let union = |action: Action| -> Vec<Matching> {
             let more = new.of(action).filter(|rule| !self.rules.contains(rule));
@@ -106,7 +107,7 @@ impl RuleList {
         ]
     }
 
-    /// Whether a rule looks at VLAN tags.
+    /// Whether a rule compares VLAN tags.
     pub(super) fn depends_on_tags(&self) -> bool {
         self.rules.iter().any(|(_, wanted)| wanted.vlan.is_some())
     }
@@ -151,7 +152,7 @@ pub(super) mod tests {
         Packet::from_frame(&out).unwrap()
     }
 
-    /// Whether rules let a packet pass, each there or not as `is_there` says.
+    /// Whether rules let a packet pass, each present or not as `is_there` says.
     fn passes(
         rules: &[(RuleId, Conditions)],
         closed: bool,
@@ -167,7 +168,7 @@ pub(super) mod tests {
         any(Action::Allow) || !(any(Action::Deny) || closed)
     }
 
-    /// The rules that a chain of this list looks at by itself, and those in the interval sets, by shape.
+    /// Returns the linear rules of this list, and those in the interval sets, by shape.
     fn places(list: &RuleList) -> (Vec<Matching>, BTreeMap<String, Vec<Matching>>) {
         let placed = placement(list);
         let mut chain: Vec<Matching> =
@@ -192,7 +193,8 @@ pub(super) mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Chains and sets come true at different moments: a rule that stays is seen by either chain in either set.
+        /// Chains and sets change at different moments: a rule that stays is seen with either chain
+        /// and either set.
         #[test]
         fn a_rule_that_stays_is_always_somewhere(old in rules(), new in rules()) {
             let mut before = old.clone();
@@ -211,7 +213,7 @@ pub(super) mod tests {
             }
         }
 
-        /// The kernel may show a packet any mixture of a step's two ends.
+        /// A packet may see any mixture of a step's two ends.
         #[test]
         fn what_both_ends_treat_alike_no_mixture_treats_otherwise(
             old in rules(), new in rules(), port in 0..8_u8, mixture in any::<[bool; 32]>()

@@ -10,7 +10,8 @@ const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
-/// What may not follow a fragment header of a later piece, besides the four above: it would be walked, too.
+/// Headers that may not follow the fragment header of a later fragment, besides the four above:
+/// they would be walked, too.
 const AUTHENTICATION: u8 = 51;
 
 /// The extension headers that nftables walks over.
@@ -38,7 +39,8 @@ fn fragment_behind(payload: &[u8], mut next: u8, mut at: usize) -> Option<Fragme
                     id,
                 });
             }
-            // Its length counts in fours, less two (RFC 4302).
+            // The length of an authentication header is in units of four bytes, less two (RFC
+            // 4302).
             AUTHENTICATION => (len + 2) * 4,
             ROUTING => {
                 payload.get(at..at + 4)?;
@@ -62,7 +64,7 @@ pub(super) fn ipv6(payload: &[u8], length: usize) -> Option<IpHeader> {
     let mut nft_fragment = None;
     let mut hides_transport = false;
     let mut id = 0;
-    // Each turn moves on by at least 8 bytes.
+    // Each iteration advances by at least 8 bytes.
     while EXTENSIONS.contains(&next) {
         let &[following, len] = payload.get(at..at + 2)? else { return None };
         if next == ROUTING {
@@ -83,7 +85,7 @@ pub(super) fn ipv6(payload: &[u8], length: usize) -> Option<IpHeader> {
         nft_fragment.get_or_insert(this);
         if offset != 0 {
             fragment = Fragment::Later;
-            // The kernel gives up on a later piece whose next header is an extension header.
+            // The kernel does not parse a later fragment whose next header is an extension header.
             if EXTENSIONS.contains(&next) || next == AUTHENTICATION {
                 return None;
             }
@@ -92,7 +94,8 @@ pub(super) fn ipv6(payload: &[u8], length: usize) -> Option<IpHeader> {
         fragment = Fragment::First;
     }
     if next == AUTHENTICATION && fragment == Fragment::Whole {
-        // nftables stops here for the protocol, but looks on for a fragment header (`nft_exthdr_ipv6_eval`).
+        // nftables stops here for the protocol, but searches on for a fragment header
+        // (`nft_exthdr_ipv6_eval`).
         if let Some(found) = fragment_behind(payload, next, at) {
             fragment = if found.offset == 0 { Fragment::First } else { Fragment::Later };
             hides_transport = EXTENSIONS.contains(&found.next);

@@ -1,10 +1,11 @@
-//! What a frame says about itself, read once.
+//! Packet parsing: the headers of a frame, read once.
 //!
-//! Guarantee: any bytes at all give a [`Packet`] or, below an Ethernet header, `None`; what does not hold together is
-//! absent from it (`ip`, `ports`), never guessed. It sees exactly what nftables sees in the bridge family, so that the
-//! fast path and the engine agree: the EtherType behind one VLAN tag (`skb_vlan_untag` takes off one), an IP header
-//! only when version, header length and total length hold together (`nft_set_pktinfo_ipv4_validate`,
-//! `nft_set_pktinfo_ipv6_validate`), a protocol behind IPv6 extension headers as `ipv6_find_hdr` walks them.
+//! Any bytes at all give a [`Packet`] or, below an Ethernet header, `None`. Headers that are not
+//! consistent are absent (`ip`, `ports`), never guessed. The parser sees exactly what nftables sees
+//! in the bridge family, so that the fast path and the engine agree: the EtherType behind one VLAN
+//! tag (`skb_vlan_untag` removes one), an IP header only if version, header length and total length
+//! are consistent (`nft_set_pktinfo_ipv4_validate`, `nft_set_pktinfo_ipv6_validate`), a protocol
+//! behind IPv6 extension headers as `ipv6_find_hdr` walks them.
 
 mod ipv6;
 mod parse;
@@ -18,23 +19,24 @@ use etherparse::Ethernet2HeaderSlice;
 use nfqd_shmctl::{EtherType, Fragment, MacAddr, Protocol};
 use std::net::IpAddr;
 
-/// The facts of one frame.
+/// The parsed headers of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packet {
     /// The Ethernet header.
     pub link: Link,
-    /// The IP header, when it holds together.
+    /// The IP header, if it is consistent.
     pub ip: Option<IpHeader>,
 }
 
-/// The Ethernet header, and one VLAN tag.
+/// An Ethernet header, and one VLAN tag.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Link {
     /// Destination.
     pub destination: MacAddr,
     /// Source.
     pub source: MacAddr,
-    /// The tag control information of the outer tag (IEEE 802.1Q), where there is one and the way in shows it.
+    /// The tag control information of the outer tag (IEEE 802.1Q), if there is one and the queue
+    /// path shows it.
     pub vlan: Option<u16>,
     /// The EtherType behind that tag; absent for 802.3 lengths.
     pub ether_type: Option<EtherType>,
@@ -48,7 +50,7 @@ impl Link {
     }
 }
 
-/// An IP header and what is known of the layer behind it.
+/// An IP header, and the parsed part of the layer behind it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct IpHeader {
     /// Source address.
@@ -57,41 +59,45 @@ pub struct IpHeader {
     pub destination: IpAddr,
     /// The whole TOS or traffic-class byte.
     pub tos: u8,
-    /// The packet's length as its header has it, in bytes from the IP header on; of a super-packet, the whole.
+    /// The packet's length by its header, in bytes from the IP header on; of a GSO super-packet,
+    /// the whole length.
     pub length: u32,
     /// The protocol behind any IPv6 extension headers. An authentication header ends the walk, as in the kernel.
     pub protocol: Protocol,
-    /// Whether this is a piece of a datagram.
+    /// The position in a fragmented datagram.
     pub fragment: Fragment,
-    /// The same by the first fragment header alone, if there are several: what nftables can compare.
+    /// The position by the first fragment header alone, if there are several: nftables can compare
+    /// no other.
     pub nft_fragment: Fragment,
-    /// Whether the fragment header of IPv6 is followed by another extension header. nftables cannot tell then whether a
-    /// transport header follows, or another fragment header: such packets are dropped where rules look at it.
+    /// Whether the fragment header of IPv6 is followed by another extension header. nftables cannot
+    /// tell then whether a transport header follows, or another fragment header: such packets are
+    /// dropped where rules compare it.
     pub hides_transport: bool,
-    /// The datagram's identification, for pieces.
+    /// The datagram's identification, for fragments.
     pub id: u32,
-    /// The ports of TCP, UDP, UDP-Lite, DCCP or SCTP, in the first piece only.
+    /// The ports of TCP, UDP, UDP-Lite, DCCP or SCTP, in a first fragment or a whole packet.
     pub ports: Option<Ports>,
     /// The source port alone, which a packet may have that ends behind it.
     pub source_port: Option<u16>,
-    /// The flags of TCP, in the first piece only.
+    /// The TCP flags, in a first fragment or a whole packet.
     pub tcp_flags: Option<u8>,
-    /// The type of ICMP (over IPv4) or ICMPv6 (over IPv6), in the first piece only.
+    /// The type of ICMP (over IPv4) or ICMPv6 (over IPv6), in a first fragment or a whole packet.
     pub icmp_type: Option<u8>,
-    /// Its code.
+    /// The ICMP or ICMPv6 code.
     pub icmp_code: Option<u8>,
-    /// Where the header begins, in bytes from the start of the IP header.
+    /// The offset of the transport header, in bytes from the start of the IP header.
     pub l4: usize,
-    /// The beginning of the packet that a whole ICMP error is about.
+    /// The beginning of the packet that an unfragmented ICMP error quotes.
     pub quoted: Option<Quoted>,
-    /// TCP's sequence numbers, in the first piece only.
+    /// The sequence numbers of TCP, in a first fragment or a whole packet.
     pub tcp_numbers: Option<TcpNumbers>,
-    /// Whether the checksum field that an address change must mend is in the packet, or there is none to mend.
+    /// Whether the checksum that an address change must update is in the packet, or there is none
+    /// to update.
     pub translatable: bool,
 }
 
 impl IpHeader {
-    /// Forgets what is behind the IP header.
+    /// Removes what was parsed behind the IP header.
     pub(crate) fn hide_transport(&mut self) {
         (self.ports, self.source_port, self.tcp_flags) = (None, None, None);
         (self.icmp_type, self.icmp_code) = (None, None);
@@ -107,8 +113,8 @@ pub struct Ports {
     pub destination: u16,
 }
 
-/// What an ICMP error quotes of the packet that it is about (RFC 792, RFC 4443): the IP header, of a first or whole packet,
-/// and the ports.
+/// The packet that an ICMP error quotes (RFC 792, RFC 4443), whole or a first fragment: its IP
+/// header and ports.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Quoted {
     /// Source address.
@@ -117,22 +123,22 @@ pub struct Quoted {
     pub destination: IpAddr,
     /// The protocol.
     pub protocol: Protocol,
-    /// The ports of TCP and UDP, and their like.
+    /// The ports of TCP, UDP and similar protocols.
     pub ports: Option<Ports>,
-    /// Where its IP header begins, in bytes from the start of the error's own.
+    /// The offset of its IP header, in bytes from the start of the error's own.
     pub l3: usize,
-    /// Where its transport header begins, likewise.
+    /// The offset of its transport header, from the same start.
     pub l4: usize,
 }
 
-/// TCP's numbers, to answer a segment.
+/// The sequence numbers of a TCP segment, to answer it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TcpNumbers {
-    /// Its sequence number.
+    /// The sequence number.
     pub sequence: u32,
-    /// Its acknowledgement number.
+    /// The acknowledgement number.
     pub acknowledgement: u32,
-    /// How many numbers it takes up: its payload in bytes, and one for each of SYN and FIN.
+    /// The length in sequence numbers: the payload in bytes, and one for each of SYN and FIN.
     pub length: u32,
 }
 
@@ -141,17 +147,17 @@ pub const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
 /// Types of ICMPv6 that are errors: unreachable, too big, time exceeded, parameter problem (RFC 4443).
 pub const ICMP6_ERRORS: [u8; 4] = [1, 2, 3, 4];
 
-/// Bytes of an Ethernet header.
+/// Length of an Ethernet header in bytes.
 pub const ETHERNET_LEN: usize = 14;
-/// Bytes of an IPv6 header without extension headers.
+/// Length of an IPv6 header without extension headers in bytes.
 pub const IPV6_LEN: usize = 40;
-/// Bytes that one VLAN tag adds.
+/// Length of a VLAN tag in bytes.
 pub const VLAN_LEN: usize = 4;
 
-/// Tags that the kernel takes off (`eth_type_vlan`): 802.1Q and 802.1ad.
+/// EtherTypes of the tags that the kernel removes (`eth_type_vlan`): 802.1Q and 802.1ad.
 pub(crate) const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
 
-/// Where the IP header of a frame begins: behind the Ethernet header and at most one tag.
+/// Returns the offset of the IP header of a frame: behind the Ethernet header and at most one tag.
 pub fn l3_offset(frame: &[u8]) -> usize {
     match u16_at(frame, 12) {
         Some(ether_type) if VLAN_TYPES.contains(&ether_type) => ETHERNET_LEN + VLAN_LEN,
@@ -160,13 +166,13 @@ pub fn l3_offset(frame: &[u8]) -> usize {
 }
 
 impl Packet {
-    /// Reads a whole frame, from its destination MAC on. `None` when it has no Ethernet header, or a VLAN tag that is
-    /// cut.
+    /// Parses a whole frame, from its destination MAC on. `None` if it has no Ethernet header, or a
+    /// truncated VLAN tag.
     pub fn from_frame(frame: &[u8]) -> Option<Packet> {
         Packet::from_cut_frame(frame, frame.len())
     }
 
-    /// Reads a frame of which `frame` is the beginning, and which was `length` bytes long.
+    /// Parses a frame of `length` bytes, of which `frame` is the beginning.
     pub fn from_cut_frame(frame: &[u8], length: usize) -> Option<Packet> {
         let header = Ethernet2HeaderSlice::from_slice(frame.get(..ETHERNET_LEN)?).ok()?;
         let l3 = l3_offset(frame);
@@ -182,8 +188,8 @@ impl Packet {
         Some(Packet::from_payload(link, payload, length, false))
     }
 
-    /// Reads what is behind the Ethernet header: `payload` is a copy of the first bytes of `length`. A super-packet
-    /// (`gso`) may have a total length of 0.
+    /// Parses what follows an Ethernet header: `payload` is a copy of the first bytes of `length`.
+    /// A GSO super-packet (`gso`) may have a total length of 0.
     pub fn from_payload(link: Link, payload: &[u8], length: usize, gso: bool) -> Packet {
         let ip = match link.ether_type {
             Some(EtherType::IPV4) => parse::ipv4(payload, length, gso),

@@ -17,7 +17,7 @@ fn ports(payload: &[u8], protocol: Protocol, l4: usize) -> Option<Ports> {
     Some(Ports { source: u16_at(payload, l4)?, destination: u16_at(payload, l4 + 2)? })
 }
 
-/// What is known of the layer behind the IP header, unless it is a later piece.
+/// Parses the layer behind the IP header, unless it is a later fragment.
 pub(super) struct TransportHeader {
     pub ports: Option<Ports>,
     pub source_port: Option<u16>,
@@ -45,8 +45,8 @@ pub(super) fn transport(
     }
 }
 
-/// Where the checksum that covers the addresses stands behind the L4 header's start: the protocols that
-/// `nft_payload_l4csum_offset` mends.
+/// Returns the offset in the L4 header of the checksum that covers the addresses, for the protocols
+/// that `nft_payload_l4csum_offset` updates.
 pub(crate) fn checksum_offset(protocol: Protocol) -> Option<usize> {
     match protocol {
         Protocol::TCP => Some(16),
@@ -56,7 +56,7 @@ pub(crate) fn checksum_offset(protocol: Protocol) -> Option<usize> {
     }
 }
 
-/// Reads what an ICMP error quotes; `l4` is where its ICMP header begins.
+/// Parses the packet that an ICMP error quotes; `l4` is the offset of its ICMP header.
 pub(super) fn quoted(payload: &[u8], l4: usize, v4: bool) -> Option<Quoted> {
     const ICMP_HEADER: usize = 8;
     let l3 = l4 + ICMP_HEADER;
@@ -71,7 +71,7 @@ pub(super) fn quoted(payload: &[u8], l4: usize, v4: bool) -> Option<Quoted> {
         let (source, destination) = (header.source_addr().into(), header.destination_addr().into());
         (source, destination, Protocol(header.next_header().0), IPV6_LEN, false)
     };
-    // Of a later piece it cannot be told whose it was; nor behind extension headers.
+    // The flow of a later fragment is unknown; so is one behind extension headers.
     if later || EXTENSIONS.contains(&protocol.0) && !v4 {
         return None;
     }

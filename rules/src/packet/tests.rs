@@ -15,7 +15,7 @@ fn ip(frame: &[u8]) -> Option<IpHeader> {
     Packet::from_frame(frame).and_then(|packet| packet.ip)
 }
 
-/// An IPv6 packet of these extension headers (number, bytes) and this protocol and payload.
+/// An IPv6 packet with these extension headers (number, bytes) and this protocol and payload.
 fn ipv6_frame(extensions: &[(u8, Vec<u8>)], last: u8, body: &[u8]) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd];
     let mut chain: Vec<u8> = Vec::new();
@@ -78,7 +78,7 @@ fn what_does_not_hold_together_is_no_ip() {
     assert!(ip(&good[..good.len() - 1]).is_none(), "cut frame");
     let captured = Packet::from_cut_frame(&good[..good.len() - 1], good.len()).unwrap();
     assert_eq!(captured.ip, ip(&good), "cut by the capture only");
-    // Padding behind the packet is no harm, and a wrong checksum is the receiver's matter.
+    // Padding behind the packet does no harm, and a wrong checksum is left to the receiver.
     assert_eq!(ip(&[&good[..], &[0; 9]].concat()), ip(&good));
     assert!(broken(24, 0).is_some());
 }
@@ -112,9 +112,9 @@ fn ipv6_extension_headers() {
     let ip_of = ip(&ipv6_frame(&chain, 17, &udp)).unwrap();
     assert_eq!((ip_of.protocol, ip_of.l4, ip_of.tos), (Protocol::UDP, 40 + 8 + 16 + 8, 0xab));
     assert_eq!(ip_of.ports, Some(Ports { source: 0x1234, destination: 53 }));
-    // An authentication header is where nftables stops.
+    // nftables stops at an authentication header.
     assert_eq!(ip(&ipv6_frame(&[(51, options(1))], 17, &udp)).unwrap().protocol, Protocol(51));
-    // First, atomic and later fragments; a later one before another extension header is given up.
+    // First, atomic and later fragments; a later one before another extension header is not parsed.
     let nft_fragment = |offset: u16| vec![0, 0, (offset >> 8) as u8, offset as u8, 0, 0, 0, 5];
     let first = ip(&ipv6_frame(&[(44, nft_fragment(1))], 17, &udp)).unwrap();
     assert_eq!((first.fragment, first.id, first.ports.is_some()), (Fragment::First, 5, true));
@@ -124,9 +124,9 @@ fn ipv6_extension_headers() {
         (Fragment::Later, None, Protocol::UDP)
     );
     assert!(ip(&ipv6_frame(&[(44, nft_fragment(8))], 60, &udp)).is_none());
-    // A chain that leaves the packet.
+    // A chain that runs past the packet.
     assert!(ip(&ipv6_frame(&[(0, options(3))], 17, &udp)[..60]).is_none());
-    // No next header is a protocol like another.
+    // "No next header" is a protocol like any other.
     assert_eq!(ip(&ipv6_frame(&[], 59, &[])).unwrap().protocol, Protocol(59));
 }
 

@@ -1,4 +1,4 @@
-//! What the fast path has counted.
+//! The fast path's counters.
 
 use super::super::model::Family;
 use super::super::names::{CACHE_FULL, mac_of_chain};
@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 /// The counters of the fast path.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// What went to each middlebox.
+    /// The counters of the middleboxes.
     pub middleboxes: BTreeMap<MacAddr, Counter>,
-    /// What each rule of a middlebox matched; `None` stands for its default.
+    /// The counters of the rules of a middlebox; `None` stands for its default.
     pub rules: BTreeMap<(MacAddr, Option<RuleId>), Counter>,
-    /// What went to each backend of a service, and what came from it.
+    /// The counters of the backends of a service.
     pub backends: BTreeMap<SlotKey, BackendCounters>,
     /// Packets whose flows could not be cached, by the map that was full.
     pub cache_full: BTreeMap<String, u64>,
@@ -25,9 +25,9 @@ pub struct Counters {
 /// The counters of a backend of a service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct BackendCounters {
-    /// What went to it.
+    /// Packets to the backend.
     pub sent: Counter,
-    /// What came from it as replies.
+    /// Replies of the backend.
     pub received: Counter,
 }
 
@@ -71,7 +71,7 @@ impl Counters {
 }
 
 impl Kernel {
-    /// Returns what our ruleset has counted, whoever loaded it.
+    /// Reads the counters of our ruleset, whichever process loaded it.
     ///
     /// # Errors
     /// If the kernel cannot be asked.

@@ -25,8 +25,8 @@ pub(super) fn creations(batch: &mut Batch, old: &Table, new: &Table) {
     }
 }
 
-/// What is left to do behind [`creations`]. What a chain's rules name must be there before them; what nothing names any
-/// more goes last.
+/// The messages that follow [`creations`]. Objects that a chain's rules name must exist before the
+/// rules; objects that nothing names any more are deleted last.
 pub(super) fn difference(batch: &mut Batch, old: &Table, new: &Table) {
     let family = new.family;
     let created = new.chains.keys().any(|name| !old.chains.contains_key(name));

@@ -5,11 +5,11 @@ use super::{Kernel, KernelError};
 use nix::errno::Errno;
 
 impl Kernel {
-    /// Whether this kernel accepts a rule with this statement in a chain of this family. The rule is
-    /// tried in a chain of its own, which no other program gets to see.
+    /// Whether this kernel accepts a rule with this statement in a chain of this family. The rule
+    /// is tried in a chain of its own, which no other program sees.
     ///
     /// # Errors
-    /// If the kernel refuses for another reason than that it does not know the statement.
+    /// If the kernel rejects it for another reason than an unknown statement.
     pub fn supports(&mut self, family: Family, statement: &Statement) -> Result<bool, KernelError> {
         let had_table = self.owns_table(family)?;
         let mut batch = self.batch();

@@ -1,4 +1,4 @@
-//! Recovery of what an nfqd that ran before has left in the kernel.
+//! Recovery of the state that an earlier nfqd has left in the kernel.
 
 use super::super::model::Family;
 use super::{Kernel, KernelError};
@@ -58,8 +58,8 @@ const FLOW_MAPS: [(&str, Protocol); 8] = [
 const UPCALL_MAPS: [&str; 2] = ["upcall", "ask"];
 
 impl Kernel {
-    /// Returns what an nfqd that ran before has left in the kernel: nothing, if there is no table of
-    /// ours.
+    /// Reads the state that an earlier nfqd has left in the kernel: nothing, if there is no table
+    /// of ours.
     ///
     /// # Errors
     /// If the kernel cannot be asked, or a table of our name belongs to another program or to a

@@ -1,4 +1,4 @@
-//! Transactions: netlink messages built one behind the other.
+//! Transactions: netlink messages in one buffer.
 #![allow(unsafe_code)]
 
 use super::super::field::{Type, Value};
@@ -16,7 +16,7 @@ use super::{
 use nftnl::nftnl_sys as sys;
 use std::ffi::c_char;
 
-/// An expression of libnftnl, which the object it is added to will free.
+/// A libnftnl expression, which the object it is added to will free.
 fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
     let kind = c_string(expr.kind);
     // SAFETY: needed to make the expression; the name is a live string, and null (an unknown name) is checked below.
@@ -73,20 +73,20 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
     pointer
 }
 
-/// Netlink messages of one transaction, built one behind the other.
+/// The netlink messages of one transaction.
 pub(in crate::nft) struct Batch {
     /// The messages; each begins at a multiple of four.
     bytes: Vec<u8>,
-    /// What the messages do, by sequence number from `first`, for error messages.
+    /// The purpose of each message, by sequence number from `first`, for error messages.
     labels: Vec<String>,
     first: u32,
-    /// Where the last message begins that is not the end of the batch.
+    /// The offset of the last message before the end of the batch.
     last: usize,
     scratch: Vec<u32>,
 }
 
 impl Batch {
-    /// A transaction whose messages are numbered from `first` on.
+    /// Returns an empty transaction whose messages are numbered from `first`.
     pub(in crate::nft) fn new(first: u32) -> Batch {
         let mut batch = Batch {
             bytes: Vec::new(),
@@ -103,19 +103,20 @@ impl Batch {
         batch
     }
 
-    /// How many messages there are, the opening one not counted.
+    /// Returns the number of messages, without the opening one.
     pub(in crate::nft) fn len(&self) -> usize {
         self.labels.len() - 1
     }
 
-    /// What the message of this number does.
+    /// Returns the purpose of the message with this number.
     pub(in crate::nft) fn label(&self, sequence: u32) -> &str {
         let index = sequence.wrapping_sub(self.first) as usize;
         self.labels.get(index).map_or("the transaction", String::as_str)
     }
 
-    /// Ends the batch. An acknowledgement is asked for the last message only: kernels before 6.10 do not give one for
-    /// the end of a batch, and one for each message would overrun the receive buffer. Its number comes back too.
+    /// Ends the batch, and returns the number of the last message. Only that one asks for an
+    /// acknowledgement: kernels before 6.10 give none for the end of a batch, and one for each
+    /// message would overrun the receive buffer.
     pub(in crate::nft) fn finish(mut self) -> (Vec<u8>, u32, Batch) {
         let awaited = self.first + self.labels.len() as u32 - 1;
         if let Some(flags) = self.bytes.get_mut(self.last + 6..self.last + 8) {
@@ -382,7 +383,8 @@ impl Batch {
     }
 }
 
-/// Byte orders (nft guesses wrong for marks otherwise) and the comment, as nft itself stores them.
+/// Returns the byte orders (nft assumes wrong ones for marks otherwise) and the comment, as nft
+/// itself stores them.
 fn set_user_data(set: &Set) -> Vec<u8> {
     const KEY_ORDER: u8 = 0;
     const DATA_ORDER: u8 = 1;

@@ -1,4 +1,4 @@
-//! Questions to the kernel, and what it answers.
+//! Dump requests to the kernel, and their answers.
 #![allow(unsafe_code)]
 
 use super::super::lower::{key_len, key_type};
@@ -12,9 +12,9 @@ use nftnl::nftnl_sys as sys;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 
-/// A question to the kernel: the message to send, and how to read each answer.
+/// A request to the kernel: the message to send, and how to parse the answers.
 pub(in crate::nft) enum DumpRequest {
-    /// Our table's comment.
+    /// The comment of our table.
     Table(Family),
     /// The chains of all tables of the family.
     Chains(Family),
@@ -26,7 +26,7 @@ pub(in crate::nft) enum DumpRequest {
     Rules(Family, Option<String>),
 }
 
-/// What a rule in the kernel has counted.
+/// The counter of a rule in the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(in crate::nft) struct FoundRule {
     pub chain: String,
@@ -34,7 +34,7 @@ pub(in crate::nft) struct FoundRule {
     pub counter: Option<Counter>,
 }
 
-/// What an element in the kernel holds.
+/// An element in the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FoundElement {
     /// The key's bytes.
@@ -43,13 +43,13 @@ pub struct FoundElement {
     pub data: Vec<u8>,
     /// The comment.
     pub comment: Option<String>,
-    /// Packets and bytes, where elements count.
+    /// The counter, if elements of the set count.
     pub counter: Option<Counter>,
-    /// Milliseconds that it was given, where that is not what all elements of the set get.
+    /// The lifetime in milliseconds, if it differs from the set's.
     pub timeout_ms: Option<u64>,
 }
 
-/// How a set in the kernel is made.
+/// The kind of a set in the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::nft) struct FoundSet {
     pub key: u32,
@@ -80,7 +80,7 @@ impl FoundSet {
 #[derive(Default)]
 pub(in crate::nft) struct DumpReply {
     pub table_comment: Option<Option<String>>,
-    /// Name, and whether it is a base chain.
+    /// The chains: name, and whether it is a base chain.
     pub chains: BTreeMap<String, bool>,
     pub sets: BTreeMap<String, FoundSet>,
     pub elements: Vec<FoundElement>,
@@ -88,7 +88,7 @@ pub(in crate::nft) struct DumpReply {
 }
 
 impl DumpRequest {
-    /// The message to send, under this number.
+    /// Returns the request as a message with this number.
     pub(in crate::nft) fn message(&self, sequence: u32) -> Vec<u8> {
         let mut scratch = vec![0_u32; 1024];
         let dump = libc::NLM_F_DUMP as u16;
@@ -139,9 +139,9 @@ impl DumpRequest {
         scratch.iter().flat_map(|word| word.to_ne_bytes()).take(len).collect()
     }
 
-    /// Reads one message of the kernel's answer, header included.
+    /// Parses one message of the kernel's answer, header included.
     pub(in crate::nft) fn read(&self, bytes: &[u8], answers: &mut DumpReply) {
-        // libnftnl wants the message aligned.
+        // libnftnl needs the message aligned.
         let mut words: Vec<u32> = vec![0; bytes.len().div_ceil(4)];
         for (word, chunk) in words.iter_mut().zip(bytes.chunks(4)) {
             let mut four = [0; 4];
@@ -267,7 +267,7 @@ unsafe fn text(pointer: *const c_char) -> Option<String> {
     Some(unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned())
 }
 
-/// The comment among pieces of user data.
+/// Returns the comment in a list of user data.
 fn comment_of(mut data: &[u8], kind: u8) -> Option<String> {
     while let [found, len, rest @ ..] = data {
         let (bytes, after) = rest.split_at_checked(usize::from(*len))?;

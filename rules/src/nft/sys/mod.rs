@@ -1,7 +1,9 @@
-//! Hands rulesets to libnftnl and reads the kernel's answers with it. The safe crate `nftnl` has no maps, element
-//! data, dynamic sets, payload writes or dumps, so its re-exported C interface is used here and nowhere else.
+//! The interface to libnftnl: sends rulesets and parses the kernel's answers. The safe crate
+//! `nftnl` has no maps, element data, dynamic sets, payload writes or dumps, so its re-exported C
+//! interface is used here and nowhere else.
 //!
-//! `batch` builds transactions, `dump` asks and reads. Everything that crosses is data of [`super::model`] and [`super::lower`]; no pointer leaves this module.
+//! `batch` builds transactions, `dump` sends requests and parses answers. Everything that crosses
+//! the interface is data of [`super::model`] and [`super::lower`]; no pointer leaves this module.
 #![allow(unsafe_code)]
 
 mod batch;
@@ -40,13 +42,14 @@ const SET_MAP: u32 = 0x8;
 const SET_TIMEOUT: u32 = 0x10;
 const SET_EVAL: u32 = 0x20;
 const SET_CONCAT: u32 = 0x80;
-/// nft's number for verdicts as data.
+/// nft's number of the verdict type.
 const DATA_VERDICT: u32 = 0xffff_ff00;
 /// libnftnl copies data of any length into buffers of this size (NFT_DATA_VALUE_MAXLEN).
 const MAX_DATA: usize = 64;
-/// A message of elements stays well below the 64 KiB at which a nested attribute silently loses what it holds.
+/// The largest message of elements: well below 64 KiB, at which a nested attribute silently loses
+/// its contents.
 const ELEMENTS_A_MESSAGE: usize = 200;
-/// One message of any kind that is built here is smaller.
+/// The largest size of any other message.
 const SCRATCH: usize = 1 << 17;
 
 fn number(family: Family) -> u16 {
@@ -63,13 +66,13 @@ fn c_string(text: &str) -> CString {
     CString::new(text).unwrap_or_default()
 }
 
-/// The socket's descriptor, as long as the socket lives.
+/// Returns the socket's descriptor, for the socket's lifetime.
 pub(super) fn fd(socket: &mnl::Socket) -> BorrowedFd<'_> {
     // SAFETY: needed because mnl gives the number only; the socket is open as long as the borrow.
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
-/// A piece of user data as nft writes it: type, length, bytes.
+/// An item of user data as nft writes it: type, length, bytes.
 fn user_data(kind: u8, bytes: &[u8]) -> Vec<u8> {
     let bytes = bytes.get(..bytes.len().min(250)).unwrap_or_default();
     [&[kind, bytes.len() as u8], bytes].concat()

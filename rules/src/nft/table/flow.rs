@@ -26,7 +26,7 @@ impl BaseTable<'_> {
         self.chain("known", rules);
     }
 
-    /// Sends what a service takes to the engine if it is of no cached flow.
+    /// Sends the packets that a service takes to the engine, unless their flow is cached.
     pub(super) fn balance_chain(&mut self) {
         let mut rules = vec![rule(vec![jump("known")])];
         for ip in FAMILIES {

@@ -1,4 +1,5 @@
-//! The chain `learn` and those it leads to: carrying out the engine's verdicts, and caching flows.
+//! The chain `learn` and those that it leads to: they carry out the engine's verdicts and cache
+//! flows.
 
 use super::{BaseTable, LEARN_PRIORITY};
 use crate::mark::{ID, OPERATION, Operation};
@@ -48,7 +49,7 @@ impl BaseTable<'_> {
         self.unanswered_chain();
     }
 
-    /// Chains of verdicts that send a packet to its backend.
+    /// Chains of the verdicts that send a packet to its backend.
     fn redirect_chains(&mut self, ports: PortRewrite) {
         let name = |chain: &str| ports.chain(chain);
         self.chain(&name("to_backend"), rewriting(ports, IpFamily::redirect_writes));
@@ -60,8 +61,8 @@ impl BaseTable<'_> {
             set: protocol.name("bypass", ip),
         });
 
-        // What is cached of these addresses and ports is of an earlier flow, even if this one is not
-        // cached yet.
+        // The cached entry with these addresses and ports is of an earlier flow, even if this one
+        // is not cached yet.
         let flows = PORT_REWRITES.map(|ports| forget(flow_key, "flows", ports)).concat();
         let replies =
             PORT_REWRITES.map(|ports| forget(reply_key_of_request, "replies", ports)).concat();
@@ -73,7 +74,7 @@ impl BaseTable<'_> {
         self.chain(&name("redirected"), rules);
 
         // A flow has one kind of ports: a rule that finds it in the maps of the other kind would
-        // write half of what it should.
+        // write only half of the rewrite.
         let other = ports.other();
         let learned = name("learned_flow");
         let rules =
@@ -93,7 +94,7 @@ impl BaseTable<'_> {
         self.chain(&closed, [to_backend, replies].concat());
     }
 
-    /// Chains of verdicts that translate a reply.
+    /// Chains of the verdicts that translate a reply.
     fn reply_operation_chains(&mut self, ports: PortRewrite) {
         let name = |chain: &str| ports.chain(chain);
         self.chain(&name("from_backend"), rewriting(ports, IpFamily::reply_writes));
@@ -115,8 +116,8 @@ impl BaseTable<'_> {
         self.chain(&name("close_reply"), rules);
     }
 
-    /// Chains of verdicts that cache a flow without rewriting it: of a backend itself, or of the
-    /// middlebox itself.
+    /// Chains of the verdicts that cache a flow without rewriting it: of a backend itself, or of
+    /// the middlebox itself.
     fn local_chains(&mut self) {
         let bypass = |ip: IpFamily, protocol: CachedProtocol| Statement::Remember {
             key: reply_key(ip),
@@ -128,7 +129,7 @@ impl BaseTable<'_> {
     }
 
     /// Packets that came back without a verdict. Cached replies and static redirects work without
-    /// the engine, for whole TCP and UDP packets: the rest depends on what only the engine knows.
+    /// the engine, for whole TCP and UDP packets: the rest depends on the engine's state.
     fn unanswered_chain(&mut self) {
         let mut rules = Vec::new();
         // Replies that begin or end a connection went to the engine although they are cached.

@@ -75,7 +75,7 @@ impl BaseTable<'_> {
         }
     }
 
-    /// Sets of what services take.
+    /// Sets of the addresses and ports that services take.
     fn service_sets(&mut self) {
         for ip in FAMILIES {
             let keys = [Type::Mac, ip.address, Type::Port];

@@ -1,4 +1,4 @@
-//! The chain `engine` and the tables of the ip families: the way into the queue.
+//! The chain `engine` and the tables of the ip families: the path into the queue.
 
 use super::{BaseTable, QUEUE_PRIORITY};
 use crate::mark::{OPERATION, Operation};
