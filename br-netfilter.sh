@@ -320,18 +320,18 @@ demo_lab() {
     die 3 "nfqd does not start"
 }
 
-# Who answers a host at the middlebox' address; - when nobody does.
+# Prints which host answers another at the middlebox' address; - if none does.
 who() {
     answer=$(in_ns "$1" socat -T 1 - TCP:10.129.126.15:80,connect-timeout=1 2> /dev/null < /dev/null || true)
     echo "${answer:--}"
 }
 
-# Who answers the client and the other host.
+# Prints which host answers the client, and which the other host.
 both() {
     printf '%-8s %s' "$(who client)" "$(who other)"
 }
 
-# Who answers six connections of the client, and how many of them.
+# Prints which hosts answer six connections of the client, and how many of them.
 six() {
     for _ in 1 2 3 4 5 6; do who client; done | sort | uniq -c | awk '{ printf "%s%s %s", comma, $1, $2; comma = ", " }'
 }

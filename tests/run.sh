@@ -105,7 +105,7 @@ vm() {
     # shellcheck disable=SC2086
     need_packages $lab_packages qemu-system-x86 busybox-static cpio
     step "a virtual machine"
-    # Its kernel is a package that is downloaded, not installed.
+    # The guest's kernel is a package that is downloaded, not installed.
     [ -e "$target/vm/kernel" ] || apt-get update -q > /dev/null
     RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --release --locked -p nfqd-guest --target x86_64-unknown-linux-gnu

@@ -1,4 +1,4 @@
-//! What the bindings of all channels together allow.
+//! The bindings of all channels together, and what they allow.
 
 use crate::config::ShmSpec;
 use nfqd_shmctl::MacAddr;

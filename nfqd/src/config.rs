@@ -28,7 +28,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FILE")]
     pub commands: Option<PathBuf>,
 
-    /// Where registrations are kept [default: /var/lib/nfqd]
+    /// The directory of registrations [default: /var/lib/nfqd]
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
 
@@ -41,7 +41,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "auto|native|br-netfilter")]
     pub steer: Option<SteerChoice>,
 
-    /// What happens to queued packets when nfqd is not running [default: open]
+    /// The treatment of queued packets while nfqd is not running [default: open]
     #[arg(long, value_name = "open|closed")]
     pub fail: Option<FailChoice>,
 
@@ -105,7 +105,7 @@ pub enum FailChoice {
 pub struct QueueRange {
     /// The first number.
     pub first: u16,
-    /// How many numbers.
+    /// The number of queues.
     pub count: u16,
 }
 
@@ -126,7 +126,7 @@ pub enum ConfigError {
     File {
         /// The path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The message.
         message: String,
     },
 }
@@ -217,7 +217,7 @@ pub struct Config {
     pub fast_path: FastPath,
     /// The path of frames into the queues.
     pub steer: SteerChoice,
-    /// What happens without nfqd.
+    /// The treatment of queued packets without nfqd.
     pub fail: FailChoice,
     /// The paths of the sockets.
     pub sockets: SocketPaths,

@@ -18,9 +18,10 @@ use signal_hook::consts::SIGHUP;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often backends, the kernel's tables and unsaved registrations are looked after.
+/// The interval at which backends, the kernel's tables and unsaved registrations are checked.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
-/// How often backends are looked for after a command has named a new one, and how many times.
+/// The interval at which backends are resolved after a command has named a new one, and the number
+/// of times.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(100);
 const RESOLVE_RETRIES: u32 = 10;
 
@@ -235,7 +236,7 @@ impl Daemon {
             Progress::Gone => return,
         };
         if let Some(fd) = self.control.client_fd(id) {
-            // It fails only for a client that could not be added, which is dropped in time.
+            // This fails only for a client that could not be added, which is dropped in time.
             let _ = self.reactor.modify(fd, readiness, token::CLIENTS + u64::from(id));
         }
     }

@@ -19,7 +19,7 @@ pub struct Reactor {
     epoll: Epoll,
 }
 
-/// What a descriptor is waited for.
+/// The kind of readiness to wait for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Readiness {
     /// Data to read.

@@ -54,10 +54,10 @@ pub enum StartError {
     /// The path into the queues.
     #[error(transparent)]
     QueuePath(#[from] QueuePathError),
-    /// Anything else that the system refuses.
+    /// Another error of the system.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: String,
         /// The system's reason.
         source: io::Error,
@@ -65,7 +65,7 @@ pub enum StartError {
 }
 
 impl StartError {
-    /// A refusal of the system.
+    /// An error of the system.
     pub fn system(what: &str, source: impl Into<io::Error>) -> StartError {
         StartError::System { what: what.to_string(), source: source.into() }
     }
@@ -88,9 +88,9 @@ pub struct Started {
     pub signals: SignalFd,
 }
 
-/// Starts everything: reads the registrations, probes the kernel, binds the queues, loads the ruleset,
-/// starts the workers. It takes over from an nfqd that ran before: base chains stay, and cached flows
-/// keep their backends.
+/// Starts everything: reads the registrations, probes the kernel, binds the queues, loads the
+/// ruleset, starts the workers. It takes over from an nfqd that ran before: base chains stay, and
+/// cached flows keep their backends.
 ///
 /// # Errors
 /// See [`StartError`]. The kernel is as it was before.

@@ -9,7 +9,7 @@
 //! * [`netlink`]: framing of netlink messages.
 //! * [`nft`]: the fast path, which decides in the kernel as the policy says.
 //!
-//! Nothing above `nft` knows nftables.
+//! The modules above `nft` do not depend on it.
 
 pub mod counter;
 pub mod desired;

@@ -18,11 +18,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// A backend that accepts new flows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Member {
-    /// Its name.
+    /// The name.
     pub name: BackendName,
-    /// Its share of new flows, relative to the others.
+    /// The share of new flows, relative to the others.
     pub weight: u16,
-    /// Its slot.
+    /// The slot.
     pub slot: SlotId,
 }
 

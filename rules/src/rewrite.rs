@@ -206,11 +206,11 @@ fn update_checksum(frame: &mut [u8], at: usize, old: &[u8], new: &[u8]) {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    let mended = match !(sum as u16) {
+    let updated = match !(sum as u16) {
         0 => 0xffff,
-        mended => mended,
+        updated => updated,
     };
-    field.copy_from_slice(&mended.to_be_bytes());
+    field.copy_from_slice(&updated.to_be_bytes());
 }
 
 #[cfg(test)]

@@ -26,9 +26,9 @@ pub struct Service {
 /// A backend of a service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Backend {
-    /// Its MAC, if a command gave it.
+    /// The MAC, if a command gave it.
     pub mac: Option<MacAddr>,
-    /// Its share of new flows, relative to the others.
+    /// The share of new flows, relative to the others.
     pub weight: u16,
     /// Whether it is draining: it gets no new flows.
     pub draining: bool,
@@ -99,7 +99,8 @@ impl Service {
         change: &BackendChange,
     ) -> Result<(), PolicyError> {
         let mut backends = self.backends.clone();
-        // Returns the full name. A frontend without a port leaves a port in it, which no backend has.
+        // Returns the full name. A frontend without a port leaves a port in it, which no backend
+        // has.
         let full = |name: &BackendName| match frontend.port {
             Some(_) => BackendName { port: port(frontend, name.port), ..*name },
             None => *name,

@@ -6,8 +6,8 @@
 /// Lifetime of a cached flow towards its backend. It is not refreshed, so a live flow passes the
 /// engine once in this time, which renews the entry with the same backend.
 pub const FLOW_TIMEOUT: u32 = 60;
-/// Lifetime of the cached reply direction of a TCP flow: as long as an established connection may be
-/// silent (RFC 5382, REQ-5), so that an engine that starts anew recovers every one.
+/// Lifetime of the cached reply direction of a TCP flow: as long as an established connection may
+/// be silent (RFC 5382, REQ-5), so that an engine that starts anew recovers every one.
 pub const TCP_REPLY_TIMEOUT: u32 = 7440;
 /// Lifetime of the cached reply direction of a UDP flow: shorter than the engine keeps the flow, so
 /// that replies alone keep it alive.

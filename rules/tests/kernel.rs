@@ -1,5 +1,5 @@
-//! The ruleset in this machine's kernel: loaded, changed, listed by nft. Needs root; the test makes a network namespace
-//! of its own.
+//! The ruleset in this machine's kernel: loaded, changed, listed by nft. Needs root; the test makes
+//! a network namespace of its own.
 
 #![allow(clippy::unwrap_used)]
 
@@ -51,7 +51,7 @@ fn ruleset(policy: &Policy, options: &RulesetOptions) -> Ruleset {
     build(policy, &slots, options)
 }
 
-/// What the kernel can queue with: one of the two must be there, or nothing here is worth testing.
+/// The queue paths of this kernel: without either, no test here is worth running.
 fn queue_paths(kernel: &mut Kernel) -> Vec<QueuePath> {
     let mut out = Vec::new();
     if kernel.supports(Family::Bridge, &Statement::Queue(QUEUES)).unwrap() {
@@ -134,8 +134,8 @@ const RICH: &[&str] = &[
     "R L 2:0:0:0:0:4 10.0.0.4:81/tcp 0 10.0.0.40:82@2:0:0:0:0:40",
 ];
 
-/// The lines of a listing in one spelling: without counts, without what nft leaves out because a later field implies
-/// it, and with every port as `th`.
+/// The lines of a listing in one spelling: without counts, without what nft leaves out because a
+/// later field implies it, and with every port as `th`.
 fn normal(listing: &str) -> Vec<String> {
     let line = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -152,7 +152,8 @@ fn normal(listing: &str) -> Vec<String> {
                 {
                     at += 2
                 }
-                // Of the two kinds of VLAN tag nft shows the usual one never, the other one sometimes.
+                // Of the two kinds of VLAN tag nft shows the usual one never, the other one
+                // sometimes.
                 "ether" if next(1) == "type" && matches!(next(2), "8021q" | "8021ad") => at += 2,
                 "packets" | "bytes" if next(1).parse::<u64>().is_ok() => at += 1,
                 "tcp" | "udp" if port => out.push("th"),
@@ -229,7 +230,8 @@ fn listed() -> BTreeMap<String, Vec<String>> {
     objects(&nft(&["list", "table", "bridge", "nfqd"]))
 }
 
-/// Makes one policy after the other hold by changes, and compares with a load whenever `check` says so.
+/// Makes one policy after the other hold by changes, and compares with a load whenever `check` says
+/// so.
 fn follow(
     kernel: &mut Kernel,
     options: &RulesetOptions,
@@ -269,7 +271,7 @@ fn a_change_makes_what_a_load_makes() {
         for queue_path in queue_paths(&mut kernel) {
             let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues: QUEUES };
             let ends = (0..=RICH.len()).chain((0..RICH.len()).rev());
-            // Where user-mode Linux is, nft takes a second for a listing.
+            // In user-mode Linux, nft takes a second for a listing.
             let every = if queue_path == QueuePath::Native { 5 } else { 1 };
             follow(&mut kernel, &options, ends.map(|end| policy(&RICH[..end])), |step| {
                 step % every == 0
@@ -300,7 +302,7 @@ fn any_change_makes_what_a_load_makes() {
                     line.to_string()
                 };
                 if !next().is_multiple_of(3) {
-                    // What stands on a command that is left out is refused.
+                    // A command that depends on an omitted one is rejected.
                     let _ = policy.apply_line(&line);
                 }
             }
@@ -340,7 +342,7 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
             |slots: &Slots| slots.iter().map(|(key, slot)| (key, slot.id)).collect::<Vec<_>>();
         assert_eq!(indexes(&found), indexes(&slots));
         if queue_path == QueuePath::BrNetfilter {
-            // Where the kernel filters, the engine must know those that balance.
+            // If the kernel filters, the engine must know the middleboxes that balance.
             let numbers = |slots: &Slots| slots.middlebox_id("2:0:0:0:0:2".parse().unwrap());
             assert_eq!(numbers(&found), numbers(&slots));
         }
@@ -364,7 +366,7 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
         let older = "{ comment \"made by nfqd, which repairs what others change here\"; }";
         nft(&["add", "table", "bridge", "nfqd", older]);
         kernel.load(&build(&policy, &slots, &options)).unwrap();
-        // Its comment is still the old one; the layout is told by a chain that loading has made.
+        // The comment is still the old one; a chain that loading has made tells the layout.
         assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_2 {"));
         nft(&["add", "chain", "bridge", "nfqd", "layout_3"]);
         let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();

@@ -149,8 +149,9 @@ impl Region {
         let (words, rest) = out.as_chunks_mut::<8>();
         let done = words.len() * 8;
         for (index, word) in words.iter_mut().enumerate() {
-            // SAFETY: needed because the memory is shared; `range` has checked all of it, an array of bytes needs no
-            // alignment, and a volatile read holds for any value that another process puts there.
+            // SAFETY: needed because the memory is shared; `range` has checked all of it, an array
+            // of bytes needs no alignment, and a volatile read holds for any value that another
+            // process puts there.
             *word = unsafe { from.add(index * 8).cast::<[u8; 8]>().read_volatile() };
         }
         for (index, byte) in rest.iter_mut().enumerate() {
@@ -166,15 +167,16 @@ impl Region {
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         let to = self.range(offset, bytes.len());
         for (index, byte) in bytes.iter().enumerate() {
-            // SAFETY: as in `read`; no Rust reference to this memory exists that the write could break.
+            // SAFETY: as in `read`; no Rust reference to this memory exists that the write could
+            // break.
             unsafe { to.add(index).write_volatile(*byte) };
         }
     }
 
     fn atomic(&self, offset: usize) -> &AtomicU8 {
         let at = self.range(offset, 1);
-        // SAFETY: needed for ordering between two processes; the byte is inside the mapping, which lives as long as
-        // `self`, and every access that must not be torn goes through an atomic.
+        // SAFETY: needed for ordering between two processes; the byte is inside the mapping, which
+        // lives as long as `self`, and every access that must not be torn goes through an atomic.
         unsafe { AtomicU8::from_ptr(at) }
     }
 

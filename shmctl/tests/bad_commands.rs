@@ -1,11 +1,12 @@
-//! Bad commands: each is refused with a message that names the token, its column, and what to write instead.
+//! Bad commands: each is rejected with a message that names the token, its column, and what to write
+//! instead.
 #![allow(clippy::unwrap_used)]
 
 use nfqd_shmctl::ErrorCode::{self, Syntax, Value};
 use nfqd_shmctl::{Class, Command};
 
-/// The line (`MB` stands for 2:0:0:0:0:1), the code, the token that is wrong (nothing: the command ends too early), and
-/// words of the remedy.
+/// The line (`MB` stands for 2:0:0:0:0:1), the code, the token that is wrong (nothing: the command
+/// ends too early), and words of the remedy.
 const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     // No command.
     ("", Syntax, "", "empty; write R"),
@@ -306,7 +307,7 @@ const BAD: &[(&str, ErrorCode, &str, &str)] = &[
     ("Q 1:2", Value, "1:2", "not a MAC address"),
     ("Q *", Value, "*", "not a MAC address"),
     ("Q MB F", Syntax, "F", "complete before it"),
-    // What a terminal would obey is spelt out.
+    // Control characters are escaped.
     ("R F \u{1b}[31m 10.0.0.1", Value, "\u{1b}[31m", "not a MAC address"),
     ("R F MB\u{7f} 10.0.0.1", Value, "MB\u{7f}", "not a MAC address"),
 ];
@@ -342,7 +343,8 @@ fn bad_commands_name_the_token_the_place_and_the_remedy() {
     }
 }
 
-/// Every key of every class is in the table with a bad value and, unless it may stand alone, without one.
+/// Every key of every class is in the table with a bad value and, unless it may stand alone,
+/// without one.
 #[test]
 fn no_field_is_left_out() {
     for field in Class::ALL.into_iter().flat_map(Class::fields) {

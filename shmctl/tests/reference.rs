@@ -1,5 +1,5 @@
-//! The language's reference, `docs/COMMANDS.md`, says what the parser does: its examples are commands, sentences of its
-//! grammar are read, and nothing is read that its grammar does not have.
+//! The language's reference, `docs/COMMANDS.md`, says what the parser does: its examples are
+//! commands, sentences of its grammar are read, and nothing is read that its grammar does not have.
 #![allow(clippy::unwrap_used)]
 
 mod strategies;
@@ -109,7 +109,7 @@ fn sequence(symbols: &mut Symbols<'_>) -> Node {
 }
 
 impl Grammar {
-    /// Where a word may end that begins at `at` of `text`.
+    /// The ends of a word that begins at `at` of `text`.
     fn word_ends(&self, node: &Node, text: &str, at: usize) -> Vec<usize> {
         let rest = &text[at..];
         let prefixes = |fits: &dyn Fn(&str) -> bool| -> Vec<usize> {
@@ -165,7 +165,7 @@ impl Grammar {
         }
     }
 
-    /// How many tokens may have been read behind `at`.
+    /// The numbers of tokens that may have been read behind `at`.
     fn ends(&self, node: &Node, tokens: &[&str], at: usize) -> Vec<usize> {
         let word = || {
             let token = tokens.get(at).copied().unwrap_or_default();
@@ -299,7 +299,8 @@ proptest! {
         prop_assert!(grammar.has(&line), "{}", line);
         match Command::parse(&line) {
             Ok(_) => {}
-            // A key whose bit stays on, or the registered address as destination: what the grammar does not say.
+            // A key whose bit stays on, or the registered address as destination: what the grammar
+            // does not say.
             Err(error) => {
                 let said = [
                     "stays on",

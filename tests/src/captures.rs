@@ -1,4 +1,5 @@
-//! The corpus of captures in `tests/captures`: what it is made of. Each file is about one thing that parsers get wrong.
+//! The corpus of captures in `tests/captures`: what it is made of. Each file is about one thing
+//! that parsers get wrong.
 //!
 //! `cargo run -p nfqd-tests --bin captures` writes the files; a test holds them to what is here.
 
@@ -7,7 +8,7 @@ use crate::frames::{HOSTS, MIDDLEBOXES};
 /// A capture's name and its frames.
 pub type Capture = (&'static str, Vec<Vec<u8>>);
 
-/// The policies that the captures are judged under, beside the captures.
+/// The policies that the captures are replayed under, beside the captures.
 pub const POLICIES: [&str; 3] = ["filters", "closed", "balanced"];
 
 const TCP: u8 = 6;
@@ -38,7 +39,8 @@ fn checksum(header: &[u8]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-/// An IPv4 packet from 10.0.0.4 to 10.0.0.2, with flags and offset, and the whole total length said to be `more` longer.
+/// An IPv4 packet from 10.0.0.4 to 10.0.0.2, with flags and offset, and the whole total length said
+/// to be `more` longer.
 fn ipv4_saying(protocol: u8, fragment: u16, body: &[u8], more: i32) -> Vec<u8> {
     let total = (20 + body.len() as i32 + more) as u16;
     let mut header = vec![0x45, 16];
@@ -55,8 +57,8 @@ fn ipv4(protocol: u8, body: &[u8]) -> Vec<u8> {
     ipv4_saying(protocol, 0x4000, body, 0)
 }
 
-/// An IPv6 packet from 2001:db8::4 to 2001:db8::2 with these extension headers: number, and bytes of which the first will
-/// name the next.
+/// An IPv6 packet from 2001:db8::4 to 2001:db8::2 with these extension headers: number, and bytes
+/// of which the first will name the next.
 fn ipv6(extensions: &[(u8, Vec<u8>)], last: u8, body: &[u8]) -> Vec<u8> {
     let next = |index: usize| extensions.get(index).map_or(last, |(number, _)| *number);
     let mut chain = Vec::new();
@@ -73,7 +75,7 @@ fn ipv6(extensions: &[(u8, Vec<u8>)], last: u8, body: &[u8]) -> Vec<u8> {
     [out, chain, body.to_vec()].concat()
 }
 
-/// What is behind the IP header: ports 81 to 80, SYN; or an echo request.
+/// The payload of the IP header: ports 81 to 80, SYN; or an echo request.
 fn body(protocol: u8, more: usize) -> Vec<u8> {
     let mut out = match protocol {
         TCP => vec![0, 81, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 1, 0, 0x12, 0x34, 0, 0],
@@ -101,7 +103,7 @@ fn fragment_header(offset: u16, more: bool) -> (u8, Vec<u8>) {
     )
 }
 
-/// What the captures say beside tags: IPv4, IPv6 and ARP.
+/// The payloads of the captures behind the tags: IPv4, IPv6 and ARP.
 fn payloads() -> Vec<(u16, Vec<u8>)> {
     let arp = [
         vec![0, 1, 8, 0, 6, 4, 0, 1],
@@ -156,7 +158,8 @@ fn chains() -> Vec<Vec<u8>> {
 fn fragments() -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     for protocol in [TCP, UDP, ICMP] {
-        // Whole, first, middle, last; one that overlaps the transport header; one so small that it cuts it.
+        // Whole, first, middle, last; one that overlaps the transport header; one so small that it
+        // cuts it.
         for fragment in [0, 0x4000, 0x2000, 0x2003, 0x0003, 0x0001, 0x1fff, 0x8000] {
             out.push(frame(&[], 0x0800, &ipv4_saying(protocol, fragment, &body(protocol, 24), 0)));
         }
@@ -357,7 +360,7 @@ pub fn pcap(frames: &[Vec<u8>]) -> Vec<u8> {
     out
 }
 
-/// Where the captures are.
+/// The directory of the captures.
 pub fn folder() -> std::path::PathBuf {
     std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("captures")
 }

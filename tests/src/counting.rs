@@ -1,4 +1,5 @@
-//! An allocator that counts. A program that uses it has `#[global_allocator] static COUNTING: Counting = Counting;`.
+//! An allocator that counts. A program that uses it has `#[global_allocator] static COUNTING:
+//! Counting = Counting;`.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};

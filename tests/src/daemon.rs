@@ -36,8 +36,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one with these arguments, a region, a state directory and a control socket of its own, and waits until it
-    /// is ready.
+    /// Starts one with these arguments, a region, a state directory and a control socket of its
+    /// own, and waits until it is ready.
     ///
     /// # Panics
     /// When it does not start.
@@ -68,8 +68,9 @@ impl Daemon {
             .chain(arguments.iter().copied())
             .map(str::to_string)
             .collect();
-        // br_netfilter is on in every new namespace. Where it is not the way into the queue it only changes what the bridge
-        // does, and cut ARP frames are dropped for the sake of a table that nobody has here.
+        // br_netfilter is on in every new namespace. Where it is not the way into the queue it only
+        // changes what the bridge does, and cut ARP frames are dropped for the sake of a table that
+        // nobody has here.
         let by_br_netfilter = if steer() == "native" { "0" } else { "1" };
         for (name, value) in [
             ("call-iptables", by_br_netfilter),
@@ -86,7 +87,7 @@ impl Daemon {
         Daemon { child, directory, arguments }
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -102,7 +103,7 @@ impl Daemon {
         }
     }
 
-    /// What it has logged.
+    /// Returns the log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }
@@ -122,7 +123,7 @@ impl Daemon {
         status(&self.control()).ok()
     }
 
-    /// Its status.
+    /// Returns the status.
     ///
     /// # Panics
     /// When it does not answer.

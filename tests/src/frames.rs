@@ -68,9 +68,9 @@ fn checksum(header: &[u8]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-/// Who talks with whom in a conversation with a balanced address.
+/// The hosts of a conversation with a balanced address.
 #[derive(Clone, Copy, Debug)]
-struct Talk {
+struct Conversation {
     middlebox: u8,
     client: u8,
     frontend: u8,
@@ -80,19 +80,19 @@ struct Talk {
     udp: bool,
 }
 
-/// What is sent in a conversation.
+/// The frames of a conversation.
 #[derive(Clone, Copy, Debug)]
 enum Said {
     There,
     Back,
     /// An ICMP error from the client's side.
     ErrorThere,
-    /// The same from the backend's, or from a router before it.
+    /// An ICMP error from the backend's side, or from a router before it.
     ErrorBack(bool),
 }
 
-/// One packet of a conversation. The backend, its port and TCP's flags are guesses; checksums of TCP, UDP and ICMP are made
-/// up.
+/// One packet of a conversation. The backend, its port and TCP's flags are guesses; checksums of
+/// TCP, UDP and ICMP are made up.
 #[derive(Clone, Copy, Debug)]
 struct Word {
     said: Said,
@@ -102,8 +102,8 @@ struct Word {
     more: usize,
 }
 
-fn said(talk: Talk, word: Word) -> Vec<u8> {
-    let Talk { middlebox, client, frontend, cport, port, v6, udp } = talk;
+fn said(talk: Conversation, word: Word) -> Vec<u8> {
+    let Conversation { middlebox, client, frontend, cport, port, v6, udp } = talk;
     let Word { said, backend, own_port, flags, more } = word;
     let transport = |source: u16, destination: u16| -> Vec<u8> {
         let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
@@ -175,7 +175,7 @@ fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let talk = (ends, ports, rarely(), any::<bool>()).prop_map(
         |((first, client, frontend), (cport, port), v6, udp)| {
             let frontend = if v6 { 2 } else { frontend };
-            Talk { middlebox: if first { 1 } else { 2 }, client, frontend, cport, port, v6, udp }
+            Conversation { middlebox: if first { 1 } else { 2 }, client, frontend, cport, port, v6, udp }
         },
     );
     let what = prop_oneof![
@@ -217,8 +217,8 @@ fn ipv4(base: u16) -> impl Strategy<Value = (u16, Vec<u8>)> {
     )
 }
 
-/// Extension headers that hold together: hop-by-hop, destination options, routing, fragment, in any order but that
-/// hop-by-hop is first.
+/// Extension headers that hold together: hop-by-hop, destination options, routing, fragment, in any
+/// order but that hop-by-hop is first.
 fn extensions(base: u16) -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
     let padding = |len: u8| {
         let mut out = vec![0, len, 1, 4 + len * 8];
@@ -291,9 +291,9 @@ fn damage() -> impl Strategy<Value = Option<(bool, usize, u8)>> {
     proptest::option::weighted(0.15, (any::<bool>(), 0..60_usize, any::<u8>()))
 }
 
-/// A frame: Ethernet, VLAN, ARP, IPv4, IPv6, TCP, UDP, ICMP, fragments, cut and broken ones. At least 24 bytes, so that
-/// the kernel does not throw it away for want of a VLAN tag.
-/// Pieces of datagrams have identifications near `base`.
+/// A frame: Ethernet, VLAN, ARP, IPv4, IPv6, TCP, UDP, ICMP, fragments, cut and broken ones. At
+/// least 24 bytes, so that the kernel does not throw it away for want of a VLAN tag. Pieces of
+/// datagrams have identifications near `base`.
 fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
     let payload = prop_oneof![6 => ipv4(base), 5 => ipv6(base), 1 => other()];
     (mac(), source_mac(), tags(), payload, damage(), any::<bool>()).prop_map(
@@ -319,8 +319,8 @@ fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
     )
 }
 
-/// Frames that go one after the other: any at all, and those of conversations. Pieces of datagrams wait for each other, so
-/// those of one case are no others'.
+/// Frames that go one after the other: any at all, and those of conversations. Pieces of datagrams
+/// wait for each other, so those of one case are no others'.
 pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Value = Vec<Vec<u8>>> {
     (any::<u16>(), count).prop_flat_map(move |(base, count)| {
         let some =
@@ -329,7 +329,8 @@ pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Valu
     })
 }
 
-/// Commands of a policy for the middleboxes of the world; some are refused, which is part of the world.
+/// Commands of a policy for the middleboxes of the world; some are rejected, which is part of the
+/// world.
 pub fn policy() -> impl Strategy<Value = Vec<String>> {
     let ip = || {
         prop_oneof![3 => select(vec![1_u8, 2, 3, 4, 9]).prop_map(|n| format!("10.0.0.{n}")),

@@ -1,4 +1,4 @@
-//! What the fuzz targets of `fuzz/` do with their input, so that plain tests can do the same with the corpus.
+//! The bodies of the fuzz targets, which plain tests run over the corpus as well.
 
 use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};
@@ -7,7 +7,7 @@ use nfqd_shmctl::{Action, MacAddr, ParsedCommand, Reply, split_lines};
 use std::net::IpAddr;
 use std::sync::OnceLock;
 
-/// Reads text as commands, a line each, and obeys them.
+/// Parses text as commands, one a line, and applies them.
 ///
 /// # Panics
 /// When what is read does not print and read back as itself, an error does not name a place in the line, or the policy is
@@ -61,7 +61,7 @@ fn rules() -> &'static Policy {
 /// Reads a frame, cut to a length that the first bytes say, filters it and rewrites it.
 ///
 /// # Panics
-/// When the classifier finds another rule than looking at them one by one, or a rewrite leaves the frame unreadable or of
+/// When the classifier finds another rule than a linear scan, or a rewrite leaves the frame unreadable or of
 /// another length.
 pub fn packet(data: &[u8]) {
     let Some((&[cut, last], frame)) = data.split_first_chunk() else { return };
@@ -74,7 +74,8 @@ pub fn packet(data: &[u8]) {
     let firewall = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall());
     if let Some(firewall) = firewall {
         let all: Vec<_> = firewall.conditions(packet.link.destination).collect();
-        // Where a rule looks at transport headers, a hidden one matches none of these, and is denied by default.
+        // A packet whose transport header is hidden matches no rule that compares one, and is
+        // denied by default.
         let hidden = packet.ip.is_some_and(|ip| ip.hides_transport)
             && all.iter().any(|(_, wanted)| wanted.need_transport());
         let may = all.iter().filter(|(_, wanted)| !(hidden && wanted.need_transport()));

@@ -1,4 +1,5 @@
-//! What the tests that cross crates stand on: network namespaces, TAP devices, a running daemon, random frames.
+//! Support for tests that cross crates: network namespaces, TAP devices, a running daemon, random
+//! frames.
 //!
 //! Every lab lives in network namespaces that the test itself makes, and goes with its processes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]

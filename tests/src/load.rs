@@ -1,5 +1,5 @@
-//! Many connections at once: a server that answers each request of a connection with its name and how many the connection
-//! has made, and clients that hold it to that.
+//! Many connections at once: a server that answers each request of a connection with its name and
+//! how many the connection has made, and clients that hold it to that.
 
 use crate::daemon::program;
 use crate::netns::Host;
@@ -21,7 +21,7 @@ pub fn allow_files() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("limit of open files");
 }
 
-/// A server for many connections: the program `crowd`, for a process may have only so many files.
+/// A server for many connections: the program `load`, for a process may have only so many files.
 pub struct LoadServer {
     server: Child,
 }
@@ -32,13 +32,13 @@ impl LoadServer {
     /// # Panics
     /// When it does not start.
     pub fn start(host: &Host, name: u8, port: u16) -> LoadServer {
-        let path = program("crowd");
+        let path = program("load");
         let mut command = host.command(path.to_str().expect("path"));
         let mut server = command
             .args([name.to_string(), port.to_string()])
             .stdout(Stdio::piped())
             .spawn()
-            .expect("crowd");
+            .expect("load");
         let mut ready = [0];
         server
             .stdout
@@ -118,7 +118,7 @@ fn serve(listener: &TcpListener, name: u8) {
 pub struct Member {
     stream: TcpStream,
     requests: u8,
-    /// Who has answered first.
+    /// The server that answered first.
     pub server: u8,
 }
 
@@ -179,7 +179,7 @@ pub fn ask_all(members: &mut [Member], when: &str) {
     }
 }
 
-/// How many members each server has.
+/// The number of members of each server.
 pub fn shares(members: &[Member]) -> HashMap<u8, usize> {
     let mut out = HashMap::new();
     members.iter().for_each(|member| *out.entry(member.server).or_default() += 1);

@@ -1,4 +1,5 @@
-//! Network namespaces without names: a thread has one, its children inherit it, and it goes with them.
+//! Network namespaces without names: a thread has one, its children inherit it, and it goes with
+//! them.
 
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
@@ -43,8 +44,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// Makes one, with its loopback device up, and a veth pair into it: `port` here, on bridge `bridge`, and `eth0` of
-    /// this MAC and address there.
+    /// Makes one, with its loopback device up, and a veth pair into it: `port` here, on bridge
+    /// `bridge`, and `eth0` of this MAC and address there.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -101,16 +102,16 @@ impl Host {
         run(&format!("nsenter -t {} --net {line}", self.holder.id()))
     }
 
-    /// Runs a piece of Rust there, on a thread of its own, and returns what it returns.
+    /// Runs code there, on a thread of its own, and returns what it returns.
     ///
     /// # Panics
-    /// When the namespace cannot be entered, or the piece panics.
-    pub fn enter<T: Send>(&self, piece: impl FnOnce() -> T + Send) -> T {
+    /// When the namespace cannot be entered, or the code panics.
+    pub fn enter<T: Send>(&self, code: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(format!("/proc/{}/ns/net", self.holder.id())).expect("ns");
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 setns(namespace, CloneFlags::CLONE_NEWNET).expect("setns");
-                piece()
+                code()
             });
             match thread.join() {
                 Ok(value) => value,

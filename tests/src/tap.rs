@@ -1,4 +1,5 @@
-//! A TAP device as a port of a bridge: frames go in and come out as a virtual machine's do, byte for byte.
+//! A TAP device as a port of a bridge: frames go in and come out as a virtual machine's do, byte
+//! for byte.
 #![allow(unsafe_code)]
 
 use crate::netns::run;
@@ -15,8 +16,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Makes a TAP device in the namespace of this thread and puts it on a bridge, without learning: where a MAC is, the
-    /// test says.
+    /// Makes a TAP device in the namespace of this thread and puts it on a bridge, without
+    /// learning: where a MAC is, the test says.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -32,8 +33,8 @@ impl Tap {
         request[..name.len()].copy_from_slice(name.as_bytes());
         let flags = (libc::IFF_TAP | libc::IFF_NO_PI) as u16;
         request[16..18].copy_from_slice(&flags.to_ne_bytes());
-        // SAFETY: needed because no safe interface makes a TAP device; TUNSETIFF reads and writes one struct ifreq,
-        // which is 40 bytes, and the buffer outlives the call.
+        // SAFETY: needed because no safe interface makes a TAP device; TUNSETIFF reads and writes
+        // one struct ifreq, which is 40 bytes, and the buffer outlives the call.
         let result =
             unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
         assert_eq!(result, 0, "TUNSETIFF {name}: {}", std::io::Error::last_os_error());

@@ -1,4 +1,5 @@
-//! A bridge with real hosts: a client, a second client, a middlebox, a backend, each in a network namespace.
+//! A bridge with real hosts: a client, a second client, a middlebox, a backend, each in a network
+//! namespace.
 
 use crate::netns::{Host, run};
 use std::hash::{DefaultHasher, Hasher};
@@ -21,25 +22,26 @@ pub const CLIENT_MAC: &str = "02:00:00:00:00:01";
 /// The client's address.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 1);
 
-/// The same hosts' addresses of the other family: the last number is the same.
+/// The hosts' IPv6 addresses; the last number is that of the IPv4 address.
 pub fn ip6(ip: Ipv4Addr) -> Ipv6Addr {
     Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(ip.octets()[3]))
 }
 
 /// The hosts, on bridge `br0` of the namespace of this thread.
 pub struct Topology {
-    /// It talks to the middlebox.
+    /// The host that talks to the middlebox.
     pub client: Host,
     /// So does it, from another MAC.
     pub other: Host,
-    /// What a redirect leads to.
+    /// The backend of redirects.
     pub backend: Host,
     /// The middlebox, unless it is a virtual machine.
     pub vm: Option<Host>,
 }
 
 impl Topology {
-    /// Makes the bridge and the hosts; a host stands for the middlebox, too, when `with_vm` says so.
+    /// Makes the bridge and the hosts; a host stands for the middlebox, too, when `with_vm` says
+    /// so.
     pub fn new(with_vm: bool) -> Topology {
         run("ip link add br0 type bridge mcast_snooping 0");
         run("ip link set br0 up");
@@ -71,8 +73,9 @@ impl Topology {
     }
 }
 
-/// A TCP server that greets with its name, takes what comes, and answers with how much it was and its hash. One by the
-/// name of [`SINK`] does not hash, which would be the slowest part of a benchmark.
+/// A TCP server that greets with its name, takes what comes, and answers with how much it was and
+/// its hash. One by the name of [`SINK`] does not hash, which would be the slowest part of a
+/// benchmark.
 pub struct Server {
     stop: Arc<AtomicBool>,
     address: SocketAddr,
@@ -102,7 +105,7 @@ impl Server {
         Server { stop, address, thread: Some(thread) }
     }
 
-    /// Its port.
+    /// Returns the port.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
@@ -144,7 +147,7 @@ pub const SINK: &str = "sink";
 /// A connection from a host; the greeting is read.
 pub struct Connection {
     stream: TcpStream,
-    /// Who answered.
+    /// The server that answered.
     pub server: String,
 }
 
@@ -186,7 +189,7 @@ impl Connection {
     /// Sends something until the connection says that it has ended.
     ///
     /// # Errors
-    /// That it has, within a second.
+    /// Asserts that it has, within a second.
     pub fn try_send(&mut self, chunk: &[u8]) -> std::io::Result<()> {
         for _ in 0..20 {
             self.stream.write_all(chunk)?;

@@ -1,4 +1,5 @@
-//! A virtual machine under QEMU's software emulation, with an ivshmem device and a NIC on the bridge.
+//! A virtual machine under QEMU's software emulation, with an ivshmem device and a NIC on the
+//! bridge.
 
 use crate::netns::run;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,13 +15,14 @@ pub struct Vm {
     number: u32,
 }
 
-/// Where `tests/vm/prepare` put kernel and initrd, as `NFQD_TESTS_VM` says.
+/// Returns the directory in which `tests/vm/prepare` put kernel and initrd, from `NFQD_TESTS_VM`.
 pub fn directory() -> Option<PathBuf> {
     std::env::var_os("NFQD_TESTS_VM").map(PathBuf::from)
 }
 
 impl Vm {
-    /// Boots one, with its NIC of this MAC on bridge `br0` and this address, and `region` as its shared memory.
+    /// Boots one, with its NIC of this MAC on bridge `br0` and this address, and `region` as its
+    /// shared memory.
     ///
     /// # Panics
     /// When it does not boot; with what its console said.

@@ -25,7 +25,7 @@ fn a_packet_costs_no_allocation() {
             policy.apply_line(line).unwrap();
         }
     }
-    // A rule that must be looked at whole.
+    // A rule that must be compared whole.
     policy.apply_line("A 02:00:00:00:00:01 #99 M 1 s 2:0:0:0:0:9/ff:0:0:0:0:0f").unwrap();
     let (mut slots, mut pools) = (Slots::default(), Pools::default());
     slots.sync_all(&policy, &Unobserved, Instant::now());
@@ -73,7 +73,8 @@ fn a_new_flow_costs_no_allocation() {
         }
         let snapshot = Snapshot::new(Desired { policy, slots }, pools);
         let memory = EngineState::new(1 << 12);
-        // More flows than there is room for, so that old ones are given up; clients come back with other ports.
+        // More flows than there is room for, so that old ones are evicted; clients come back with
+        // other ports.
         let flows = |from: u16| {
             for port in from..from + 10_000 {
                 let mut frame = vec![

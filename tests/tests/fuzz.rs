@@ -1,4 +1,4 @@
-//! What the fuzz targets do, over the corpus that they have found. `fuzz/run TARGET SECONDS` goes on from there.
+//! The fuzz targets over their corpus. `fuzz/run TARGET SECONDS` extends it.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;

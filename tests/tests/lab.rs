@@ -1,5 +1,5 @@
-//! Real hosts on a bridge: what the commands do to real connections, what a large transfer costs, and what happens when
-//! nfqd dies, leaves, or is interfered with.
+//! Real hosts on a bridge: what the commands do to real connections, what a large transfer costs,
+//! and what happens when nfqd dies, leaves, or is interfered with.
 #![allow(clippy::unwrap_used)]
 
 use nfqd::api::{BackendState, Status};
@@ -30,7 +30,7 @@ impl Fixture {
         Fixture { topology, daemon, _vm: vm, backend }
     }
 
-    /// Who answers the client at the middlebox' address.
+    /// Returns the host that answers the client at the middlebox' address.
     fn at_vm(&self) -> Option<String> {
         who(&self.topology.client, VM, self.backend.port())
     }
@@ -135,14 +135,14 @@ fn a_closed_middlebox_lets_in_what_is_allowed() {
         assert_eq!((fixture.at_vm().as_deref(), pings(client, VM)), (Some("vm"), false));
         daemon.must("A 12:13:14:15:16:17 +3 C 1 t echo-request");
         assert!(pings(client, VM));
-        // What is allowed goes before what is denied.
+        // Allow rules precede deny rules.
         daemon.must("A 12:13:14:15:16:17 #1 I 1 s 10.129.126.0/24");
         assert_eq!((fixture.at_vm().as_deref(), pings(client, VM)), (Some("vm"), true));
         daemon.must("D 12:13:14:15:16:17 +3");
         daemon.must("A 12:13:14:15:16:17 +2 I 1 s 10.129.126.2");
         assert_eq!((fixture.at_vm(), pings(client, VM)), (None, false));
         assert_eq!(who(other, VM, 80).as_deref(), Some("vm"));
-        // What is allowed is balanced all the same.
+        // Allowed packets are balanced all the same.
         fixture.redirect();
         assert_eq!((fixture.at_vm(), who(other, VM, 80).as_deref()), (None, Some("backend")));
         let rules = daemon.status().middleboxes[0].rules.clone();
@@ -361,19 +361,19 @@ fn a_large_transfer_leaves_user_space_after_its_first_packets() {
                 .collect();
             (numbers[0], numbers[1])
         };
-        let (judged, before) = (fixture.daemon.queued_packets(), received());
+        let (queued, before) = (fixture.daemon.queued_packets(), received());
         let connection = connect(&fixture.topology.client, VM, 80).unwrap();
         assert_eq!(connection.server, "backend");
         const TOTAL: u64 = 1 << 30;
         connection.transfer(TOTAL);
-        let (judged, after) = (fixture.daemon.queued_packets() - judged, received());
+        let (queued, after) = (fixture.daemon.queued_packets() - queued, received());
         let (bytes, packets) = (after.0 - before.0, after.1 - before.1);
-        println!("{bytes} bytes in {packets} packets; {judged} of them went to the engine");
+        println!("{bytes} bytes in {packets} packets; {queued} of them went to the engine");
         assert!(
             bytes >= TOTAL && bytes / packets > 5000,
             "large segments stay whole: {bytes} bytes, {packets} packets"
         );
-        assert!(judged <= 16, "{judged} packets in user space");
+        assert!(queued <= 16, "{queued} packets in user space");
         assert_eq!(counters("InCsumErrors"), [0, 0], "TCP and UDP checksum errors at the receiver");
     });
 }
@@ -387,7 +387,7 @@ fn the_engine_alone_carries_large_segments_too() {
         let connection = connect(&fixture.topology.client, VM, 80).unwrap();
         assert_eq!(connection.server, "backend");
         connection.transfer(64 << 20);
-        assert!(fixture.daemon.queued_packets() > 100, "every packet is judged");
+        assert!(fixture.daemon.queued_packets() > 100, "every packet is queued");
     });
 }
 
@@ -516,7 +516,8 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         fixture.redirect();
         assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
         let index = || run("nft list map bridge nfqd backend_vip4");
-        // Another edition, then the first again: its number is new, and a restart does not give the old ones away.
+        // Another edition, then the first again: its number is new, and a restart does not give the
+        // old ones away.
         fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
         fixture.daemon.must(STATIC);
         let before = index();
@@ -524,7 +525,8 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
         connection.send(b"x");
         fixture.daemon.kill();
-        // The neighbour is forgotten: the backend's MAC is known from the kernel's map until it answers again.
+        // The neighbour is forgotten: the backend's MAC is known from the kernel's map until it
+        // answers again.
         run("ip neigh flush dev br0");
         fixture.daemon.restart();
         assert_eq!(index(), before);
@@ -578,7 +580,7 @@ fn the_configuration_is_read_again() {
             "what guests have added stays: {}",
             commands_of(0)
         );
-        // What is wrong changes nothing.
+        // An invalid file changes nothing.
         write("", "X 02:00:00:00:00:01\nnonsense\n");
         daemon.signal(nix::sys::signal::Signal::SIGHUP);
         wait_for("the complaint", || daemon.log().contains("commands:2:1: 'nonsense'"));
@@ -802,7 +804,7 @@ fn a_full_disk_is_said_and_the_policy_holds() {
         fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         let filler = disk.0.join("filler");
         assert!(std::fs::write(&filler, vec![0; 1 << 20]).is_err(), "the disk is full");
-        // What is appended to a page that is there needs no room.
+        // Appending to an existing page needs no room.
         let fails = (1..400).find(|n| {
             fixture.daemon.must(&format!("A 12:13:14:15:16:17 #{n} T 2 d {}", 1000 + n));
             fixture.daemon.status().state_error.is_some()

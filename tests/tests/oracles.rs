@@ -1,7 +1,8 @@
-//! The three oracles: the fast path in the kernel, the engine alone, and offline replay give the same verdict and the
-//! same bytes for every frame.
+//! The three oracles: the fast path in the kernel, the engine alone, and offline replay give the
+//! same verdict and the same bytes for every frame.
 //!
-//! `NFQD_TESTS_POLICIES` sets how many random policies are tried (60 frames each), `NFQD_TESTS_SEED` the randomness.
+//! `NFQD_TESTS_POLICIES` sets how many random policies are tried (60 frames each),
+//! `NFQD_TESTS_SEED` the randomness.
 #![allow(clippy::unwrap_used)]
 
 use nfqd::replay::Replay;
@@ -20,7 +21,8 @@ use std::time::{Duration, Instant};
 /// Frames of a case, on average.
 const FRAMES: usize = 60;
 
-/// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out, everything before it has.
+/// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out,
+/// everything before it has.
 const SENTINEL: &str = "R L 02:00:00:00:00:5e 10.0.0.94 0 10.0.0.95@02:00:00:00:00:5f";
 
 struct Topology {
@@ -54,7 +56,8 @@ impl Topology {
         Topology { uplink, ports, sentinel, daemon, by_br_netfilter }
     }
 
-    /// Sends a frame and waits until it is through; what came out where. Floods reach the sentinel's port, too.
+    /// Sends a frame and waits until it is through; what came out where. Floods reach the
+    /// sentinel's port, too.
     fn pass(&self, frame: &[u8]) -> Vec<(usize, Vec<u8>)> {
         self.uplink.send(frame);
         self.uplink.send(&sentinel_frame());
@@ -73,7 +76,7 @@ impl Topology {
         seen
     }
 
-    /// What must come out where, when `leaves` leaves the middle of the bridge.
+    /// The expected frames by port, if `leaves` leaves the middle of the bridge.
     fn expected(&self, leaves: Option<Vec<u8>>) -> Vec<(usize, Vec<u8>)> {
         let Some(frame) = leaves else { return Vec::new() };
         let Some(frame) = (if self.by_br_netfilter { br_netfilter(&frame) } else { Some(frame) })
@@ -100,8 +103,9 @@ fn sentinel_frame() -> Vec<u8> {
     out
 }
 
-/// What br_netfilter does to every bridged IP packet (net/bridge/br_netfilter_hooks.c, br_validate_ipv4 and
-/// br_validate_ipv6): what does not hold together is dropped, what is behind the packet is cut off.
+/// The checks of br_netfilter on every bridged IP packet (net/bridge/br_netfilter_hooks.c,
+/// br_validate_ipv4 and br_validate_ipv6): what does not hold together is dropped, what is behind
+/// the packet is cut off.
 fn br_netfilter(frame: &[u8]) -> Option<Vec<u8>> {
     let l3 = l3_offset(frame);
     let payload = frame.get(l3..).unwrap_or_default();
@@ -147,8 +151,8 @@ fn hop_by_hop_holds(header: &[u8]) -> bool {
     true
 }
 
-/// Whether br_netfilter's cut changes what a packet says (what stands in the padding): such a frame has no one answer
-/// that way.
+/// Whether br_netfilter's cut changes what a packet says (what stands in the padding): such a frame
+/// has no one answer that way.
 fn ambiguous_by_br_netfilter(frame: &[u8]) -> bool {
     br_netfilter(frame).is_some_and(|cut| Packet::from_frame(&cut) != Packet::from_frame(frame))
 }
@@ -160,7 +164,7 @@ fn setting(name: &str, default: u64) -> u64 {
 /// Commands of a policy, and frames under it.
 type Case = (Vec<String>, Vec<Vec<u8>>);
 
-/// What has been compared.
+/// The number of comparisons.
 #[derive(Debug, Default)]
 struct Tally {
     accepted: usize,
@@ -170,7 +174,7 @@ struct Tally {
     replies: usize,
     /// ICMP errors about flows, from the way to the backend.
     errors: usize,
-    /// Later pieces that had to wait.
+    /// Later fragments that had to wait.
     held: usize,
     /// Frames that have no one answer by br_netfilter.
     skipped: usize,
@@ -257,7 +261,7 @@ impl Oracles {
             }
             self.tally.held += usize::from(outcomes.is_empty());
             let mut seen = self.topology.pass(frame);
-            // What a port has seen is in order; of several ports it is not.
+            // The frames of one port are in order; those of several ports are not.
             expected.sort_by_key(|(port, _)| *port);
             seen.sort_by_key(|(port, _)| *port);
             let line = outcomes.iter().map(|(line, _)| line.text()).collect::<Vec<_>>().join("; ");
@@ -357,7 +361,7 @@ fn the_oracles_agree_about_the_captures() {
                 let text = std::fs::read_to_string(file).unwrap();
                 let commands: Vec<String> =
                     nfqd_shmctl::split_lines(&text).map(|(_, line)| line.to_string()).collect();
-                // Pieces that have waited since the last time are given up by then.
+                // Fragments that have waited since the last time have expired by then.
                 std::thread::sleep(Duration::from_secs(4));
                 for (name, frames) in captures::all() {
                     let case = (commands.clone(), frames);
@@ -373,8 +377,8 @@ fn the_oracles_agree_about_the_captures() {
     }
 }
 
-/// Random policies and frames. A disagreement is made smaller, frame by frame and command by command, before it is
-/// shown.
+/// Random policies and frames. A disagreement is made smaller, frame by frame and command by
+/// command, before it is shown.
 fn random(fast_path: &'static str) {
     in_netns(move || {
         let oracles = RefCell::new(Oracles::new(fast_path));

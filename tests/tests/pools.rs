@@ -1,5 +1,5 @@
-//! Pools with real hosts: connections keep their backend whatever happens to others, errors and pieces find their way, and
-//! who gets no backend is told so.
+//! Pools with real hosts: connections keep their backend whatever happens to others, errors and
+//! pieces find their way, and who gets no backend is told so.
 //!
 //! `NFQD_TESTS_CONNECTIONS` sets how many connections are held at once (10 000).
 #![allow(clippy::unwrap_used)]
@@ -84,7 +84,8 @@ fn load(fixture: &Fixture, daemon: &Daemon, count: usize) -> Vec<Member> {
     })
 }
 
-/// Ten thousand connections while backends are added, drained and lost, and nfqd is killed again and again.
+/// Ten thousand connections while backends are added, drained and lost, and nfqd is killed again
+/// and again.
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
 fn connections_keep_their_backend_whatever_happens_to_others() {
@@ -96,7 +97,8 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         let mut crowds: Vec<Option<LoadServer>> = (0..5)
             .map(|n| Some(LoadServer::start(&fixture.backends[usize::from(n)], b'0' + n, 80)))
             .collect();
-        // A burst that fills the queue is dropped and sent again, instead of going to the middlebox, which serves nobody.
+        // A burst that fills the queue is dropped and sent again, instead of going to the
+        // middlebox, which serves nobody.
         let mut daemon = Daemon::start(&["--fail", "closed"]);
         let four: Vec<String> = (0..4).map(to).collect();
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", four.join(" ")));
@@ -131,9 +133,9 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         daemon.kill();
         daemon.set_arguments(&["--fail", "closed", "--fast-path", "off"]);
         daemon.restart();
-        let judged = daemon.queued_packets();
+        let queued = daemon.queued_packets();
         ask_all(&mut members, "killed, and without the fast path");
-        assert!(daemon.queued_packets() - judged >= 2 * count as u64, "every packet was judged");
+        assert!(daemon.queued_packets() - queued >= 2 * count as u64, "every packet was queued");
         daemon.kill();
         daemon.set_arguments(&["--fail", "closed"]);
         daemon.restart();
@@ -179,8 +181,8 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
     });
 }
 
-/// The backend is behind a router and a link with a small MTU: large packets come back as errors, which must name the
-/// address that the client talks to.
+/// The backend is behind a router and a link with a small MTU: large packets come back as errors,
+/// which must name the address that the client talks to.
 fn path_mtu(v6: bool) {
     let fixture = Fixture::new(1);
     let router = &fixture.backends[0];
@@ -228,7 +230,8 @@ fn path_mtu(v6: bool) {
             .status
             .success()
     });
-    // Both ends think that 1500 bytes go through; the client's segments are too large for the link behind the router.
+    // Both ends think that 1500 bytes go through; the client's segments are too large for the link
+    // behind the router.
     let connection =
         connect(&fixture.client, frontend, 80).unwrap_or_else(|| panic!("{}", daemon.log()));
     assert_eq!(connection.server, "far");
@@ -316,7 +319,7 @@ fn no_mark_of_ours_leaves_when_a_backend_goes() {
             assert_eq!(client.recv_from(&mut [0; 8]).unwrap().1.ip(), IpAddr::from(VM));
         }
         assert_eq!(counted("marked"), 0);
-        // What others mark behind us is theirs.
+        // Marks that others set behind us stay.
         run("nft add chain bridge watch marks { type filter hook prerouting priority 0 ; }");
         run("nft add rule bridge watch marks icmp type echo-request meta mark set 0x4000");
         run("nft insert rule bridge watch leaves meta mark 0x4000 counter accept comment theirs");
@@ -354,7 +357,7 @@ fn a_host_that_cannot_check_says_so_and_takes_the_backend_as_alive() {
         std::thread::sleep(Duration::from_millis(4500));
         assert_eq!(backends(&daemon)[&key].state, BackendState::Up, "{}", daemon.log());
         assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"));
-        // It does as soon as it can, whatever label the address has.
+        // The check works as soon as there is an address, whatever its label.
         run("ip addr add 10.129.126.254/24 dev br0 label br0:1");
         wait_for("the check", || backends(&daemon)[&key].health_unknown_reason.is_none());
     });
@@ -422,14 +425,15 @@ fn connections_of_the_middlebox_itself_go_on() {
         }
         assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"));
         assert!(before.finish().starts_with("200000 "), "the connection from before");
-        // What the middlebox asks others itself comes back to it.
+        // Answers to the middlebox' own requests come back to it.
         let own = connect(&fixture.vm, CLIENT, client.port()).unwrap();
         assert_eq!(own.server, "client");
         own.transfer(8 << 20);
     });
 }
 
-/// TCP and UDP with the same ports, a backend that is a client, several services with ports of their own, and IPv6.
+/// TCP and UDP with the same ports, a backend that is a client, several services with ports of
+/// their own, and IPv6.
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
 fn services_and_clients_of_all_kinds_do_not_mix() {
@@ -459,7 +463,7 @@ fn services_and_clients_of_all_kinds_do_not_mix() {
                 for size in [10, 4000, 8000] {
                     socket.send(&vec![round as u8; size]).unwrap();
                     let (len, from) = udp.recv_from(&mut buffer).unwrap();
-                    assert_eq!((len, from.port()), (size, port), "{mode}: pieces and ports");
+                    assert_eq!((len, from.port()), (size, port), "{mode}: fragments and ports");
                     udp.send_to(&vec![9; size], from).unwrap();
                     assert_eq!(
                         socket.recv(&mut buffer).unwrap(),

@@ -1,5 +1,5 @@
-//! A whole configuration is changed under traffic, again and again: what the old and the new one treat alike is never
-//! treated otherwise, and nothing is lost.
+//! A whole configuration is changed under traffic, again and again: what the old and the new one
+//! treat alike is never treated otherwise, and nothing is lost.
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::Daemon;
@@ -16,7 +16,7 @@ use std::time::Duration;
 const CHANGES: usize = 30;
 const FLOWS: u16 = 40;
 
-/// What a frame is for, in its payload.
+/// The purpose of a frame, in its payload.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u8)]
 enum Kind {
@@ -28,7 +28,7 @@ enum Kind {
     Differs,
     /// Both send it to the same backend, one among other services.
     Redirect,
-    /// Its answer.
+    /// The answer.
     Reply,
 }
 
@@ -79,7 +79,8 @@ fn configuration(which: usize) -> String {
     out
 }
 
-/// Takes what arrives at a port: how often each numbered datagram came, and whether it is as it must be.
+/// Takes what arrives at a port: how often each numbered datagram came, and whether it is as it
+/// must be.
 fn take(
     port: &Tap,
     stop: &AtomicBool,
@@ -180,7 +181,7 @@ fn changes_under_traffic(fast_path: &str) {
     let lost = |map: &BTreeMap<(u8, u32), usize>, kind: Kind| of(&sent, kind) - of(map, kind);
     println!(
         "fast path {fast_path}: {} datagrams of each kind, {CHANGES} changes; lost: passing {}, redirected {}, replies {}; \
-         {} of those that differ passed; {} judged",
+         {} of those that differ passed; {} queued",
         of(&sent, Kind::Pass),
         lost(&at_vm, Kind::Pass),
         lost(&at_backend, Kind::Redirect),

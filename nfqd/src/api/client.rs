@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long the daemon may take to answer.
+/// The time in which the daemon must answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Sends a request to the daemon whose socket is at `path`, and returns its answer.

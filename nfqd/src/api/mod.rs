@@ -1,7 +1,7 @@
 //! The control protocol: what programs on this host and the daemon say to each other.
 //!
-//! A client connects to a Unix socket and sends one JSON object a line; the daemon answers each with
-//! one JSON object a line:
+//! A client connects to a Unix socket and sends one JSON object a line; the daemon answers each
+//! with one JSON object a line:
 //!
 //! ```text
 //! > {"v":1,"ask":"status"}
@@ -61,7 +61,7 @@ impl Request {
     /// Parses a line of the protocol.
     ///
     /// # Errors
-    /// What is wrong with it, as an answer.
+    /// An error for the answer.
     pub fn parse(line: &[u8]) -> Result<Request, RequestError> {
         let invalid =
             |error: serde_json::Error| RequestError::new(ErrorCode::Syntax, error.to_string());
@@ -124,7 +124,7 @@ impl Answer {
 pub struct RequestError {
     /// The code.
     pub code: ErrorCode,
-    /// What is wrong, and what to do.
+    /// The message: what is wrong, and what to do.
     pub message: String,
 }
 

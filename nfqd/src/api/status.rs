@@ -14,7 +14,7 @@ pub struct Status {
     pub steer: String,
     /// The share of the work that the kernel does: `full` or `off`.
     pub fast_path: String,
-    /// What happens to queued packets without nfqd: `open` or `closed`.
+    /// The treatment of queued packets without nfqd: `open` or `closed`.
     pub fail: String,
     /// The queues.
     pub queues: Vec<QueueStatus>,
@@ -24,13 +24,13 @@ pub struct Status {
     pub channels: Vec<ChannelStatus>,
     /// The flow table.
     pub flows: FlowTableStatus,
-    /// How often our tables were changed by another program, and repaired.
+    /// The number of repairs after another program had changed our tables.
     pub repairs: u64,
-    /// Why our tables are not as they should be at the moment.
+    /// The reason our tables are not as they should be at the moment.
     pub repair_error: Option<String>,
     /// The path of the file of registrations.
     pub state: String,
-    /// Why registrations are not saved at the moment.
+    /// The reason registrations are not saved at the moment.
     pub state_error: Option<String>,
 }
 
@@ -67,7 +67,7 @@ pub struct QueueStatus {
     pub redirected: u64,
     /// Replies of backends that were translated.
     pub reply_translated: u64,
-    /// How often the receive buffer overran, so that the kernel lost messages.
+    /// The number of times the receive buffer overran, so that the kernel lost messages.
     pub overruns: u64,
 }
 
@@ -99,8 +99,8 @@ pub struct RuleStatus {
     pub packets: u64,
     /// Bytes that it has matched, from the IP header on.
     pub bytes: u64,
-    /// Why the rule is not in an indexed set, so that each packet of the middlebox is compared with
-    /// it.
+    /// The reason the rule is not in an indexed set, so that each packet of the middlebox is
+    /// compared with it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub not_indexed: Option<String>,
 }
@@ -110,7 +110,7 @@ pub struct RuleStatus {
 pub struct ServiceStatus {
     /// The frontend: an address, or a port of one.
     pub vip: String,
-    /// How it chooses a backend, as in commands.
+    /// The balancing method, as in commands.
     pub method: String,
     /// The backends.
     pub backends: Vec<BackendStatus>,
@@ -137,7 +137,7 @@ pub struct BackendStatus {
     pub reply_packets: u64,
     /// Bytes of replies.
     pub reply_bytes: u64,
-    /// Why the host cannot check whether it is alive.
+    /// The reason the host cannot check whether it is alive.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub health_unknown_reason: Option<String>,
 }
@@ -146,13 +146,13 @@ pub struct BackendStatus {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendState {
-    /// It gets new flows.
+    /// The backend gets new flows.
     Up,
-    /// It keeps its flows and gets no new ones.
+    /// The backend keeps its flows and gets no new ones.
     Draining,
     /// Checks have found it dead.
     Dead,
-    /// Its MAC is not known.
+    /// The backend's MAC is unknown.
     Unresolved,
 }
 
@@ -175,6 +175,6 @@ pub struct ChannelStatus {
     pub path: String,
     /// The MACs that the guest may speak for; none means every one.
     pub macs: Vec<String>,
-    /// Why the region is not read any more.
+    /// The reason the region is not read any more.
     pub error: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! What the host observes of backends: their MACs and bridges, and whether they are alive.
+//! Observation of backends: their MACs and bridges, and whether they are alive.
 //!
 //! [`neighbours`] finds MACs, [`tcp_check`] connects, [`health`] damps the results.
 
@@ -20,7 +20,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 use tcp_check::{Outcome, TcpChecks};
 
-/// What the host observes of backends, as far as bindings let a middlebox use it.
+/// The host's view of backends, as far as bindings let a middlebox use it.
 pub struct HostView<'a> {
     /// The observations.
     pub backends: &'a Backends,
@@ -40,7 +40,7 @@ impl BackendView for HostView<'_> {
     }
 }
 
-/// How often neighbours are asked whether they are still there.
+/// The interval at which neighbours are probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(3);
 
 /// The backends that a policy names, as the host observes them.
@@ -100,8 +100,8 @@ impl Backends {
         })
     }
 
-    /// Asks the kernel for the MACs of backends that no command gave one, and collects the results of
-    /// checks. Returns whether anything has changed.
+    /// Asks the kernel for the MACs of backends that no command gave one, and collects the results
+    /// of checks. Returns whether anything has changed.
     pub fn refresh(&mut self, policy: &Policy) -> bool {
         let now = Instant::now();
         let (mut unknown, mut probes) = (BTreeSet::new(), BTreeSet::new());
@@ -147,8 +147,8 @@ impl Backends {
                 return false;
             }
         };
-        // A MAC that is not observed any more is kept: the backend may just be silent, and its flows
-        // have no better place.
+        // A MAC that is not observed any more is kept: the backend may just be silent, and its
+        // flows have no better place.
         self.macs.retain(|ip, _| wanted.contains(ip));
         self.bridges.retain(|ip, _| wanted.contains(ip));
         self.ambiguous.retain(|ip| wanted.contains(ip));

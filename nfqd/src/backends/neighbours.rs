@@ -1,9 +1,9 @@
 //! The MACs of backends, from the host's neighbour table, which the kernel is asked to fill.
 //!
-//! An entry with `NTF_USE` makes the kernel resolve an address on a bridge with its own timers and retries, by ARP or
-//! neighbour discovery. That needs no address of the host on the bridge (the ARP request then comes from 0.0.0.0) and
-//! no packet socket; the loopback device must be up, for without it the kernel takes every IPv4 address for a broadcast
-//! one.
+//! An entry with `NTF_USE` makes the kernel resolve an address on a bridge with its own timers and
+//! retries, by ARP or neighbour discovery. That needs no address of the host on the bridge (the ARP
+//! request then comes from 0.0.0.0) and no packet socket; the loopback device must be up, for
+//! without it the kernel takes every IPv4 address for a broadcast one.
 
 use nfqd_rules::netlink::{
     HEADER, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, attributes, bytes_at, finish,
@@ -40,10 +40,11 @@ const NEIGHBOUR_HEADER: usize = 12;
 const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
 /// States in which the neighbour has answered recently, or need not: reachable, permanent.
 const ANSWERS: u16 = 0x02 | 0x80;
-/// States in which a neighbour may be probed: all that neither an administrator has set nor the kernel
-/// is probing.
+/// States in which a neighbour may be probed: all that neither an administrator has set nor the
+/// kernel is probing.
 const PROBABLE: u16 = 0x02 | 0x04 | 0x08;
-/// The state in which the kernel probes the neighbour: three times, a second apart, before it gives up.
+/// The state in which the kernel probes the neighbour: three times, a second apart, before it gives
+/// up.
 const PROBE: u16 = 0x10;
 /// Flags of entries that other programs maintain: `NTF_EXT_LEARNED`, `NTF_STICKY`.
 const FOREIGN: u8 = 0x10 | 0x40;
@@ -59,7 +60,7 @@ const NLM_F_REPLACE: u16 = 0x100;
 /// The state of a neighbour, as the kernel knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// It is known.
+    /// The MAC is known.
     At {
         /// The MAC.
         mac: MacAddr,
@@ -68,7 +69,7 @@ pub enum Found {
         /// The bridge.
         bridge: String,
     },
-    /// It has not answered.
+    /// The neighbour has not answered.
     Silent,
     /// Two bridges have it, with different MACs.
     Ambiguous,
@@ -77,9 +78,9 @@ pub enum Found {
 /// The host's neighbour table, over one socket.
 pub struct Neighbours {
     socket: OwnedFd,
-    /// Where the next round of resolving starts.
+    /// The position at which the next round of resolving starts.
     next_to_resolve: usize,
-    /// Where the next round of probing starts.
+    /// The position at which the next round of probing starts.
     next_to_probe: usize,
 }
 
@@ -101,8 +102,8 @@ impl Neighbours {
     }
 
     /// Returns what the kernel knows on bridges about these addresses. It is asked to resolve those
-    /// that it does not know, and to probe those in `probe`: a few at a time, each in its turn. Entries
-    /// of other programs are not touched.
+    /// that it does not know, and to probe those in `probe`: a few at a time, each in its turn.
+    /// Entries of other programs are not touched.
     ///
     /// # Errors
     /// If the kernel cannot be asked.
@@ -151,7 +152,7 @@ impl Neighbours {
             .collect();
         for ip in some_of(&unknown, &mut self.next_to_resolve) {
             for &bridge in bridges.keys().filter(|bridge| !asked(**bridge, &ip)) {
-                // That an address cannot be resolved on this bridge does not matter for the others.
+                // A failure on this bridge does not matter for the others.
                 let _ = self.request(&use_message(bridge, ip), |_, _| {});
             }
         }

@@ -34,7 +34,7 @@ pub enum Outcome {
     Impossible(Errno),
 }
 
-/// What the thread that checks and its owner tell each other.
+/// The state that the checking thread shares with its owner.
 #[derive(Default)]
 struct CheckExchange {
     /// The backends to check, each with its bridge; without one it cannot be checked.
@@ -150,7 +150,7 @@ fn check(targets: &[(Target, Option<String>)], timeout: Duration) -> Vec<(Target
             if !ready.next().unwrap_or(false) {
                 return true;
             }
-            // Whatever ICMP reports on the way, there is no connection.
+            // There is no connection, whatever error ICMP reported.
             let error = getsockopt(socket, sockopt::SocketError).unwrap_or(0);
             let outcome = if error == 0 { Outcome::Answered } else { Outcome::Failed };
             outcomes.push((*target, outcome));

@@ -1,6 +1,6 @@
 //! The command line of nfqd: its subcommands, and what they print.
 //!
-//! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 the system refuses.
+//! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 the system rejects it.
 
 pub mod status;
 
@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Enforces on a KVM host's bridges what its middlebox VMs ask for: header filters and DNAT-style load
-/// balancing
+/// Enforces on a KVM host's bridges what its middlebox VMs ask for: header filters and DNAT-style
+/// load balancing
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {

@@ -18,9 +18,9 @@ pub struct Channel {
     schedule: PollSchedule,
 }
 
-/// Commands a second that a channel may send in the long run, and how many at once. Further ones wait
-/// in the mailbox: each costs the host a transaction and a write to disk, for which other guests
-/// wait.
+/// Commands a second that a channel may send in the long run, and how many at once. Further ones
+/// wait in the mailbox: each costs the host a transaction and a write to disk, for which other
+/// guests wait.
 const RATE: f64 = 100.0;
 const BURST: f64 = 500.0;
 /// A command that takes more CPU time than this counts as several. With [`RATE`], a channel gets a
@@ -138,19 +138,19 @@ impl Budget {
         self.counted = now;
     }
 
-    /// Returns how long the channel has to wait. All messages of one write are answered by one reply,
-    /// so it needs the budget for as many.
+    /// Returns how long the channel has to wait. All messages of one write are answered by one
+    /// reply, so it needs the budget for as many.
     fn wait(&self) -> Duration {
         let missing = (MAX_MESSAGES as f64 - self.commands).max(0.0);
         Duration::from_secs_f64(missing / RATE)
     }
 }
 
-/// The schedule of a mailbox, in which the guest cannot ring: often while the guest is talking, seldom
-/// when it is not.
+/// The schedule of a mailbox, in which the guest cannot ring: often while the guest is talking,
+/// seldom when it is not.
 ///
-/// The interval is a share of the time since the guest's last message. So a message waits at most for
-/// that share of the pause before it, and a host full of silent guests sleeps. The times of all
+/// The interval is a share of the time since the guest's last message. So a message waits at most
+/// for that share of the pause before it, and a host full of silent guests sleeps. The times of all
 /// mailboxes are on one grid, so that one wakeup polls all that are due.
 struct PollSchedule {
     next: Instant,

@@ -64,8 +64,8 @@ pub fn read_policy(path: &Path) -> Result<Policy, CommandFileError> {
     if errors.is_empty() { Ok(policy) } else { Err(CommandFileError::Commands(errors.join("\n"))) }
 }
 
-/// Applies the file of `--commands` to a policy, as a whole or not at all. What is registered already
-/// as the file has it stays as it is, with what guests have added since.
+/// Applies the file of `--commands` to a policy, as a whole or not at all. What is registered
+/// already as the file has it stays as it is, with what guests have added since.
 ///
 /// # Errors
 /// If the file cannot be read, or any of its commands is wrong.
@@ -86,8 +86,8 @@ pub fn apply_startup_commands(
 }
 
 /// Whether a startup command changes nothing but would undo what was changed since: the rules of a
-/// firewall that is registered with the same address and default, and the backends of a pool that is
-/// registered with the same type and options.
+/// firewall that is registered with the same address and default, and the backends of a pool that
+/// is registered with the same type and options.
 fn is_in_effect(policy: &Policy, command: &Command) -> bool {
     match command {
         Command::RegisterFirewall { mac, ip, default } => {

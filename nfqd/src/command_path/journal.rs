@@ -1,11 +1,11 @@
 //! The journal: registrations on disk, as commands, one a line, in one file.
 //!
 //! Commands are appended as they are accepted, and synced before they are answered: the cost of a
-//! change does not depend on how much is registered. When the file has twice the lines that it needs,
-//! it is written anew beside the old one, synced, and renamed over it, so that a crash leaves one or
-//! the other. A last line without its end was being written when the host went down; its command was
-//! never answered and is not restored. If the disk is full, the policy stays in effect in memory and
-//! in the kernel; the daemon reports it and tries again.
+//! change does not depend on how much is registered. When the file has twice the lines that it
+//! needs, it is written anew beside the old one, synced, and renamed over it, so that a crash
+//! leaves one or the other. A last line without its end was being written when the host went down;
+//! its command was never answered and is not restored. If the disk is full, the policy stays in
+//! effect in memory and in the kernel; the daemon reports it and tries again.
 
 use super::command_file::apply_text;
 use nfqd_rules::Policy;
@@ -72,9 +72,9 @@ impl Journal {
         self.directory.join("commands")
     }
 
-    /// Returns the saved policy, an empty one at first, and the errors of lines that are not restored.
-    /// If there are any, the file is copied to `commands.rejected` first, so that nothing is lost, and
-    /// one wrong line does not affect the others.
+    /// Returns the saved policy, an empty one at first, and the errors of lines that are not
+    /// restored. If there are any, the file is copied to `commands.rejected` first, so that nothing
+    /// is lost, and one wrong line does not affect the others.
     ///
     /// # Errors
     /// If the file cannot be read or copied.

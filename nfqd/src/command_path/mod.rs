@@ -23,13 +23,13 @@ pub struct ControlPlane {
     pub channels: Vec<Channel>,
     /// The desired state.
     pub desired: Desired,
-    /// What the host observes of backends.
+    /// The observed state of backends.
     pub backends: Backends,
     /// The kernel and the engine.
     pub enforcer: Enforcer,
     /// The file of registrations.
     pub journal: Journal,
-    /// Why registrations are not saved at the moment.
+    /// The reason registrations are not saved at the moment.
     pub unsaved: Option<JournalError>,
     /// Whether there were not enough slot identifiers for all backends; tried again at every tick.
     pub lacks_ids: bool,
@@ -54,8 +54,8 @@ impl ControlPlane {
         self.lacks_ids = !is_enough;
     }
 
-    /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves what
-    /// could not be saved.
+    /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves
+    /// what could not be saved.
     pub fn tick(&mut self) {
         if self.backends.refresh(&self.desired.policy) || self.lacks_ids {
             // The counters of slots that are removed now are carried over from this reading.
@@ -88,8 +88,8 @@ impl ControlPlane {
         self.unsaved = result.err();
     }
 
-    /// Warns about registrations that the bindings of the channels would not allow today. They stay:
-    /// they may have been allowed when they were made, or be the operator's.
+    /// Warns about registrations that the bindings of the channels would not allow today. They
+    /// stay: they may have been allowed when they were made, or be the operator's.
     pub fn warn_about_binding_violations(&self) {
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
         for backend in self.desired.policy.backends() {

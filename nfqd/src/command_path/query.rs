@@ -11,8 +11,8 @@ use nfqd_shmctl::{MacAddr, Reply};
 const MAX_TEXT: usize = 1897;
 
 impl ControlPlane {
-    /// Returns the reply to a query: each registration as a command, with its counters, in one line.
-    /// Without a MAC it is about all middleboxes that the channel may speak for.
+    /// Returns the reply to a query: each registration as a command, with its counters, in one
+    /// line. Without a MAC it is about all middleboxes that the channel may speak for.
     pub(super) fn query_reply(&mut self, channel: usize, mac: Option<MacAddr>) -> Reply {
         self.enforcer.read_counters();
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone());

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// The least time between two readings of the kernel's counters.
 const MIN_READ_INTERVAL: Duration = Duration::from_secs(1);
-/// Readings take at most one part in this many of the time: guests may ask for them, and they are as
-/// long as the ruleset.
+/// Readings take at most one part in this many of the time: guests may ask for them, and they are
+/// as long as the ruleset.
 const READ_SHARE: u32 = 20;
 
 /// The counters of the kernel, with what was carried over.
@@ -49,8 +49,8 @@ impl CarriedCounters {
         self.carried_counters.add(replaced);
     }
 
-    /// Carries over the counters of slots that are being replaced, because a new slot starts at zero.
-    /// They are those of the last reading: the kernel could only be asked for all of them.
+    /// Carries over the counters of slots that are being replaced, because a new slot starts at
+    /// zero. They are those of the last reading: the kernel could only be asked for all of them.
     pub fn carry_removed_slots(&mut self, old: &Desired, new: &Desired) {
         for mac in new.changed(old) {
             for (key, slot) in old.slots.of(mac) {

@@ -30,15 +30,15 @@ pub struct Enforcer {
     shared: Arc<Shared>,
     workers: Vec<Worker>,
     monitor: NftMonitor,
-    /// What the engine enforces.
+    /// The state that the engine enforces.
     desired_in_engine: Desired,
     pools: Pools,
-    /// What the kernel enforces, unless its tables are broken.
+    /// The state that the kernel enforces, unless its tables are broken.
     desired_in_kernel: Desired,
     installed: Installed,
     /// Whether the kernel does not have the desired state yet; tried again at every tick.
     is_stale: bool,
-    /// Why the kernel's tables are not as we left them, so that they must be loaded as a whole.
+    /// The reason the kernel's tables are not as we left them and must be loaded as a whole.
     broken: Option<String>,
     repairs: u64,
     counters: CarriedCounters,

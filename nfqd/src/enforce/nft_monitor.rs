@@ -20,15 +20,15 @@ const FAMILY_HEADER: usize = 4;
 /// The attribute that names the table: the first one of tables, chains, rules, sets and elements.
 const TABLE: u16 = 1;
 
-/// Size of the receive buffer in bytes. Our own notifications of the largest change that a guest can
-/// ask for must fit as well.
+/// Size of the receive buffer in bytes. Our own notifications of the largest change that a guest
+/// can ask for must fit as well.
 const RECEIVE_BUFFER: usize = 64 << 20;
 /// Size of the buffer for one datagram in bytes; the kernel sends smaller ones.
 const DATAGRAM: usize = 1 << 16;
 
 /// A socket that receives a notification of every change of nftables.
 ///
-/// It can be paused, which closes the socket. Its descriptor, which becomes readable with a
+/// Pausing it closes the socket. Its descriptor, which becomes readable with a
 /// notification, stays the same all the same: it is an epoll instance with the socket in it.
 pub struct NftMonitor {
     epoll: Epoll,

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long packets that are being decided are waited for before old slots are removed.
+/// The longest wait for packets that are being decided, before old slots are removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// The reason reported when another program has modified our tables.
 const CHANGED: &str = "our tables were changed by another program";
@@ -52,8 +52,9 @@ impl Enforcer {
         self.is_stale = true;
     }
 
-    /// Brings the desired state to the kernel, then to the engine. In between, the engine still sends
-    /// packets to the old slots, so these stay in the kernel until no such packet is on its way.
+    /// Brings the desired state to the kernel, then to the engine. In between, the engine still
+    /// sends packets to the old slots, so these stay in the kernel until no such packet is on its
+    /// way.
     ///
     /// # Errors
     /// If the kernel refuses. It is as before then, or broken and repaired as soon as possible.
@@ -98,7 +99,7 @@ impl Enforcer {
         self.installed.done(change);
         let before = std::mem::replace(&mut self.desired_in_kernel, desired.clone());
         self.counters.forget_removed(&before.policy, &desired.policy, &self.workers);
-        // What is enforced is right but for slots that should be gone.
+        // The ruleset is right but for slots that should be gone.
         finished.or_else(|error| {
             log::warn!("old backends are not removed ({error}); loading the ruleset again");
             self.repair(desired)

@@ -22,7 +22,7 @@ pub struct ExpiringMap<K, V> {
 struct Shard<K, V> {
     index: HashMap<K, usize>,
     entries: Vec<Entry<K, V>>,
-    /// Where the sampling of candidates continues, as in the CLOCK algorithm.
+    /// The position at which the sampling of candidates continues, as in the CLOCK algorithm.
     clock_hand: usize,
 }
 

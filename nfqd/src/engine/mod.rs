@@ -1,4 +1,5 @@
-//! The engine: a packet, a snapshot of the policy, the flows and the time in; a verdict out. No I/O.
+//! The engine: a packet, a snapshot of the policy, the flows and the time in; a verdict out. No
+//! I/O.
 //!
 //! [`pipeline`] is the way of a packet: filters, ICMP errors, fragments, replies, services.
 //! [`balance`] chooses backends. [`snapshot`] is what a verdict depends on, [`verdict`] what comes
@@ -23,11 +24,11 @@ use nfqd_shmctl::{Frontend, MacAddr, Protocol};
 use std::net::IpAddr;
 use verdict::Decision;
 
-/// What the engine remembers between packets. All workers share it.
+/// The engine's state between packets, which all workers share.
 pub struct EngineState {
     /// The flow table.
     pub flows: FlowTable,
-    /// Where the first fragment of a datagram went.
+    /// The route of the first fragment of a datagram.
     fragments: ExpiringMap<FragmentKey, FragmentRoute>,
     /// The slot that the flows of a client go to, for services with affinity.
     affinity: ExpiringMap<(MacAddr, Frontend, IpAddr), SlotId>,
@@ -59,7 +60,7 @@ struct FragmentKey {
     id: u32,
 }
 
-/// Where a first fragment went: later fragments have no ports and follow it.
+/// The route of a first fragment: later fragments have no ports and follow it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum FragmentRoute {
     Redirect(SlotId),

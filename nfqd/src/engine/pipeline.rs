@@ -78,7 +78,7 @@ pub(super) fn cache_action(state: FlowState, event: FlowEvent) -> CacheAction {
     match (state, event) {
         (_, event) if event.ends() => CacheAction::Expire,
         (FlowState::Closing, _) => CacheAction::Expire,
-        // Whatever is cached, the engine must see the backend's answer.
+        // The engine must see the backend's answer, even if the flow is cached.
         (FlowState::Opening, _) => CacheAction::Invalidate,
         _ => CacheAction::Install,
     }

@@ -5,8 +5,8 @@ use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Desired, Middlebox, Policy, SlotId, mark};
 use nfqd_shmctl::MacAddr;
 
-/// Everything that a verdict depends on besides the packet and the flows. Every change of the policy
-/// makes a new one, which is cheap.
+/// Everything that a verdict depends on besides the packet and the flows. Every change of the
+/// policy makes a new one, which is cheap.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     desired: Desired,
@@ -23,8 +23,8 @@ pub enum FilterScope {
     /// All filters.
     #[default]
     All,
-    /// Filters of middleboxes without a rule on VLAN tags: packets that come through br_netfilter do
-    /// not show their tags.
+    /// Filters of middleboxes without a rule on VLAN tags: packets that come through br_netfilter
+    /// do not show their tags.
     Untagged,
     /// No filters.
     None,

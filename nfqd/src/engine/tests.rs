@@ -1,4 +1,4 @@
-//! What the engine says about single packets and short conversations.
+//! Decisions of the engine on single packets and short conversations.
 
 use super::pipeline::flag;
 use super::verdict::{
@@ -30,7 +30,7 @@ fn snapshot_of(policy: Policy, seen: impl Fn(&BackendName) -> BackendObservation
     following(&Snapshot::default(), policy, seen)
 }
 
-/// What holds when a policy comes after another one.
+/// Properties of a change from one policy to another.
 fn following(
     before: &Snapshot,
     policy: Policy,
@@ -107,7 +107,7 @@ fn a_reply_outlives_nothing_it_should_not() {
 fn later_fragments_follow_the_first() {
     let (snapshot, flows) = (static_to_3(), EngineState::new(100));
     decision(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
-    let piece = |first: bool| {
+    let fragment = |first: bool| {
         let mut ip = Ipv4Header::new(16, 9, IpNumber::UDP, [10, 0, 0, 3], [10, 0, 0, 1]).unwrap();
         ip.identification = 77;
         ip.more_fragments = first;
@@ -117,13 +117,13 @@ fn later_fragments_follow_the_first() {
         out.extend([0, 53, 0x03, 0xe8, 0, 40, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
         Packet::from_frame(&out).unwrap()
     };
-    assert_eq!(decision(&snapshot, &flows, &piece(false), 0), Verdict::AwaitFirstFragment);
-    let first = decision(&snapshot, &flows, &piece(true), 0);
+    assert_eq!(decision(&snapshot, &flows, &fragment(false), 0), Verdict::AwaitFirstFragment);
+    let first = decision(&snapshot, &flows, &fragment(true), 0);
     assert!(
         matches!(first, Verdict::Reply(Translation { cache: CacheAction::None, .. })),
         "{first:?}"
     );
-    assert_eq!(frontend_of(decision(&snapshot, &flows, &piece(false), 0)), frontend_of(first));
+    assert_eq!(frontend_of(decision(&snapshot, &flows, &fragment(false), 0)), frontend_of(first));
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn establish(
     let ports = (to_backend.key.backend.port.unwrap(), port);
     let accept = tcp(from.0, CLIENT, (from.1, 1), ports, flag::SYN | flag::ACK);
     assert!(matches!(decision(snapshot, memory, &accept, 1), Verdict::Reply(_)));
-    // It has said 1 and so expects 2.
+    // The client has sent 1 and so expects 2.
     let mut packet = ack(port);
     if let Some(numbers) = packet.ip.as_mut().and_then(|ip| ip.tcp_numbers.as_mut()) {
         numbers.acknowledgement = 2;
@@ -225,7 +225,7 @@ fn a_pools_connection_keeps_its_backend_from_end_to_end() {
     }
     let fin = tcp(CLIENT, VM, (1, 2), (1000, 80), flag::FIN | flag::ACK);
     assert_eq!(to(decision(&after, &memory, &fin, 4)).cache, CacheAction::Expire);
-    // The same ports again are a new connection, and may go elsewhere.
+    // A new connection with these ports may go elsewhere.
     assert_ne!(to(decision(&after, &memory, &syn(1000), 5)).slot, first.slot);
 }
 
@@ -440,7 +440,7 @@ fn pieces_of_balanced_datagrams_wait_for_the_first() {
         ]),
         EngineState::new(1000),
     );
-    let piece = |id: u16, first: bool| {
+    let fragment = |id: u16, first: bool| {
         let mut ip = Ipv4Header::new(16, 9, IpNumber::UDP, [10, 0, 0, 1], [10, 0, 0, 2]).unwrap();
         ip.identification = id;
         ip.more_fragments = first;
@@ -451,21 +451,21 @@ fn pieces_of_balanced_datagrams_wait_for_the_first() {
         Packet::from_frame(&out).unwrap()
     };
     for id in 1..10 {
-        assert_eq!(decision(&snapshot, &memory, &piece(id, false), 0), Verdict::AwaitFirstFragment);
-        let first = to(decision(&snapshot, &memory, &piece(id, true), 0));
-        let later = to(decision(&snapshot, &memory, &piece(id, false), 0));
+        assert_eq!(decision(&snapshot, &memory, &fragment(id, false), 0), Verdict::AwaitFirstFragment);
+        let first = to(decision(&snapshot, &memory, &fragment(id, true), 0));
+        let later = to(decision(&snapshot, &memory, &fragment(id, false), 0));
         assert_eq!((later.slot, later.port), (first.slot, false));
         assert_eq!(first.port, first.key.backend.port == Some(5353));
     }
-    // Pieces of a datagram whose backend goes meanwhile go nowhere, and make no flow of their own.
-    let first = to(decision(&snapshot, &memory, &piece(20, true), 0));
+    // Fragments of a datagram whose backend goes meanwhile are dropped, and make no flow of their own.
+    let first = to(decision(&snapshot, &memory, &fragment(20, true), 0));
     let gone = following(&snapshot, snapshot.policy().clone(), |name| BackendObservation {
         alive: *name != first.key.backend,
         ..BackendObservation::UNKNOWN
     });
     let flows = memory.flows.len();
     assert_eq!(
-        decision(&gone, &memory, &piece(20, false), 0),
+        decision(&gone, &memory, &fragment(20, false), 0),
         Verdict::Drop(DropReason::FirstFragmentDropped)
     );
     assert_eq!(memory.flows.len(), flows);

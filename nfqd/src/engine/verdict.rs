@@ -25,20 +25,20 @@ pub struct Translation {
     pub key: SlotKey,
     /// Whether the port is translated as well.
     pub port: bool,
-    /// What the kernel does with its cache.
+    /// The change of the kernel's cache.
     pub cache: CacheAction,
 }
 
-/// What the kernel does with the flow of a packet in its cache.
+/// The change of the kernel's cache for the flow of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CacheAction {
     /// Nothing.
     None,
-    /// It caches the flow.
+    /// Add the flow.
     Install,
-    /// It caches the flow for a few seconds only: it is closing.
+    /// Add the flow for a few seconds only: it is closing.
     Expire,
-    /// It removes what it has cached of an earlier flow with these addresses and ports.
+    /// Remove the entries of an earlier flow with these addresses and ports.
     Invalidate,
 }
 
@@ -78,8 +78,8 @@ pub enum Verdict {
     },
     /// Accept a packet of a flow of a backend itself, and have the kernel cache that.
     Bypass,
-    /// Accept a packet of a connection of the middlebox itself, and have the kernel cache that under
-    /// this slot of the service.
+    /// Accept a packet of a connection of the middlebox itself, and have the kernel cache that
+    /// under this slot of the service.
     Local(SlotId),
     /// Hold a later fragment until the first one arrives.
     AwaitFirstFragment,
@@ -88,7 +88,7 @@ pub enum Verdict {
 /// The reason a packet is accepted unchanged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AcceptReason {
-    /// Its destination MAC is not a middlebox, and it is not a reply.
+    /// The destination MAC is not a middlebox, and the packet is not a reply.
     NotForMiddlebox,
     /// No rule denies it and no service takes it.
     NoMatch,
@@ -107,7 +107,7 @@ pub enum DropReason {
     BackendUnresolved,
     /// No backend can take a new flow.
     NoBackend,
-    /// Its backend is dead or was removed, and its service ends flows in that case.
+    /// The backend is dead or was removed, and the service ends flows in that case.
     BackendGone,
     /// The first fragment of its datagram was dropped.
     FirstFragmentDropped,

@@ -1,6 +1,6 @@
 //! The server of the control protocol.
 //!
-//! Nothing here blocks: sockets are non-blocking, requests and the number of clients are bounded, and
+//! No call blocks: sockets are non-blocking, requests and the number of clients are bounded, and
 //! a client that makes no progress is dropped. The reactor reports which descriptors are ready.
 
 use crate::api::{Answer, ErrorCode, MAX_REQUEST, Request, RequestError};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// The most clients of one socket.
 const MAX_CLIENTS: usize = 16;
-/// How long a client may take to complete its request, and to read its answer.
+/// The time in which a client must complete its request, and read its answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The group whose members may connect to the observation socket.
 const OBSERVER_GROUP: &str = "nfqd";
@@ -95,7 +95,7 @@ struct Client {
     deadline: Instant,
 }
 
-/// What is to be waited for on a client's descriptor.
+/// The event to wait for on a client's descriptor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Interest {
     /// More of a request.
@@ -104,7 +104,7 @@ pub enum Interest {
     Write,
 }
 
-/// What became of a client.
+/// The outcome of a step of a client.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Progress {
     /// The client asks; the answer is passed to [`ControlSocket::answer`].

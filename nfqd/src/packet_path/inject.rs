@@ -27,12 +27,14 @@ impl Injector {
     /// # Errors
     /// If it cannot be sent now.
     pub fn send(&self, interface: u32, frame: &[u8]) -> Result<(), Errno> {
-        // SAFETY: needed because nix cannot make this address; a structure of integers, for which zeros are valid.
+        // SAFETY: needed because nix cannot make this address; a structure of integers, for which
+        // zeros are valid.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = interface as i32;
         let len = size_of::<libc::sockaddr_ll>() as u32;
-        // SAFETY: needed to send to such an address; the frame and the address live through the call, with their lengths.
+        // SAFETY: needed to send to such an address; the frame and the address live through the
+        // call, with their lengths.
         let sent = unsafe {
             libc::sendto(
                 self.socket.as_raw_fd(),

@@ -16,8 +16,8 @@ const HOPS: u8 = 64;
 const QUOTED: usize = 528;
 
 /// Returns the frame that answers a packet, whose bytes from the IP header on are `payload`. `None`
-/// for packets that are not answered: ICMP errors, resets, later fragments, and packets that are not
-/// from one host to one host.
+/// for packets that are not answered: ICMP errors, resets, later fragments, and packets that are
+/// not from one host to one host.
 pub fn answer(packet: &Packet, payload: &[u8]) -> Option<Vec<u8>> {
     let ip = packet.ip.filter(|ip| ip.fragment != Fragment::Later)?;
     let unicast = |ip: IpAddr| !ip.is_multicast() && !ip.is_unspecified();

@@ -1,6 +1,6 @@
 //! A worker: the thread that serves one queue.
 //!
-//! It receives a batch of packets, has the engine decide on each, and sends the verdicts. The
+//! The thread receives a batch of packets, has the engine decide on each, and sends the verdicts. The
 //! [`PacketProcessor`] is what happens to one packet, without the queue.
 
 use super::fragments::FragmentQueue;
@@ -25,11 +25,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// What all workers share.
+/// The state that all workers share.
 pub struct Shared {
     /// The snapshot that the engine decides by, read once a batch.
     pub snapshot: ArcSwap<Snapshot>,
-    /// What the engine remembers.
+    /// The engine's state between packets.
     pub state: EngineState,
     /// The start of the engine's clock.
     start: Instant,
@@ -81,9 +81,9 @@ pub struct QueueCounters {
     pub redirected: AtomicU64,
     /// Replies of backends that were translated.
     pub reply_translated: AtomicU64,
-    /// How often the receive buffer overran, so that the kernel lost messages.
+    /// The number of times the receive buffer overran, so that the kernel lost messages.
     pub overruns: AtomicU64,
-    /// What each rule has matched; `None` stands for the default of a middlebox.
+    /// The counter of each rule; `None` stands for the default of a middlebox.
     pub rules: Mutex<HashMap<(MacAddr, Option<RuleId>), Counter>>,
     /// Odd from the first decision of a batch until its verdicts have been sent.
     batch_epoch: AtomicU64,
@@ -130,7 +130,7 @@ impl Drop for BatchEpoch<'_> {
 pub struct Worker {
     /// The number of its queue.
     pub queue: u16,
-    /// Its counters.
+    /// The counters.
     pub counters: Arc<QueueCounters>,
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
@@ -191,7 +191,7 @@ struct SignalEnd<'a>(&'a Shared);
 
 impl Drop for SignalEnd<'_> {
     fn drop(&mut self) {
-        // It can only fail if the counter is full, and then it is signalled already.
+        // Writing fails only if the counter is full, and then the event is signalled already.
         let _ = self.0.ended.write(1);
     }
 }
@@ -229,11 +229,11 @@ impl QueueWorker {
     }
 }
 
-/// The most senders that a worker tells in a second that their packets are rejected; others learn it
-/// by waiting.
+/// The most senders that a worker tells in a second that their packets are rejected; others learn
+/// it by waiting.
 const REJECTS_PER_SECOND: u32 = 1000;
 
-/// What a worker does with a packet, apart from its queue.
+/// The processing of a packet, apart from its queue.
 struct PacketProcessor {
     shared: Arc<Shared>,
     counters: Arc<QueueCounters>,
@@ -247,7 +247,7 @@ struct PacketProcessor {
     reject_limiter: RateLimiter,
 }
 
-/// What is needed to give a verdict on a packet that is held.
+/// The data for the verdict on a packet that is held.
 struct HeldPacket {
     id: u32,
     mark: u32,
@@ -424,8 +424,8 @@ mod tests {
         Queued { id, mark: 0, packet, has_link: true, length: 36, payload: &[], interface: 1 }
     }
 
-    /// The first fragment has a flow that another worker has begun under a newer snapshot. The later
-    /// fragment that it releases must be decided by that one as well, or it is lost.
+    /// The first fragment has a flow that another worker has begun under a newer snapshot. The
+    /// later fragment that it releases must be decided by that one as well, or it is lost.
     #[test]
     fn a_newer_snapshot_is_kept_for_the_rest_of_the_batch() {
         let shared = Arc::new(Shared::new(1000).unwrap());

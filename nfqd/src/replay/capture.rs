@@ -15,9 +15,9 @@ use std::time::Duration;
 pub struct Captured<'a> {
     /// When it was captured.
     pub time: Duration,
-    /// Its bytes, or the first of them.
+    /// The bytes of the frame, or the first of them.
     pub frame: &'a [u8],
-    /// Its full length in bytes.
+    /// The full length in bytes.
     pub length: usize,
 }
 
@@ -131,8 +131,8 @@ fn read_pcapng(
     Ok(())
 }
 
-/// Returns the nanoseconds of one unit, from `if_tsresol` (pcapng, section 4.2): a power of ten, or of
-/// two with the top bit set.
+/// Returns the nanoseconds of one unit, from `if_tsresol` (pcapng, section 4.2): a power of ten, or
+/// of two with the top bit set.
 fn clock_unit(code: u8) -> f64 {
     let base: f64 = if code & 0x80 == 0 { 10.0 } else { 2.0 };
     1e9 / base.powi(i32::from(code & 0x7f))

@@ -37,7 +37,7 @@ pub struct Line {
     pub middlebox: Option<String>,
     /// The deny rule that matched.
     pub rule: Option<u16>,
-    /// Where the packet is redirected to.
+    /// The backend that the packet is redirected to.
     pub to: Option<Target>,
     /// The new source of a reply of a redirected flow.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,7 +75,7 @@ pub enum ReplayError {
         path: String,
         /// The packet that cannot be read, from 1.
         packet: u64,
-        /// What is wrong.
+        /// The message.
         source: PcapError,
     },
     /// The capture is not of Ethernet frames.
@@ -103,8 +103,8 @@ pub struct Replay {
 const UNKNOWN_MAC: MacAddr = MacAddr([0; 6]);
 
 impl Replay {
-    /// A replay under a policy. A backend whose MAC no command gave is considered reachable, and all
-    /// are considered alive.
+    /// A replay under a policy. A backend whose MAC no command gave is considered reachable, and
+    /// all are considered alive.
     pub fn new(policy: &Policy) -> Replay {
         let mut replay = Replay {
             snapshot: Snapshot::default(),
@@ -134,9 +134,9 @@ impl Replay {
         self.snapshot = Snapshot::new(desired, pools);
     }
 
-    /// Decides on a frame and rewrites it as it would leave; `now` is in seconds. Returns what becomes
-    /// of it, unless it is held, and of the fragments that it releases. Fragments that have expired
-    /// come first.
+    /// Decides on a frame and rewrites it as it would leave; `now` is in seconds. Returns what
+    /// becomes of it, unless it is held, and of the fragments that it releases. Fragments that have
+    /// expired come first.
     pub fn frame(&mut self, frame: &[u8], now: u32) -> Vec<Outcome> {
         self.truncated_frame(frame, frame.len(), now)
     }
@@ -316,7 +316,7 @@ pub fn replay(
     output.frames.map_or(Ok(()), FrameWriter::finish)
 }
 
-/// What a replay writes: lines in the order of the packets, though some packets wait for others.
+/// The output of a replay: lines in the order of the packets, though some packets wait for others.
 struct Output<'a> {
     frames: Option<FrameWriter<'a>>,
     pending: BTreeMap<u64, Line>,

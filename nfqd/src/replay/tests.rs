@@ -68,7 +68,8 @@ fn write_pcapng(path: &Path) {
     }
 }
 
-/// A later piece whose first one comes after it, and is denied by its ports: nothing says where it goes.
+/// A later piece whose first one comes after it, and is denied by its ports: nothing says where it
+/// goes.
 #[test]
 fn every_packet_has_its_line() {
     let mut policy = Policy::default();
@@ -79,7 +80,7 @@ fn every_packet_has_its_line() {
     ] {
         policy.apply_line(line).unwrap();
     }
-    let piece = |id: u16, first: bool, sport: u8| {
+    let fragment = |id: u16, first: bool, sport: u8| {
         let mut ip = etherparse::Ipv4Header::new(
             16,
             9,
@@ -100,13 +101,13 @@ fn every_packet_has_its_line() {
     let seen = |outcomes: Vec<Outcome>| -> Vec<(u64, &str)> {
         outcomes.iter().map(|(line, _)| (line.packet, line.verdict)).collect()
     };
-    assert_eq!(seen(replay.frame(&piece(1, false, 98), 0)), []);
-    assert_eq!(seen(replay.frame(&piece(1, true, 98), 0)), [(2, "redirect"), (1, "redirect")]);
-    assert_eq!(seen(replay.frame(&piece(2, false, 99), 0)), []);
-    assert_eq!(seen(replay.frame(&piece(2, true, 99), 0)), [(4, "drop"), (3, "drop")]);
-    assert_eq!(seen(replay.frame(&piece(3, false, 98), 0)), []);
+    assert_eq!(seen(replay.frame(&fragment(1, false, 98), 0)), []);
+    assert_eq!(seen(replay.frame(&fragment(1, true, 98), 0)), [(2, "redirect"), (1, "redirect")]);
+    assert_eq!(seen(replay.frame(&fragment(2, false, 99), 0)), []);
+    assert_eq!(seen(replay.frame(&fragment(2, true, 99), 0)), [(4, "drop"), (3, "drop")]);
+    assert_eq!(seen(replay.frame(&fragment(3, false, 98), 0)), []);
     assert_eq!(
-        seen(replay.frame(&piece(4, false, 98), 9)),
+        seen(replay.frame(&fragment(4, false, 98), 9)),
         [(5, "drop")],
         "it has waited long enough"
     );

@@ -1,10 +1,11 @@
 //! Classifier: finds the first rule that a packet matches without comparing the rules one by one.
 //!
-//! Every field that rules compare is an axis, cut into intervals at the bounds of the rules' ranges. Each interval has
-//! a set of the rules that its values leave possible, as bits in the rules' order. A packet finds its interval on each
-//! axis by bisection; the lowest bit that all sets have is its rule. (T. V. Lakshman, D. Stiliadis: "High-speed
-//! policy-based packet forwarding using efficient multi-dimensional range matching", SIGCOMM 1998.) Nothing is
-//! allocated for a packet.
+//! Every field that rules compare is an axis, cut into intervals at the bounds of the rules'
+//! ranges. Each interval has a set of the rules that its values leave possible, as bits in the
+//! rules' order. A packet finds its interval on each axis by bisection; the lowest bit that all
+//! sets have is its rule. (T. V. Lakshman, D. Stiliadis: "High-speed policy-based packet forwarding
+//! using efficient multi-dimensional range matching", SIGCOMM 1998.) Nothing is allocated for a
+//! packet.
 
 use super::Conditions;
 use crate::packet::Packet;

@@ -71,7 +71,8 @@ pub enum Field {
     UdpChecksum,
 }
 
-/// The type of a set's key or data, with nft's number for it (`enum datatypes` of nft's datatype.h).
+/// The type of a set's key or data, with nft's number for it (`enum datatypes` of nft's
+/// datatype.h).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Type {
     /// `ipv4_addr`, 4 bytes.

@@ -134,7 +134,8 @@ fn dynset(operation: u32, set: &str, data: Option<u32>, timeout: Option<u32>) ->
     expr("dynset", attributes)
 }
 
-/// The numbers of verdicts (NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO, NFT_RETURN) and the chain they name.
+/// The numbers of verdicts (NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO, NFT_RETURN) and the chain they
+/// name.
 pub(super) fn verdict_number(verdict: &Verdict) -> (i32, Option<&str>) {
     match verdict {
         Verdict::Drop => (0, None),

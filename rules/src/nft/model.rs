@@ -34,7 +34,7 @@ impl fmt::Display for Family {
 /// A table with its sets and chains.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
-    /// Its family; its name is [`TABLE_NAME`].
+    /// The family; the name is [`TABLE_NAME`].
     pub family: Family,
     /// Sets and maps by name.
     pub sets: BTreeMap<String, Set>,
@@ -56,8 +56,8 @@ pub const TABLE_NAME: &str = "nfqd";
 /// layout is not touched.
 pub const TABLE_LAYOUT: u32 = 2;
 
-/// The comment that tells our tables from those of other programs, and their layouts apart. It names
-/// the nfqd that made the table: one that takes a table over cannot change its comment.
+/// The comment that tells our tables from those of other programs, and their layouts apart. It
+/// names the nfqd that made the table: one that takes a table over cannot change its comment.
 pub const TABLE_COMMENT: &str = concat!(
     "made by nfqd ",
     env!("CARGO_PKG_VERSION"),
@@ -77,17 +77,17 @@ pub fn layout_of_comment(comment: &str) -> Option<u32> {
 /// A chain.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Chain {
-    /// The priority in the prerouting hook, for base chains. They are made once and never deleted while nfqd works:
-    /// deleting any base chain drops every packet that waits in a queue.
+    /// The priority in the prerouting hook, for base chains. They are made once and never deleted
+    /// while nfqd works: deleting any base chain drops every packet that waits in a queue.
     pub priority: Option<i32>,
-    /// Its rules.
+    /// The rules.
     pub rules: Vec<Rule>,
 }
 
 /// A rule.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rule {
-    /// Its statements in order.
+    /// The statements in order.
     pub statements: Vec<Statement>,
     /// The comment, for the reader of `nft list ruleset`.
     pub comment: Option<String>,

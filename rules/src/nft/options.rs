@@ -58,8 +58,8 @@ impl RulesetOptions {
         self.fast_path == FastPath::Off && self.queue_path == QueuePath::BrNetfilter
     }
 
-    /// Whether the kernel filters at all: without the fast path the engine does, where it sees every
-    /// frame.
+    /// Whether the kernel filters at all: without the fast path the engine does, where it sees
+    /// every frame.
     pub(super) fn kernel_filters(&self) -> bool {
         self.fast_path == FastPath::Full || self.engine_is_blind()
     }

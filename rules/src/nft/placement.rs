@@ -50,15 +50,15 @@ pub(super) struct FilterPlan {
 /// The reason a rule is linear.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LinearReason {
-    /// It compares a field that sets cannot hold.
+    /// The rule compares a field that sets cannot hold.
     Field(&'static str),
-    /// It compares too many fields.
+    /// The rule compares too many fields.
     Fields,
-    /// Its MAC mask has holes.
+    /// The MAC mask has holes.
     Mask,
-    /// Its ranges overlap those of this rule, which an interval set does not allow.
+    /// The ranges overlap those of this rule, which an interval set does not allow.
     Overlap(RuleId),
-    /// Its ranges and those before it are made of too many prefixes.
+    /// The ranges and those of earlier rules consist of too many prefixes.
     Prefixes,
 }
 

@@ -5,7 +5,8 @@ use super::{ICMP6_ERRORS, IPV6_LEN, IpHeader, u16_at};
 use etherparse::Ipv6HeaderSlice;
 use nfqd_shmctl::{Fragment, Protocol};
 
-/// IPv6 extension headers (`ipv6_ext_hdr`), without the authentication header, at which nftables stops.
+/// IPv6 extension headers (`ipv6_ext_hdr`), without the authentication header, at which nftables
+/// stops.
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -24,7 +25,8 @@ struct FragmentHeader {
     id: u32,
 }
 
-/// The first fragment header of a chain, authentication headers included, as `ipv6_find_hdr` looks for one.
+/// The first fragment header of a chain, authentication headers included, as `ipv6_find_hdr` looks
+/// for one.
 fn fragment_behind(payload: &[u8], mut next: u8, mut at: usize) -> Option<FragmentHeader> {
     loop {
         let &[following, len] = payload.get(at..at + 2)? else { return None };

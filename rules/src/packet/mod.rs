@@ -62,7 +62,8 @@ pub struct IpHeader {
     /// The packet's length by its header, in bytes from the IP header on; of a GSO super-packet,
     /// the whole length.
     pub length: u32,
-    /// The protocol behind any IPv6 extension headers. An authentication header ends the walk, as in the kernel.
+    /// The protocol behind any IPv6 extension headers. An authentication header ends the walk, as
+    /// in the kernel.
     pub protocol: Protocol,
     /// The position in a fragmented datagram.
     pub fragment: Fragment,
@@ -144,7 +145,8 @@ pub struct TcpNumbers {
 
 /// Types of ICMP that are errors: unreachable, time exceeded, parameter problem (RFC 1122, 3.2.2).
 pub const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
-/// Types of ICMPv6 that are errors: unreachable, too big, time exceeded, parameter problem (RFC 4443).
+/// Types of ICMPv6 that are errors: unreachable, too big, time exceeded, parameter problem (RFC
+/// 4443).
 pub const ICMP6_ERRORS: [u8; 4] = [1, 2, 3, 4];
 
 /// Length of an Ethernet header in bytes.

@@ -20,7 +20,7 @@ pub struct PolicyError {
     pub place: Place,
     /// The code of the reply.
     pub code: ErrorCode,
-    /// What is wrong with the word and what to write.
+    /// The message: what is wrong with the word and what to write.
     pub expected: String,
 }
 

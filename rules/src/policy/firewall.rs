@@ -22,7 +22,7 @@ pub struct Firewall {
 #[derive(Clone, Debug, Default)]
 struct LazyClassifier(OnceLock<Classifier>);
 
-/// It is a function of the rules, which are compared themselves.
+/// The classifier is a function of the rules, which are compared themselves.
 impl PartialEq for LazyClassifier {
     fn eq(&self, _: &LazyClassifier) -> bool {
         true
@@ -34,7 +34,7 @@ impl Eq for LazyClassifier {}
 /// The decision of the filters of a middlebox on a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FilterDecision {
-    /// What happens to the packet.
+    /// The action on the packet.
     pub action: Action,
     /// The rule that matched; `None` if the default decided.
     pub rule: Option<RuleId>,
@@ -87,9 +87,9 @@ impl Firewall {
         self.classifier.0.get_or_init(|| Classifier::new(&self.conditions(mac).collect::<Vec<_>>()))
     }
 
-    /// Decides on a packet for this firewall's middlebox. If nftables cannot tell where the packet's
-    /// transport header is, it is dropped where a rule depends on such headers, unless a rule that
-    /// does not allows it.
+    /// Decides on a packet for this firewall's middlebox. If nftables cannot tell where the
+    /// packet's transport header is, it is dropped where a rule depends on such headers, unless a
+    /// rule that does not allows it.
     pub fn decide(&self, packet: &Packet) -> FilterDecision {
         let classifier = self.classifier(packet.link.destination);
         let mut packet = *packet;

@@ -13,8 +13,8 @@ pub const MAX_MIDDLEBOX_BACKENDS: usize = 512;
 pub(super) const TOO_MANY_BACKENDS: &str =
     "too many backends: a service may have 255, all services of a middlebox together 512";
 
-/// Returns the index of the first backend that is over a limit, if a service gets `backends` of them
-/// and the other services of the middlebox have `others`.
+/// Returns the index of the first backend that is over a limit, if a service gets `backends` of
+/// them and the other services of the middlebox have `others`.
 pub(super) fn first_backend_over_limit(others: usize, backends: usize) -> Option<usize> {
     let most = MAX_BACKENDS.min(MAX_MIDDLEBOX_BACKENDS.saturating_sub(others));
     (backends > most).then_some(most)

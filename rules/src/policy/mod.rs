@@ -94,11 +94,12 @@ impl Middlebox {
     }
 
     /// Returns the service that takes a packet. Of the services with the packet's own destination
-    /// address, one with its port and protocol takes precedence over one with its port, and that over
-    /// one with the address alone; behind these come services of other addresses, in their order.
+    /// address, one with its port and protocol takes precedence over one with its port, and that
+    /// over one with the address alone; behind these come services of other addresses, in their
+    /// order.
     ///
-    /// A packet whose checksum field is cut off cannot be rewritten and is not taken; nor is one that
-    /// comes from the only backend, which cannot answer itself.
+    /// A packet whose checksum field is cut off cannot be rewritten and is not taken; nor is one
+    /// that comes from the only backend, which cannot answer itself.
     pub fn service_for(&self, packet: &Packet) -> Option<(Frontend, &Service)> {
         let ip = packet.ip.filter(|ip| ip.translatable)?;
         let taking =

@@ -6,7 +6,8 @@ use imbl::{OrdMap, OrdSet};
 use nfqd_shmctl::MacAddr;
 use std::time::{Duration, Instant};
 
-/// An allocator of identifiers for keys that come and go. A clone is cheap: both share what is equal.
+/// An allocator of identifiers for keys that come and go. A clone is cheap: both share what is
+/// equal.
 #[derive(Clone, Debug)]
 pub(super) struct IdAllocator<K: Ord, I> {
     used: OrdMap<K, I>,
@@ -88,8 +89,8 @@ impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
         }
     }
 
-    /// Returns the identifier of a key, and allocates one if it has none. `None` if no identifier is
-    /// left, or if the owner has too many in quarantine.
+    /// Returns the identifier of a key, and allocates one if it has none. `None` if no identifier
+    /// is left, or if the owner has too many in quarantine.
     pub fn allocate(&mut self, key: K, now: Instant) -> Option<I> {
         if let Some(id) = self.used.get(&key) {
             return Some(*id);

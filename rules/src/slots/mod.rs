@@ -32,7 +32,8 @@ pub struct SlotKey {
 }
 
 impl SlotKey {
-    /// Returns the ports of frontend and backend, if they differ and are translated into each other.
+    /// Returns the ports of frontend and backend, if they differ and are translated into each
+    /// other.
     pub fn ports(&self) -> Option<(u16, u16)> {
         self.frontend.port.zip(self.backend.port).filter(|(frontend, backend)| frontend != backend)
     }

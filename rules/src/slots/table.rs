@@ -22,8 +22,8 @@ const MIDDLEBOX_QUARANTINE: Duration = Duration::from_secs(60);
 /// services at will; the limit keeps one of them from using up the identifiers of all.
 pub const MAX_QUARANTINED: u32 = 16_384;
 
-/// The slots in use, and the identifiers by which marks name middleboxes on the way to the engine. A
-/// clone is cheap: both share what is equal.
+/// The slots in use, and the identifiers by which marks name middleboxes on the way to the engine.
+/// A clone is cheap: both share what is equal.
 #[derive(Clone, Debug)]
 pub struct Slots {
     slot_ids: IdAllocator<SlotVersion, SlotId>,

@@ -48,9 +48,9 @@ fn fnv(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, step)
 }
 
-/// Returns a fingerprint of everything besides the key that decides which packets reach the slots of
-/// a service. For a service with one backend, these are all services of the middlebox. Flows of a
-/// pool keep their backend whatever other pools there are, but not what a single-backend service
+/// Returns a fingerprint of everything besides the key that decides which packets reach the slots
+/// of a service. For a service with one backend, these are all services of the middlebox. Flows of
+/// a pool keep their backend whatever other pools there are, but not what a single-backend service
 /// that takes precedence takes over.
 pub(super) fn fingerprint(
     mac: MacAddr,

@@ -1,4 +1,4 @@
-//! What the host observes of backends, as an interface: slots do not know how it is found out.
+//! The observed state of backends, as an interface: slots do not depend on how it is found out.
 
 use crate::service::{Backend, Service};
 use nfqd_shmctl::{BackendName, Frontend, MacAddr};
@@ -18,7 +18,7 @@ pub struct BackendRef<'p> {
     pub backend: &'p Backend,
 }
 
-/// What the host has observed of a backend.
+/// The observed state of a backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BackendObservation {
     /// The MAC that answers for the backend's address.

@@ -1,6 +1,6 @@
 //! Classes of filter fields, the fields, and the values that rules compare them with.
 //!
-//! This is the one table of the filter language: the parser, the policy and the printed form all
+//! The one table of the filter language: the parser, the policy and the printed form all
 //! use it.
 
 use super::value::{
@@ -257,7 +257,7 @@ impl Field {
                 "not a code or a range of them; write a number from 0 to 255, or two like 0-3"
             }
             Field::TcpFlags => {
-                "not TCP flags; write those that must be on, like syn,ack, and behind a / those that are looked at, \
+                "not TCP flags; write those that must be on, like syn,ack, and behind a / those that are compared, \
                  like syn/syn,ack (fin syn rst psh ack urg ece cwr, none, all)"
             }
             Field::Length => {

@@ -47,13 +47,13 @@ impl Rejection {
         self.code
     }
 
-    /// Where the wrong word begins, in bytes from 1. Only `syntax`, `value` and `denied` have one,
-    /// and not if the text between the marks could not be read at all.
+    /// The column at which the wrong word begins, in bytes from 1. Only `syntax`, `value` and
+    /// `denied` have one, and not if the text between the marks could not be read at all.
     pub fn column(&self) -> Option<usize> {
         self.column
     }
 
-    /// What is wrong and what to do.
+    /// The message: what is wrong and what to do.
     pub fn message(&self) -> &str {
         &self.message
     }

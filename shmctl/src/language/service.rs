@@ -39,7 +39,7 @@ impl Frontend {
 /// The name of a backend: how commands refer to it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct BackendName {
-    /// Its address.
+    /// The address.
     pub ip: IpAddr,
     /// The port; `None` for that of the frontend.
     pub port: Option<u16>,
@@ -48,7 +48,7 @@ pub struct BackendName {
 /// A backend as a command adds it: `ip[:port][@mac][*weight]`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Destination {
-    /// Its address.
+    /// The address.
     pub ip: IpAddr,
     /// The port; `None` for that of the frontend.
     pub port: Option<u16>,
@@ -119,10 +119,10 @@ pub enum OnDead {
 /// The treatment of a new flow that no backend can take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OnEmpty {
-    /// It is rejected: TCP with a reset, other protocols with an ICMP error.
+    /// The packet is rejected: TCP with a reset, other protocols with an ICMP error.
     #[default]
     Reject,
-    /// It goes to the middlebox.
+    /// The packet goes to the middlebox.
     Pass,
 }
 

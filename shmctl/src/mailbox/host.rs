@@ -17,11 +17,11 @@ pub struct HostMailbox {
 }
 
 impl HostMailbox {
-    /// Returns the complete messages, oldest first, at most [`MAX_MESSAGES`]. An opening mark without
-    /// a closing one is waited for; by `now` that wait ends.
+    /// Returns the complete messages, oldest first, at most [`MAX_MESSAGES`]. An opening mark
+    /// without a closing one is waited for; by `now` that wait ends.
     ///
-    /// Each message must be passed to [`HostMailbox::reply`] before the next call, or it is returned
-    /// again.
+    /// Each message must be passed to [`HostMailbox::reply`] before the next call, or it is
+    /// returned again.
     pub fn take(&mut self, region: &Region, now: Instant) -> Vec<MailboxMessage> {
         let mut copy = [0; COMMAND_SIZE];
         region.read(0, &mut copy);
@@ -34,8 +34,8 @@ impl HostMailbox {
             copy.into_iter().enumerate().filter(|&(_, byte)| byte != 0).collect();
         let mut messages = Vec::new();
         let mut rest = bytes.as_slice();
-        // Messages follow each other from the start, with blanks between them. Anything else is left
-        // alone: a writer may have written a body whose opening mark it writes last.
+        // Messages follow each other from the start, with blanks between them. Anything else is
+        // left alone: a writer may have written a body whose opening mark it writes last.
         while let Some((&(open, mark), body)) = rest.split_first() {
             match mark {
                 TAKEN => {
@@ -81,8 +81,8 @@ impl HostMailbox {
         })
     }
 
-    /// Writes the replies, one line a message, then marks the messages as taken. A reply that fits in
-    /// part is cut; for those that do not fit, the last line tells their number.
+    /// Writes the replies, one line a message, then marks the messages as taken. A reply that fits
+    /// in part is cut; for those that do not fit, the last line tells their number.
     pub fn reply(&mut self, region: &Region, answered: &[(MailboxMessage, Reply)]) {
         if answered.is_empty() {
             return;
@@ -105,7 +105,7 @@ impl HostMailbox {
 }
 
 fn reply_text<'a>(replies: impl ExactSizeIterator<Item = &'a Reply>) -> Vec<u8> {
-    // What is left of a cut reply must still be one: `ERR unknown-backend` and some of its text.
+    // A cut reply must still be one: `ERR unknown-backend` and some of its text.
     const SHORTEST_REPLY: usize = 32;
     // Room for the last line, which tells how many replies are missing.
     const RESERVED: usize = 48;

@@ -1,7 +1,7 @@
 //! The mailbox at offset 0: the original's `@…@` messages, and a reply.
 //!
-//! Guarantee: whatever bytes the guest writes, the host copies them out once, does bounded work, and
-//! answers each message once. The layout is in the [crate]'s documentation.
+//! Guarantee: whatever bytes the guest writes, the host copies them out once, does bounded work,
+//! and answers each message once. The layout is in the [crate]'s documentation.
 
 mod framing;
 pub mod guest;
@@ -25,7 +25,7 @@ pub const REPLY_SIZE: usize = 2048;
 /// one's.
 pub const MAX_MESSAGES: usize = 16;
 
-/// How long an opening `@` may be without a closing one before it is rejected.
+/// The time for which an opening `@` may lack a closing one before it is rejected.
 const UNTERMINATED_AFTER: Duration = Duration::from_secs(1);
 
 /// The byte before and behind a message.

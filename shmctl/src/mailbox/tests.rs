@@ -71,7 +71,7 @@ fn the_mac_of_a_destination_does_not_end_the_frame() {
     let other = "B 2:0:0:0:0:1 + 10.0.0.4:80@2:0:0:0:0:4*2";
     region.write(0, format!("@{pool}@@{other}@").as_bytes());
     assert_eq!(texts(&mailbox.take(&region, Instant::now())), [pool, other]);
-    // Nor does one that is mistyped: the command is refused, not cut.
+    // Nor does one that is mistyped: the command is rejected, not cut.
     let mistyped = "R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:zz";
     region.write(0, &[0; COMMAND_SIZE]);
     region.write(0, format!("@{mistyped}@").as_bytes());
@@ -117,7 +117,7 @@ fn backends_of_an_earlier_command_are_no_part_of_a_later_one() {
             answer(&mut mailbox, &region, messages);
         }
     }
-    // Where nobody can tell, nothing is obeyed: the writer is told that its frame is torn.
+    // An ambiguous message is not carried out: the writer is told that it is torn.
     let long = format!("B 2:0:0:0:0:1 + {three} {four}");
     for short in ["B 2:0:0:0:0:1 - 10.0.0.3", "B 2:0:0:0:0:1 + 10.0.0.3@02:00:00:00:00:03 10.0.0.4"]
     {
@@ -197,7 +197,7 @@ fn both_ends_meet() {
         send_message(&region, "X 1:2:3:4:5:6", timeout),
         Err(SendError::NotAMessage(_))
     ));
-    // What timed out was withdrawn.
+    // A command that timed out was withdrawn.
     assert_eq!(HostMailbox::default().take(&region, Instant::now()), []);
     let got = std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
@@ -233,7 +233,7 @@ proptest! {
         let mut mailbox = HostMailbox::default();
         region.write(0, &garbage);
         let start = Instant::now();
-        // Every scan but the two that wait for a torn frame takes at least one mark away.
+        // Every scan but the two that wait for a torn message takes at least one mark away.
         for scan in 0..COMMAND_SIZE as u32 {
             let messages = mailbox.take(&region, start + UNTERMINATED_AFTER * scan);
             prop_assert!(messages.len() <= MAX_MESSAGES);

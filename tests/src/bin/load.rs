@@ -1,4 +1,5 @@
-//! A server for many connections, in the network namespace that it is started in: `load NAME PORT`, both numbers.
+//! A server for many connections, in the network namespace that it is started in: `load NAME PORT`,
+//! both numbers.
 #![allow(clippy::expect_used)]
 
 fn main() {

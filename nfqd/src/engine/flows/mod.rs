@@ -1,12 +1,13 @@
 //! The flow table: the flows that the engine has sent to backends. The kernel's maps are a cache of
 //! it.
 //!
-//! All workers share it. It is divided into shards, each behind a lock; both directions of a flow are
-//! in one shard. All memory is allocated at the start, and no operation depends on the number of
-//! flows: there are two hash tables with chains, one for each direction, and for each state a list in
-//! the order of the last packets. So the oldest flow is always at hand, to be expired, or to be
-//! evicted from a full shard: first of those that are not assured, of the state that has the most of
-//! them; last of those that are. A flood of SYNs or of UDP evicts nothing but its own flows.
+//! All workers share it. It is divided into shards, each behind a lock; both directions of a flow
+//! are in one shard. All memory is allocated at the start, and no operation depends on the number
+//! of flows: there are two hash tables with chains, one for each direction, and for each state a
+//! list in the order of the last packets. So the oldest flow is always at hand, to be expired, or
+//! to be evicted from a full shard: first of those that are not assured, of the state that has the
+//! most of them; last of those that are. A flood of SYNs or of UDP evicts nothing but its own
+//! flows.
 //!
 //! As in conntrack, a flow is *assured* if it is established, or a UDP stream. A connection is
 //! established once its client has acknowledged what the backend has sent.

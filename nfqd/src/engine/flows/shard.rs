@@ -1,4 +1,5 @@
-//! A shard of the flow table: its entries, the chains of both hash tables, and a list for each state.
+//! A shard of the flow table: its entries, the chains of both hash tables, and a list for each
+//! state.
 
 use super::slot_counts::SlotCounts;
 use super::{FlowEvent, FlowMatch, FlowState, OriginalTuple, REINSTALL_AFTER, ReplyTuple, STATES};
@@ -22,7 +23,7 @@ pub(super) struct Entry {
     pub state: FlowState,
     pub created: u32,
     pub last_seen: u32,
-    /// What the client must acknowledge; `None` before the backend has answered.
+    /// The number that the client must acknowledge; `None` before the backend has answered.
     pub expected_ack: Option<ExpectedAck>,
     /// The side that has reset the connection when it was established.
     pub reset_by: Option<Sender>,
@@ -48,7 +49,7 @@ pub(super) enum Sender {
 /// The acknowledgement that shows that a client has received the backend's answer.
 #[derive(Clone, Copy)]
 pub(super) enum ExpectedAck {
-    /// This number, which only the backend has sent.
+    /// A number that only the backend has sent.
     Number(u32),
     /// Any: the beginning of the connection was not seen.
     Any,
@@ -250,7 +251,7 @@ impl Shard {
             FlowEvent::Fin => None,
             _ => entry.reset_by.filter(|_| after == FlowState::Closing),
         };
-        // What the kernel has cached under another slot is of no use any more.
+        // An entry that the kernel has cached under another slot is stale.
         if current != slot {
             (entry.reinstall_original_at, entry.reinstall_reply_at) = (0, 0);
         }

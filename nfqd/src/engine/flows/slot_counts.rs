@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// A counter for each slot. Memory for a block of slots is allocated when one of them is first used.
+/// A counter for each slot. Memory for a block of slots is allocated when one of them is first
+/// used.
 pub(super) struct SlotCounts {
     blocks: Vec<OnceLock<Box<[AtomicU32]>>>,
 }

@@ -60,7 +60,7 @@ fn a_connection_lives_its_states() {
     assert_eq!(back_at(FlowEvent::Rst, 1), FlowState::Closing);
     assert_eq!(state(GOES_ON, 240), Some(FlowState::Closing), "it lives as long as it is seen");
     assert_eq!(state(GOES_ON, 479), Some(FlowState::Closing));
-    // Who goes on has not sent the RST.
+    // A client that continues has not sent the RST.
     assert_eq!((back_at(FlowEvent::Reply, 480), flows.live(slot(7))), (FlowState::Established, 1));
     assert_eq!((state(FlowEvent::Rst, 481), flows.live(slot(7))), (Some(FlowState::Closing), 0));
     assert_eq!(back_at(FlowEvent::Reply, 482), FlowState::Closing);

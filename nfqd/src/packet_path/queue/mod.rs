@@ -2,7 +2,7 @@
 //!
 //! The kernel (linux/netfilter/nfnetlink_queue.h, net/netfilter/nfnetlink_queue.c) asks for this:
 //!
-//! * one socket a queue, because a verdict from another socket is refused;
+//! * one socket a queue, because a verdict from another socket is rejected;
 //! * GSO packets as a whole, because without `NFQA_CFG_F_GSO` they lose their Ethernet header in the
 //!   bridge family;
 //! * a forced receive buffer, because the default holds some 256 packets whatever the length of the
@@ -48,7 +48,7 @@ pub enum QueueError {
          choose other numbers with --queue"
     )]
     NotPermitted(u16),
-    /// This kernel has no NFQUEUE.
+    /// The kernel has no NFQUEUE.
     #[error(
         "this kernel has no NFQUEUE ({0}); load the module nfnetlink_queue, or use a kernel with \
          CONFIG_NETFILTER_NETLINK_QUEUE"
@@ -109,8 +109,8 @@ impl Queue {
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)
             .map_err(QueueError::Unsupported)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(other)?;
-        // Forcing it needs CAP_NET_ADMIN on the host (net/core/sock.c, sk_setsockopt), which root of
-        // a user namespace lacks; the buffer is then as large as net.core.rmem_max allows.
+        // Forcing it needs CAP_NET_ADMIN on the host (net/core/sock.c, sk_setsockopt), which root
+        // of a user namespace lacks; the buffer is then as large as net.core.rmem_max allows.
         let forced = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_ok();
         if !forced {
             setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER).map_err(other)?;

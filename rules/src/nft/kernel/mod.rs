@@ -86,7 +86,7 @@ impl KernelError {
     }
 }
 
-/// How much of a change has taken effect when the kernel rejects it.
+/// The extent to which a change has taken effect when the kernel rejects it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Progress {
     /// Nothing: everything is as before.
@@ -193,8 +193,8 @@ impl Kernel {
         }
     }
 
-    /// Returns the layout of our table, if there is one: that of the nfqd that made it, or of a newer
-    /// one that has taken it over since.
+    /// Returns the layout of our table, if there is one: that of the nfqd that made it, or of a
+    /// newer one that has taken it over since.
     ///
     /// # Errors
     /// If another program made it.

@@ -19,7 +19,8 @@ use std::ffi::c_char;
 /// A libnftnl expression, which the object it is added to will free.
 fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
     let kind = c_string(expr.kind);
-    // SAFETY: needed to make the expression; the name is a live string, and null (an unknown name) is checked below.
+    // SAFETY: needed to make the expression; the name is a live string, and null (an unknown name)
+    // is checked below.
     let pointer = unsafe { sys::nftnl_expr_alloc(kind.as_ptr()) };
     assert!(!pointer.is_null(), "libnftnl does not know the expression {}", expr.kind);
     for (attribute, value) in &expr.attributes {
@@ -48,7 +49,8 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
             }
             Attribute::Bytes(bytes) => {
                 assert!(bytes.len() <= MAX_DATA, "{} bytes of data", bytes.len());
-                // SAFETY: as above; the bytes are copied and fit libnftnl's buffer, which it does not check itself.
+                // SAFETY: as above; the bytes are copied and fit libnftnl's buffer, which it does
+                // not check itself.
                 unsafe {
                     sys::nftnl_expr_set(
                         pointer,
@@ -59,8 +61,8 @@ fn expression(expr: &Expr) -> *mut sys::nftnl_expr {
                 };
             }
             Attribute::Owned(bytes) => {
-                // SAFETY: needed because libnftnl frees this memory itself: it must come from malloc, is large enough
-                // for the copy, and is not used here again.
+                // SAFETY: needed because libnftnl frees this memory itself: it must come from
+                // malloc, is large enough for the copy, and is not used here again.
                 unsafe {
                     let copy = libc::malloc(bytes.len());
                     assert!(!copy.is_null(), "out of memory");
@@ -96,7 +98,8 @@ impl Batch {
             scratch: vec![0; SCRATCH / 4],
         };
         batch.frame(|buffer, sequence| {
-            // SAFETY: needed for the message that opens a batch; the buffer is aligned and larger than a header.
+            // SAFETY: needed for the message that opens a batch; the buffer is aligned and larger
+            // than a header.
             unsafe { sys::nftnl_batch_begin(buffer, sequence) }
         });
         batch.labels.push("open the transaction".to_string());
@@ -134,7 +137,8 @@ impl Batch {
     fn frame(&mut self, build: impl FnOnce(*mut c_char, u32) -> *mut libc::nlmsghdr) {
         let sequence = self.first + self.labels.len() as u32;
         let header = build(self.scratch.as_mut_ptr().cast(), sequence);
-        // SAFETY: needed to learn the length that libnftnl has written; the header is the start of the scratch buffer.
+        // SAFETY: needed to learn the length that libnftnl has written; the header is the start of
+        // the scratch buffer.
         let len = unsafe { (*header).nlmsg_len } as usize;
         assert!(len <= SCRATCH, "a message of {len} bytes");
         let padded = len.next_multiple_of(4);
@@ -152,7 +156,8 @@ impl Batch {
     ) {
         self.frame(|buffer, sequence| {
             let family = number(family);
-            // SAFETY: needed for a message's header; the buffer is aligned and larger than a header.
+            // SAFETY: needed for a message's header; the buffer is aligned and larger than a
+            // header.
             let header =
                 unsafe { sys::nftnl_nlmsg_build_hdr(buffer, kind, family, flags as u16, sequence) };
             fill(header);
@@ -301,7 +306,8 @@ impl Batch {
         }
         object.u32(sys::NFTNL_SET_FLAGS, flags);
         if set.counter {
-            // SAFETY: needed for a counter in every element; the set is alive and frees the expression.
+            // SAFETY: needed for a counter in every element; the set is alive and frees the
+            // expression.
             unsafe { sys::nftnl_set_add_expr(object.0.pointer, expression(&counter())) };
         }
         object.data(sys::NFTNL_SET_USERDATA, &set_user_data(set));
@@ -377,7 +383,8 @@ impl Batch {
             add_element(&object, key, element);
         }
         self.message(kind, family, flags, label, |header| {
-            // SAFETY: needed to write the elements into the message; both are alive, and there are few enough.
+            // SAFETY: needed to write the elements into the message; both are alive, and there are
+            // few enough.
             unsafe { sys::nftnl_set_elems_nlmsg_build_payload(header, object.0.pointer) };
         });
     }

@@ -94,7 +94,8 @@ impl DumpRequest {
         let dump = libc::NLM_F_DUMP as u16;
         let header = |kind: u16, family: Family, flags: u16, buffer: *mut u32| {
             let family = number(family);
-            // SAFETY: needed for a message's header; the buffer is aligned and larger than a header.
+            // SAFETY: needed for a message's header; the buffer is aligned and larger than a
+            // header.
             unsafe { sys::nftnl_nlmsg_build_hdr(buffer.cast(), kind, family, flags, sequence) }
         };
         let buffer = scratch.as_mut_ptr();
@@ -134,7 +135,8 @@ impl DumpRequest {
                 header
             }
         };
-        // SAFETY: needed to learn the length that libnftnl has written; the header is the start of the scratch buffer.
+        // SAFETY: needed to learn the length that libnftnl has written; the header is the start of
+        // the scratch buffer.
         let len = unsafe { (*header).nlmsg_len } as usize;
         scratch.iter().flat_map(|word| word.to_ne_bytes()).take(len).collect()
     }
@@ -152,11 +154,13 @@ impl DumpRequest {
         match self {
             DumpRequest::Table(_) => {
                 let table = TableObject::new();
-                // SAFETY: needed to read the message, whose length the caller has checked against its header.
+                // SAFETY: needed to read the message, whose length the caller has checked against
+                // its header.
                 if unsafe { sys::nftnl_table_nlmsg_parse(header, table.0.pointer) } == 0 {
                     let mut len = 0;
                     let kind = sys::NFTNL_TABLE_USERDATA as u16;
-                    // SAFETY: needed to get the comment; what comes back lives as long as the table.
+                    // SAFETY: needed to get the comment; what comes back lives as long as the
+                    // table.
                     let data = unsafe {
                         slice(sys::nftnl_table_get_data(table.0.pointer, kind, &mut len), len)
                     };
@@ -208,7 +212,8 @@ impl DumpRequest {
                 let mut counter: Option<Counter> = None;
                 let mut len = 0;
                 let counter_out: *mut Option<Counter> = &mut counter;
-                // SAFETY: as above; the callback gets a pointer to `counter`, which outlives the call.
+                // SAFETY: as above; the callback gets a pointer to `counter`, which outlives the
+                // call.
                 unsafe {
                     if sys::nftnl_rule_nlmsg_parse(header, rule.0.pointer) != 0 {
                         return;
@@ -235,7 +240,8 @@ impl DumpRequest {
             }
             DumpRequest::Elements(..) => {
                 let set = SetObject::new();
-                // SAFETY: as above; the callback gets a pointer to `answers.elements`, which outlives the call.
+                // SAFETY: as above; the callback gets a pointer to `answers.elements`, which
+                // outlives the call.
                 unsafe {
                     if sys::nftnl_set_elems_nlmsg_parse(header, set.0.pointer) == 0 {
                         let out: *mut Vec<FoundElement> = &mut answers.elements;
@@ -317,7 +323,8 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
         counter,
         timeout_ms,
     };
-    // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the vector now.
+    // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the
+    // vector now.
     unsafe { (*out.cast::<Vec<FoundElement>>()).push(found) };
     0
 }
@@ -325,7 +332,8 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
 /// # Safety
 /// Called by libnftnl with a live expression and the pointer to an `Option<Counter>` that it was given.
 unsafe extern "C" fn on_expression(pointer: *mut sys::nftnl_expr, out: *mut c_void) -> i32 {
-    // SAFETY: needed to read a counter; the expression is alive, and `out` is what `on_element` gave.
+    // SAFETY: needed to read a counter; the expression is alive, and `out` is what `on_element`
+    // gave.
     unsafe {
         let name = text(sys::nftnl_expr_get_str(pointer, sys::NFTNL_EXPR_NAME as u16));
         if name.as_deref() == Some("counter") {

@@ -94,7 +94,8 @@ impl<T> Object<T> {
         alloc: unsafe extern "C" fn() -> *mut T,
         free: unsafe extern "C" fn(*const T),
     ) -> Object<T> {
-        // SAFETY: needed to make the object; the allocators take no argument, and null is checked below.
+        // SAFETY: needed to make the object; the allocators take no argument, and null is checked
+        // below.
         let pointer = unsafe { alloc() };
         assert!(!pointer.is_null(), "out of memory");
         Object { pointer, free }
@@ -103,7 +104,8 @@ impl<T> Object<T> {
 
 impl<T> Drop for Object<T> {
     fn drop(&mut self) {
-        // SAFETY: needed to give the memory back; the pointer came from the matching allocator and is freed once.
+        // SAFETY: needed to give the memory back; the pointer came from the matching allocator and
+        // is freed once.
         unsafe { (self.free)(self.pointer) };
     }
 }

@@ -190,8 +190,8 @@ fn install(key: Key, map: &str, ports: PortRewrite, timeout: Option<u32>, then: 
     })
 }
 
-/// Returns a rule for each cached protocol that goes on in the chain `then`. A statement that caches
-/// ends its rule if its map is full; the last rule counts those packets.
+/// Returns a rule for each cached protocol that goes on in the chain `then`. A statement that
+/// caches ends its rule if its map is full; the last rule counts those packets.
 fn each_or_full(
     map: &str,
     then: &str,

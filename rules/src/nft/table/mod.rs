@@ -18,7 +18,8 @@ use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
 use super::names::layout_chain;
 use super::options::{FastPath, RulesetOptions};
 
-/// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or forwards.
+/// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or
+/// forwards.
 const STEER_PRIORITY: i32 = -300;
 /// Priority of the chain `learn`: behind br_netfilter's hook.
 const LEARN_PRIORITY: i32 = 100;

@@ -1,4 +1,4 @@
-//! What a packet gets under a policy, without regard to flows.
+//! Decisions of a policy on packets, without regard to flows.
 
 use super::super::*;
 use crate::packet::Packet;

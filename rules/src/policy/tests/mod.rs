@@ -209,7 +209,7 @@ fn what_is_blanked_may_not_leave_a_contradiction() {
 }
 
 proptest::proptest! {
-    /// What the state file holds must be taken back, whatever guests have written.
+    /// The policy must be restored from its printed form, whatever guests have written.
     #[test]
     fn any_accepted_commands_are_taken_back(
         lines in proptest::collection::vec("(R F|A|D|X|R L) MB( #[1-3])?( [IMT] [0-9]{1,2}| 10.0.0.[1-3]| 2001:db8::[12])( 0 10.0.0.[1-5]| s 10.0.0.1| d 2001:db8::2| d 10.0.0.2| s 2001:db8::1| s 80| d 80| d| s| t 1| p 6){0,4}", 1..24)

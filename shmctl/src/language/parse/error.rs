@@ -20,7 +20,7 @@ pub enum ErrorCode {
     Denied,
     /// A limit on registrations, rules or backends is reached.
     Quota,
-    /// This version does not support the command.
+    /// The command is not supported by this version.
     Unsupported,
     /// The host failed; the command itself may be valid.
     Internal,
@@ -67,9 +67,9 @@ impl FromStr for ErrorCode {
 pub struct CommandError {
     /// The code.
     pub code: ErrorCode,
-    /// Where the word begins, in bytes from 1.
+    /// The column at which the word begins, in bytes from 1.
     pub column: usize,
-    /// What is wrong and what to write, with the word in it.
+    /// The message: what is wrong and what to write, with the word in it.
     pub message: String,
 }
 

@@ -1,7 +1,7 @@
 //! The parser: one line becomes a [`Command`], or an error that names the wrong word and what was
 //! expected.
 //!
-//! It does not panic on any input, and its work is bounded by [`MAX_COMMAND`].
+//! The parser does not panic on any input, and its work is bounded by [`MAX_COMMAND`].
 
 pub mod error;
 mod service;

@@ -26,7 +26,7 @@ pub enum Place {
     Backend(usize),
 }
 
-/// Where the words of a parsed command are.
+/// The positions of the words of a parsed command.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Spans {
     mac: Option<usize>,

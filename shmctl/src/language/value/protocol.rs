@@ -4,7 +4,8 @@ use super::{NumberRange, ParseValueError, decimal, number};
 use std::fmt;
 use std::str::FromStr;
 
-/// An Ethernet protocol number in host order, never below 0x0600 (smaller values are 802.3 lengths).
+/// An Ethernet protocol number in host order, never below 0x0600 (smaller values are 802.3
+/// lengths).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct EtherType(u16);
 

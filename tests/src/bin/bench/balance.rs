@@ -1,9 +1,11 @@
-//! A balanced service with real programs, beside what it stands in for: the plain bridge straight to the backend, and in the
-//! middlebox' place HAProxy in TCP mode, nginx's stream module, NAT by nftables and, where the kernel has it, IPVS.
+//! A balanced service with real programs, beside what it stands in for: the plain bridge straight
+//! to the backend, and in the middlebox' place HAProxy in TCP mode, nginx's stream module, NAT by
+//! nftables and, where the kernel has it, IPVS.
 //!
-//! All stand at the same time; each is measured in turn, round after round, and compared with the plain bridge of its round.
-//! Throughput is iperf3's, requests are wrk's against nginx. Needs the Debian packages haproxy, nginx, libnginx-mod-stream,
-//! iperf3, wrk and ipvsadm; what is missing is left out, and said.
+//! All stand at the same time; each is measured in turn, round after round, and compared with the
+//! plain bridge of its round. Throughput is iperf3's, requests are wrk's against nginx. Needs the
+//! Debian packages haproxy, nginx, libnginx-mod-stream, iperf3, wrk and ipvsadm; what is missing is
+//! left out, and said.
 
 use crate::print;
 use nfqd_tests::daemon::Daemon;
@@ -14,12 +16,12 @@ use std::io::Write;
 use std::process::{Child, Stdio};
 
 const BACKEND: &str = "10.129.126.17";
-/// The same host by another address, for the plain bridge: a client that talks to a backend by its own address and through
-/// the balancer from one port would have one conversation too many with it.
+/// The same host by another address, for the plain bridge: a client that talks to a backend by its
+/// own address and through the balancer from one port would have one conversation too many with it.
 const PLAIN: &str = "10.129.126.27";
 /// And by a third, whose answers go back through IPVS.
 const BEHIND_IPVS: &str = "10.129.126.37";
-/// Where the backend serves requests and streams.
+/// The ports at which the backend serves requests and streams.
 const WEB: u16 = 80;
 const STREAM: u16 = 5201;
 const ROUNDS: usize = 5;
@@ -150,7 +152,8 @@ pub fn run() {
     });
 }
 
-/// NAT in the middlebox' place: destination to the backend, source to the middlebox, so that answers come back.
+/// NAT in the middlebox' place: destination to the backend, source to the middlebox, so that
+/// answers come back.
 fn nat(vm: &Host, dir: &std::path::Path) -> bool {
     let text = format!(
         "table ip nat {{
@@ -192,7 +195,7 @@ fn ipvs(vm: &Host, backend: &Host) -> bool {
     true
 }
 
-/// What is measured, and whether more is better.
+/// The metrics, and whether more is better.
 const MEASURES: [(&str, &str); 10] = [
     ("stream", "Gbit/s"),
     ("stream back", "Gbit/s"),

@@ -1,4 +1,4 @@
-//! What a new flow costs the engine, by how many flows there are: time and allocations.
+//! The cost of a new flow in the engine by the number of flows: time and allocations.
 
 use crate::print;
 use nfqd::engine::flows::OriginalTuple;

@@ -1,5 +1,5 @@
-//! Consistent hashing: how evenly it shares, and how many new flows change their backend when one goes, beside the least
-//! possible and beside hashing by the remainder.
+//! Consistent hashing: how evenly it shares, and how many new flows change their backend when one
+//! goes, beside the least possible and beside hashing by the remainder.
 
 use nfqd_rules::maglev::{PLACES, table};
 use nfqd_shmctl::BackendName;

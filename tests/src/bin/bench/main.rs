@@ -1,6 +1,7 @@
 //! Benchmarks, each beside a peer in the same run: medians, quartiles, ratios.
 //!
-//! Run as root: `cargo build --release && target/release/bench [throughput] [balance] [maglev] [flows] [scale] [classifier]`; all without a name.
+//! Run as root: `cargo build --release && target/release/bench [throughput] [balance] [maglev]
+//! [flows] [scale] [classifier]`; all without a name.
 
 mod balance;
 mod classifier;
@@ -14,7 +15,8 @@ use nfqd_tests::counting::Counting;
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Prints the middle of some measurements and how far the quartiles are apart; the middle comes back.
+/// Prints the middle of some measurements and how far the quartiles are apart; the middle comes
+/// back.
 fn print(name: &str, values: &[f64], unit: &str) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

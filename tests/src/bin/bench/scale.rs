@@ -1,5 +1,5 @@
-//! Ten thousand middleboxes with ten rules each, beside one with one rule, and beside `nft -f` of an equal ruleset written by
-//! hand.
+//! Ten thousand middleboxes with ten rules each, beside one with one rule, and beside `nft -f` of
+//! an equal ruleset written by hand.
 
 use crate::print;
 use nfqd_tests::daemon::{Daemon, program};
@@ -23,7 +23,8 @@ fn mac(n: u32) -> String {
     format!("02:00:00:{a:02x}:{b:02x}:{c:02x}")
 }
 
-/// The rules of a middlebox: their commands, and the elements that they are in nftables, with the set's name.
+/// The rules of a middlebox: their commands, and the elements that they are in nftables, with the
+/// set's name.
 fn rules(n: u32, count: u32, shapes: u32) -> impl Iterator<Item = (String, &'static str, String)> {
     (1..=count).map(move |rule| {
         let (number, mac) = (1000 + rule, mac(n));
@@ -56,7 +57,7 @@ fn commands(middleboxes: u32, count: u32, shapes: u32) -> String {
     out
 }
 
-/// The same as a careful administrator would write it: sets by shape, counters, comments.
+/// An equal ruleset as a careful administrator would write it: sets by shape, counters, comments.
 fn by_hand(shapes: u32) -> String {
     let sets = [
         ("tcp_dport", "inet_service", "meta l4proto tcp ether daddr . th dport"),
@@ -120,7 +121,8 @@ fn frame(n: u32) -> Vec<u8> {
     out
 }
 
-/// A bridge with a port that frames come from and one that takes them all, in a network namespace of its own.
+/// A bridge with a port that frames come from and one that takes them all, in a network namespace
+/// of its own.
 struct Bridge {
     uplink: Tap,
     namespace: File,
@@ -169,7 +171,8 @@ impl Bridge {
         })
     }
 
-    /// Thousands of frames a second through the bridge to these middleboxes, in turn; each write goes the whole way.
+    /// Thousands of frames a second through the bridge to these middleboxes, in turn; each write
+    /// goes the whole way.
     fn rate(&self, frames: &[Vec<u8>]) -> f64 {
         let (before, start) = (self.taken(), Instant::now());
         for n in 0..FRAMES {
@@ -197,7 +200,7 @@ fn usage(pid: u32) -> (u64, f64) {
 /// The CPU time, in microseconds, that changes of one rule cost nfqd's control thread, one by one.
 fn changes(daemon: &Daemon, command: impl Fn(u32) -> String) -> Vec<f64> {
     let pid = daemon.pid();
-    // What follows the start, the file of registrations among that, is over by then.
+    // The work that follows the start, such as the file of registrations, is over by then.
     std::thread::sleep(std::time::Duration::from_secs(1));
     let idle = {
         let before = usage(pid).1;
