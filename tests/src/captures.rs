@@ -1,7 +1,7 @@
-//! The corpus of captures in `tests/captures`: what it is made of. Each file is about one thing
+//! The corpus of captures in `tests/captures`, and how it is made. Each file is about one thing
 //! that parsers get wrong.
 //!
-//! `cargo run -p nfqd-tests --bin captures` writes the files; a test holds them to what is here.
+//! `cargo run -p nfqd-tests --bin captures` writes the files; a test compares them with this code.
 
 use crate::frames::{HOSTS, MIDDLEBOXES};
 
@@ -20,7 +20,7 @@ fn mac(text: &str) -> Vec<u8> {
     text.split(':').map(|byte| u8::from_str_radix(byte, 16).expect("a MAC")).collect()
 }
 
-/// A frame from the client to the first middlebox: tags, then the EtherType and what is behind it.
+/// A frame from the client to the first middlebox: tags, the EtherType and the payload.
 fn frame(tags: &[[u8; 4]], ether_type: u16, payload: &[u8]) -> Vec<u8> {
     let mut out = [mac(MIDDLEBOXES[0]), mac(HOSTS[0])].concat();
     tags.iter().for_each(|tag| out.extend(tag));
@@ -39,8 +39,8 @@ fn checksum(header: &[u8]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-/// An IPv4 packet from 10.0.0.4 to 10.0.0.2, with flags and offset, and the whole total length said
-/// to be `more` longer.
+/// An IPv4 packet from 10.0.0.4 to 10.0.0.2 with these flags and offset, and a total length that is
+/// `more` too large.
 fn ipv4_saying(protocol: u8, fragment: u16, body: &[u8], more: i32) -> Vec<u8> {
     let total = (20 + body.len() as i32 + more) as u16;
     let mut header = vec![0x45, 16];
@@ -57,8 +57,8 @@ fn ipv4(protocol: u8, body: &[u8]) -> Vec<u8> {
     ipv4_saying(protocol, 0x4000, body, 0)
 }
 
-/// An IPv6 packet from 2001:db8::4 to 2001:db8::2 with these extension headers: number, and bytes
-/// of which the first will name the next.
+/// An IPv6 packet from 2001:db8::4 to 2001:db8::2 with these extension headers: a number, and bytes
+/// of which the first is set to the next header.
 fn ipv6(extensions: &[(u8, Vec<u8>)], last: u8, body: &[u8]) -> Vec<u8> {
     let next = |index: usize| extensions.get(index).map_or(last, |(number, _)| *number);
     let mut chain = Vec::new();
@@ -233,7 +233,7 @@ fn truncated() -> Vec<Vec<u8>> {
     whole.iter().flat_map(cut).collect()
 }
 
-/// Lengths that are not what is there.
+/// Lengths that do not match the packet.
 fn lengths() -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     for protocol in [TCP, UDP, ICMP] {
@@ -264,7 +264,7 @@ fn lengths() -> Vec<Vec<u8>> {
             out.push(frame(&[], 0x86dd, &packet));
         }
     }
-    // UDP that says another length than its packet.
+    // UDP whose length differs from its packet's.
     for says in [0_u16, 7, 8, 17, 19, 65535] {
         let mut inside = body(UDP, 10);
         inside[4..6].copy_from_slice(&says.to_be_bytes());
@@ -274,7 +274,7 @@ fn lengths() -> Vec<Vec<u8>> {
     out
 }
 
-/// Conversations with the second middlebox, which is balanced, and what its backends answer.
+/// Conversations with the second middlebox, which is balanced, and the replies of its backends.
 fn conversations() -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     for (protocol, v6) in [(TCP, false), (UDP, false), (ICMP, false), (TCP, true), (UDP, true)] {

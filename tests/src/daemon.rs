@@ -1,4 +1,4 @@
-//! The real daemon, run by a test in the namespace of its thread.
+//! The real daemon, run by a test in the network namespace of its thread.
 
 use nfqd::api::Status;
 use nfqd::api::client::status;
@@ -40,25 +40,25 @@ impl Daemon {
     /// own, and waits until it is ready.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn start(arguments: &[&str]) -> Daemon {
         Daemon::start_bound(arguments, "")
     }
 
-    /// The same, with its region bound to a MAC.
+    /// Starts one whose region is bound to a MAC.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn start_bound(arguments: &[&str], mac: &str) -> Daemon {
         let mut daemon = Daemon::spawn(arguments, mac);
         daemon.wait_ready();
         daemon
     }
 
-    /// The same, without waiting.
+    /// Starts one without waiting until it is ready.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn spawn(arguments: &[&str], mac: &str) -> Daemon {
         let directory = tempfile::tempdir().expect("directory");
         let bound = if mac.is_empty() { String::new() } else { format!(",mac={mac}") };
@@ -68,9 +68,9 @@ impl Daemon {
             .chain(arguments.iter().copied())
             .map(str::to_string)
             .collect();
-        // br_netfilter is on in every new namespace. Where it is not the way into the queue it only
-        // changes what the bridge does, and cut ARP frames are dropped for the sake of a table that
-        // nobody has here.
+        // br_netfilter is on in every new namespace. If it is not the queue path it only changes
+        // the bridge, and truncated ARP frames are dropped for the sake of a table that does not
+        // exist here.
         let by_br_netfilter = if steer() == "native" { "0" } else { "1" };
         for (name, value) in [
             ("call-iptables", by_br_netfilter),
@@ -126,12 +126,12 @@ impl Daemon {
     /// Returns the status.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If it does not answer.
     pub fn status(&self) -> Status {
         self.try_status().unwrap_or_else(|| panic!("no status\n{}", self.log()))
     }
 
-    /// Returns how many packets its engine has decided.
+    /// Returns the number of packets that its engine has decided on.
     pub fn queued_packets(&self) -> u64 {
         self.status().queues.iter().map(|queue| queue.packets).sum()
     }
@@ -159,19 +159,19 @@ impl Daemon {
         assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}\n{}", self.log());
     }
 
-    /// Ends it as a crash would: SIGKILL.
+    /// Kills it, as a crash would (SIGKILL).
     ///
     /// # Panics
-    /// When it cannot be ended.
+    /// If it cannot be ended.
     pub fn kill(&mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("wait");
     }
 
-    /// Ends it as an administrator would: SIGTERM.
+    /// Ends it, as an administrator would (SIGTERM).
     ///
     /// # Panics
-    /// When it does not end.
+    /// If it does not end.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(nix::sys::signal::Signal::SIGTERM);
         self.child.wait().expect("wait")
@@ -180,13 +180,13 @@ impl Daemon {
     /// Sends it a signal.
     ///
     /// # Panics
-    /// When it is not there.
+    /// If it is not there.
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("pid"));
         nix::sys::signal::kill(pid, signal).expect("signal");
     }
 
-    /// The arguments that it gets when it is started again, besides its region.
+    /// Sets the arguments for the next start, besides its region.
     pub fn set_arguments(&mut self, arguments: &[&str]) {
         const REGION: usize = 2;
         self.arguments.truncate(REGION);
@@ -196,7 +196,7 @@ impl Daemon {
     /// Starts it again, with the same directory.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn restart(&mut self) {
         self.child = spawn(self.directory.path(), &self.arguments);
         self.wait_ready();

@@ -1,9 +1,9 @@
-//! Random frames and commands out of a small world, so that they meet.
+//! Random frames and commands from a small world, so that they match each other.
 
 use proptest::prelude::*;
 use proptest::sample::select;
 
-/// The middleboxes of the world; policies are about these.
+/// The middleboxes of the world, which the policies are about.
 pub const MIDDLEBOXES: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
 /// MACs of hosts: a client and two backends.
 pub const HOSTS: [&str; 3] = ["02:00:00:00:00:0c", "02:00:00:00:00:b1", "02:00:00:00:00:b2"];
@@ -32,7 +32,7 @@ fn ip6() -> impl Strategy<Value = [u8; 16]> {
         .prop_map(|last| [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last])
 }
 
-/// A protocol and what is behind the IP header, checksums right or not.
+/// A protocol and the payload of an IP packet, with correct checksums or wrong ones.
 fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
     let port = || select(PORTS.to_vec());
     let ports = (port(), port());
@@ -54,7 +54,7 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
         3 => (select(vec![1_u8, 58]), select(vec![0_u8, 1, 3, 8, 128, 135]), 0..4_u8, any::<[u8; 12]>())
             .prop_map(|(protocol, kind, code, rest)| (protocol, [&[kind, code], &rest[..]].concat())),
         1 => (select(vec![47_u8, 51, 59, 132, 136, 200]), any::<[u8; 24]>()).prop_map(|(p, rest)| (p, rest.to_vec())),
-        // Cut in the L4 header.
+        // Truncated in the L4 header.
         1 => (select(vec![6_u8, 17]), proptest::collection::vec(any::<u8>(), 0..18)),
     ]
 }
@@ -91,8 +91,8 @@ enum Said {
     ErrorBack(bool),
 }
 
-/// One packet of a conversation. The backend, its port and TCP's flags are guesses; checksums of
-/// TCP, UDP and ICMP are made up.
+/// A packet of a conversation. The backend, its port and the TCP flags are random; so are the
+/// checksums of TCP, UDP and ICMP.
 #[derive(Clone, Copy, Debug)]
 struct Word {
     said: Said,
@@ -166,7 +166,7 @@ fn said(talk: Conversation, word: Word) -> Vec<u8> {
     out
 }
 
-/// Some packets of a conversation, that begins as one does.
+/// Some packets of a conversation, whose beginning is a proper one.
 fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let rarely = || prop::bool::weighted(0.25);
     let ends =
@@ -175,7 +175,15 @@ fn conversation() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let talk = (ends, ports, rarely(), any::<bool>()).prop_map(
         |((first, client, frontend), (cport, port), v6, udp)| {
             let frontend = if v6 { 2 } else { frontend };
-            Conversation { middlebox: if first { 1 } else { 2 }, client, frontend, cport, port, v6, udp }
+            Conversation {
+                middlebox: if first { 1 } else { 2 },
+                client,
+                frontend,
+                cport,
+                port,
+                v6,
+                udp,
+            }
         },
     );
     let what = prop_oneof![

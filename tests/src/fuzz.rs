@@ -10,8 +10,8 @@ use std::sync::OnceLock;
 /// Parses text as commands, one a line, and applies them.
 ///
 /// # Panics
-/// When what is read does not print and read back as itself, an error does not name a place in the line, or the policy is
-/// not made again by its own commands.
+/// If a parsed command does not print and parse back as itself, an error does not name a place in
+/// the line, or the policy is not restored by its own commands.
 pub fn command(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut policy = Policy::default();
@@ -58,11 +58,11 @@ fn rules() -> &'static Policy {
     })
 }
 
-/// Reads a frame, cut to a length that the first bytes say, filters it and rewrites it.
+/// Parses a frame, truncated to a length from the first bytes, filters it and rewrites it.
 ///
 /// # Panics
-/// When the classifier finds another rule than a linear scan, or a rewrite leaves the frame unreadable or of
-/// another length.
+/// If the classifier finds another rule than a linear scan, or a rewrite makes the frame unparsable
+/// or changes its length.
 pub fn packet(data: &[u8]) {
     let Some((&[cut, last], frame)) = data.split_first_chunk() else { return };
     let length = frame.len() + usize::from(cut);

@@ -1,7 +1,8 @@
 //! Support for tests that cross crates: network namespaces, TAP devices, a running daemon, random
 //! frames.
 //!
-//! Every lab lives in network namespaces that the test itself makes, and goes with its processes.
+//! Every topology lives in network namespaces that the test itself makes, and ends with its
+//! processes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod captures;

@@ -1,5 +1,5 @@
-//! Many connections at once: a server that answers each request of a connection with its name and
-//! how many the connection has made, and clients that hold it to that.
+//! Load of many connections: a server that answers each request of a connection with its name and
+//! the number of requests so far, and clients that check it.
 
 use crate::daemon::program;
 use crate::netns::Host;
@@ -12,16 +12,16 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-/// Allows this process as many open files as it may have.
+/// Raises this process' limit of open files to the maximum.
 ///
 /// # Panics
-/// When it may not.
+/// If it is not allowed.
 pub fn allow_files() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("limit of open files");
 }
 
-/// A server for many connections: the program `load`, for a process may have only so many files.
+/// A server for many connections: the program `load`, because a process has a limit of open files.
 pub struct LoadServer {
     server: Child,
 }
@@ -30,7 +30,7 @@ impl LoadServer {
     /// Starts one on a host; it answers by `name`.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn start(host: &Host, name: u8, port: u16) -> LoadServer {
         let path = program("load");
         let mut command = host.command(path.to_str().expect("path"));
@@ -60,7 +60,7 @@ impl Drop for LoadServer {
 /// Serves in this namespace until it is killed; writes a byte when it listens.
 ///
 /// # Panics
-/// When the port is taken.
+/// If the port is taken.
 pub fn run(name: u8, port: u16) {
     allow_files();
     let listener = listen(port);
@@ -125,7 +125,7 @@ pub struct Member {
 /// Connects from a host, which it enters, some times, and asks each connection once.
 ///
 /// # Errors
-/// When one is refused or not answered.
+/// If one is refused or not answered.
 pub fn connect_all(
     host: &Host,
     to: IpAddr,
@@ -149,10 +149,10 @@ fn connect(to: IpAddr, port: u16) -> std::io::Result<Member> {
 }
 
 impl Member {
-    /// Asks once more: who answers.
+    /// Sends another request; returns the server that answers.
     ///
     /// # Errors
-    /// When the connection is gone, or nobody answers.
+    /// If the connection is gone, or nobody answers.
     pub fn ask(&mut self) -> std::io::Result<u8> {
         self.stream.write_all(b"?")?;
         let mut answer = [0; 2];
@@ -166,10 +166,11 @@ impl Member {
     }
 }
 
-/// Asks all once more: each must be answered by the server that it began with.
+/// Sends another request on all connections: each must be answered by the server that it began
+/// with.
 ///
 /// # Panics
-/// When one is not.
+/// If one is not.
 pub fn ask_all(members: &mut [Member], when: &str) {
     for (at, member) in members.iter_mut().enumerate() {
         let answer = member.ask().unwrap_or_else(|error| {

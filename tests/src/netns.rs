@@ -1,4 +1,4 @@
-//! Network namespaces without names: a thread has one, its children inherit it, and it goes with
+//! Network namespaces without names: a thread has one, its children inherit it, and it ends with
 //! them.
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -14,7 +14,7 @@ pub fn in_netns(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace; run as root");
         run("ip link set lo up");
-        // The kernel's own chatter would be taken for frames of the test.
+        // The kernel's own IPv6 packets would be taken for frames of the test.
         for which in ["all", "default"] {
             let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
             std::fs::write(path, "1").expect("sysctl");
@@ -26,10 +26,10 @@ pub fn in_netns(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Runs a command line, words split at blanks, in the namespace of this thread; its output.
+/// Runs a command line, words split at blanks, in the namespace of this thread; returns its output.
 ///
 /// # Panics
-/// When it fails.
+/// If it fails.
 pub fn run(line: &str) -> String {
     let mut words = line.split_whitespace();
     let output = Command::new(words.next().expect("a command")).args(words).output().expect(line);
@@ -48,17 +48,17 @@ impl Host {
     /// `bridge`, and `eth0` of this MAC and address there.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn attach(bridge: &str, port: &str, mac: &str, addresses: &[&str]) -> Host {
         let host = Host::linked(port, mac, addresses);
         run(&format!("ip link set {port} master {bridge}"));
         host
     }
 
-    /// The same, with a port that is on no bridge.
+    /// Makes one whose port is not on a bridge.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn linked(port: &str, mac: &str, addresses: &[&str]) -> Host {
         let before = std::fs::read_link("/proc/thread-self/ns/net").expect("ns");
         let holder = Command::new("unshare")
@@ -97,7 +97,7 @@ impl Host {
     /// Runs a command line there; its output.
     ///
     /// # Panics
-    /// When it fails.
+    /// If it fails.
     pub fn run(&self, line: &str) -> String {
         run(&format!("nsenter -t {} --net {line}", self.holder.id()))
     }
@@ -105,7 +105,7 @@ impl Host {
     /// Runs code there, on a thread of its own, and returns what it returns.
     ///
     /// # Panics
-    /// When the namespace cannot be entered, or the code panics.
+    /// If the namespace cannot be entered, or the code panics.
     pub fn enter<T: Send>(&self, code: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(format!("/proc/{}/ns/net", self.holder.id())).expect("ns");
         std::thread::scope(|scope| {

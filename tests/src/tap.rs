@@ -1,5 +1,5 @@
-//! A TAP device as a port of a bridge: frames go in and come out as a virtual machine's do, byte
-//! for byte.
+//! A TAP device as a port of a bridge: frames go in and come out unchanged, as a virtual machine's
+//! do.
 #![allow(unsafe_code)]
 
 use crate::netns::run;
@@ -17,10 +17,10 @@ pub struct Tap {
 
 impl Tap {
     /// Makes a TAP device in the namespace of this thread and puts it on a bridge, without
-    /// learning: where a MAC is, the test says.
+    /// learning: the test says where a MAC is.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn on_bridge(bridge: &str, name: &str, macs: &[&str]) -> Tap {
         let file = File::options()
             .read(true)
@@ -51,15 +51,15 @@ impl Tap {
     /// Sends a frame, as the machine behind the device would.
     ///
     /// # Panics
-    /// When the kernel does not take it.
+    /// If the kernel does not take it.
     pub fn send(&self, frame: &[u8]) {
         (&self.file).write_all(frame).expect("tap write");
     }
 
-    /// The next frame that is there.
+    /// Returns the next frame that has arrived.
     ///
     /// # Panics
-    /// When the device fails.
+    /// If the device fails.
     pub fn try_receive(&self) -> Option<Vec<u8>> {
         let mut buffer = vec![0; 70_000];
         match (&self.file).read(&mut buffer) {
@@ -72,10 +72,10 @@ impl Tap {
         }
     }
 
-    /// The next frame, waited for.
+    /// Waits for the next frame.
     ///
     /// # Panics
-    /// When the device fails.
+    /// If the device fails.
     pub fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
         let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(patience).expect("timeout");

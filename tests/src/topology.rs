@@ -31,7 +31,7 @@ pub fn ip6(ip: Ipv4Addr) -> Ipv6Addr {
 pub struct Topology {
     /// The host that talks to the middlebox.
     pub client: Host,
-    /// So does it, from another MAC.
+    /// A second client, with another MAC.
     pub other: Host,
     /// The backend of redirects.
     pub backend: Host,
@@ -40,8 +40,7 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Makes the bridge and the hosts; a host stands for the middlebox, too, when `with_vm` says
-    /// so.
+    /// Makes the bridge and the hosts; with `with_vm`, a host stands for the middlebox as well.
     pub fn new(with_vm: bool) -> Topology {
         run("ip link add br0 type bridge mcast_snooping 0");
         run("ip link set br0 up");
@@ -73,9 +72,9 @@ impl Topology {
     }
 }
 
-/// A TCP server that greets with its name, takes what comes, and answers with how much it was and
-/// its hash. One by the name of [`SINK`] does not hash, which would be the slowest part of a
-/// benchmark.
+/// A TCP server that greets with its name, reads to the end, and answers with the length and the
+/// hash of what it has read. One with the name [`SINK`] does not hash, which would be the slowest
+/// part of a benchmark.
 pub struct Server {
     stop: Arc<AtomicBool>,
     address: SocketAddr,
@@ -86,7 +85,7 @@ impl Server {
     /// Starts one on a host.
     ///
     /// # Panics
-    /// When the port is taken.
+    /// If the port is taken.
     pub fn start(host: &Host, name: &'static str, port: u16) -> Server {
         let listener =
             host.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).expect("bind"));
@@ -137,21 +136,21 @@ fn serve(mut stream: TcpStream, name: &str) {
         }
         writeln!(stream, "{total} {:016x}", hash.finish())
     })();
-    // A client that is cut off is what some tests want.
+    // Some tests cut a client off on purpose.
     let _: std::io::Result<()> = served;
 }
 
 /// The name of a server that counts only.
 pub const SINK: &str = "sink";
 
-/// A connection from a host; the greeting is read.
+/// A connection from a host, whose greeting has been read.
 pub struct Connection {
     stream: TcpStream,
     /// The server that answered.
     pub server: String,
 }
 
-/// Connects to an address from a host; `None` when nobody answers in time.
+/// Connects to an address from a host; `None` if no server answers in time.
 pub fn connect(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<Connection> {
     let address = SocketAddr::new(to.into(), port);
     let mut stream =
@@ -166,13 +165,13 @@ pub fn connect(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<Connecti
     Some(Connection { stream, server })
 }
 
-/// Whether somebody takes a connection.
+/// Whether a server accepts a connection.
 pub fn connect_plain(host: &Host, to: IpAddr, port: u16) -> bool {
     let address = SocketAddr::new(to, port);
     host.enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))).is_ok()
 }
 
-/// The name of who answers at an address.
+/// Returns the name of the server that answers at an address.
 pub fn who(host: &Host, to: impl Into<IpAddr>, port: u16) -> Option<String> {
     connect(host, to, port).map(|connection| connection.server)
 }
@@ -181,12 +180,12 @@ impl Connection {
     /// Sends a chunk.
     ///
     /// # Panics
-    /// When it cannot be sent.
+    /// If it cannot be sent.
     pub fn send(&mut self, chunk: &[u8]) {
         self.stream.write_all(chunk).expect("send");
     }
 
-    /// Sends something until the connection says that it has ended.
+    /// Sends until the connection reports its end.
     ///
     /// # Errors
     /// Asserts that it has, within a second.
@@ -201,7 +200,7 @@ impl Connection {
     /// Sends `total` bytes in large writes and checks the server's count and hash.
     ///
     /// # Panics
-    /// When a byte is lost or wrong.
+    /// If a byte is lost or wrong.
     pub fn transfer(mut self, total: u64) {
         let chunk: Vec<u8> =
             (0..1_u32 << 18).flat_map(|n| n.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
@@ -215,10 +214,10 @@ impl Connection {
         assert_eq!(self.finish(), expected, "bytes and their hash");
     }
 
-    /// Sends `total` bytes to a [`SINK`] as fast as it takes them; bits a second.
+    /// Sends `total` bytes to a [`SINK`] as fast as possible; returns bits per second.
     ///
     /// # Panics
-    /// When a byte is lost.
+    /// If a byte is lost.
     pub fn pour(mut self, total: u64) -> f64 {
         let chunk = vec![7; 1 << 20];
         let start = Instant::now();
@@ -228,10 +227,10 @@ impl Connection {
         (total * 8) as f64 / start.elapsed().as_secs_f64()
     }
 
-    /// Ends sending; what the server says it got.
+    /// Ends sending; returns the server's answer.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If it does not answer.
     pub fn finish(mut self) -> String {
         self.stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
         let mut answer = String::new();
@@ -243,7 +242,7 @@ impl Connection {
 /// Waits until a condition holds.
 ///
 /// # Panics
-/// When it does not within twenty seconds.
+/// If it does not within twenty seconds.
 pub fn wait_for(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {

@@ -21,11 +21,11 @@ pub fn directory() -> Option<PathBuf> {
 }
 
 impl Vm {
-    /// Boots one, with its NIC of this MAC on bridge `br0` and this address, and `region` as its
+    /// Boots one, with a NIC of this MAC on bridge `br0` and this address, and `region` as its
     /// shared memory.
     ///
     /// # Panics
-    /// When it does not boot; with what its console said.
+    /// If it does not boot; with what its console said.
     pub fn boot(files: &Path, region: &Path, mac: &str, address: &str, console: &Path) -> Vm {
         run("ip tuntap add dev vm mode tap vnet_hdr");
         run("ip link set vm master br0 up");
@@ -88,10 +88,10 @@ impl Vm {
         line.trim_end().to_string()
     }
 
-    /// Runs a command line in the guest's shell: exit code and output.
+    /// Runs a command line in the guest's shell; returns exit code and output.
     ///
     /// # Panics
-    /// When the machine is gone.
+    /// If the machine is gone.
     pub fn run(&mut self, command: &str) -> (i32, String) {
         assert!(!command.contains('\n'), "one line: {command}");
         self.number += 1;

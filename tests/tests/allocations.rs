@@ -1,4 +1,4 @@
-//! The engine allocates nothing for a packet, once it has seen the rules and the flow.
+//! The engine allocates nothing for a packet whose rules and flow it has seen before.
 #![allow(clippy::unwrap_used)]
 
 use nfqd::engine::verdict::Verdict;

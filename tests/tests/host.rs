@@ -9,7 +9,7 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../br-netfilter.sh")
 }
 
-/// Runs it with these variables: exit code and everything it said.
+/// Runs the script with these variables; returns exit code and all output.
 fn br_netfilter(directory: &Path, job: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let output = Command::new(script())
         .arg(job)

@@ -1,5 +1,5 @@
-//! Real hosts on a bridge: what the commands do to real connections, what a large transfer costs,
-//! and what happens when nfqd dies, leaves, or is interfered with.
+//! Real hosts on a bridge: the effect of commands on real connections, the cost of a large
+//! transfer, and the behaviour when nfqd dies, exits, or another program interferes.
 #![allow(clippy::unwrap_used)]
 
 use nfqd::api::{BackendState, Status};
@@ -192,7 +192,7 @@ fn what_a_guest_changes_is_no_interference() {
     in_netns(|| {
         let fixture = Fixture::new(&[]);
         fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
-        // Each makes the chain of all of them anew, of which the kernel tells rule by rule.
+        // Each command rebuilds the chain of all of them, which the kernel reports rule by rule.
         for n in 1..=120 {
             fixture.daemon.must(&format!("A 12:13:14:15:16:17 #{n} V 1 s {n}"));
         }
@@ -222,7 +222,7 @@ fn a_repair_that_fails_is_tried_again() {
         assert_eq!(fixture.daemon.status().repairs, 0);
         let reply = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
         assert!(reply.starts_with("ERR internal the host cannot enforce it"), "{reply}");
-        // Of two frames at once each gets its own answer.
+        // Each of two messages gets its own reply.
         let replies = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15@@Q");
         let (first, second) = replies.split_once('\n').expect("two replies");
         assert!(first.starts_with("ERR internal") && second.starts_with("OK"), "{replies}");
@@ -391,7 +391,7 @@ fn the_engine_alone_carries_large_segments_too() {
     });
 }
 
-/// The handles of the base chains: they change when one is made anew.
+/// The handles of the base chains, which change if one is made anew.
 fn base_chains() -> Vec<String> {
     let text = run("nft -a list table bridge nfqd");
     let chains: Vec<String> = text
@@ -516,8 +516,8 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         fixture.redirect();
         assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
         let index = || run("nft list map bridge nfqd backend_vip4");
-        // Another edition, then the first again: its number is new, and a restart does not give the
-        // old ones away.
+        // Another version, then the first again: its number is new, and a restart does not reuse
+        // the old ones.
         fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
         fixture.daemon.must(STATIC);
         let before = index();
@@ -525,7 +525,7 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
         connection.send(b"x");
         fixture.daemon.kill();
-        // The neighbour is forgotten: the backend's MAC is known from the kernel's map until it
+        // The neighbour entry is gone: the backend's MAC is known from the kernel's map until it
         // answers again.
         run("ip neigh flush dev br0");
         fixture.daemon.restart();
@@ -623,7 +623,7 @@ fn a_guest_does_not_disturb_another() {
             let reply = tell(command);
             assert!(reply.starts_with(expected), "{command}: {reply}");
         }
-        // Garbage for a megabyte, over and over: the other guest is served all the same.
+        // A megabyte of garbage, again and again: the other guest is served all the same.
         let garbage: Vec<u8> =
             (0..1_u32 << 20).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect();
         for _ in 0..20 {
@@ -654,7 +654,7 @@ fn a_mac_that_one_guest_says_is_no_others_after_a_restart() {
             assert_eq!(backend(&daemon, "10.0.0.1"), (BackendState::Unresolved, None));
             assert_eq!(backend(&daemon, "10.0.0.2").0, BackendState::Up);
             daemon.kill();
-            // The channel is bound more tightly now: what stands is named.
+            // The channel is bound more tightly now: registrations outside the binding are named.
             let region = format!(
                 "{},mac=02:00:00:00:00:02,to=10.0.1.0/24",
                 daemon.region().with_extension("2").display()
@@ -672,7 +672,7 @@ fn a_mac_that_one_guest_says_is_no_others_after_a_restart() {
     });
 }
 
-/// Runs nfqd where it must refuse to start; its exit code and message.
+/// Runs nfqd in conditions in which it must not start; returns its exit code and message.
 fn refused(arguments: &[&str]) -> (Option<i32>, String) {
     let state = tempfile::tempdir().unwrap();
     let output = Command::new("timeout")
@@ -724,7 +724,7 @@ fn what_keeps_it_from_starting_is_said() {
         assert_eq!(code, Some(3), "{message}");
         assert!(!run("nft list tables").contains("nfqd"), "nothing was left");
 
-        // The way into the queue that is asked for, but not there.
+        // A queue path that is asked for but missing.
         let sysctl = "/proc/sys/net/bridge/bridge-nf-call-iptables";
         let before = std::fs::read_to_string(sysctl).unwrap();
         std::fs::write(sysctl, "0").unwrap();
@@ -775,7 +775,7 @@ fn check_prints_every_error_with_its_place() {
     assert_eq!((output.status.code(), output.stdout, output.stderr), (Some(0), vec![], vec![]));
 }
 
-/// A small disk at a path, until this goes out of scope.
+/// A small file system at a path, until this value is dropped.
 struct SmallDisk<'a>(&'a std::path::Path);
 
 impl SmallDisk<'_> {
@@ -787,7 +787,7 @@ impl SmallDisk<'_> {
 
 impl Drop for SmallDisk<'_> {
     fn drop(&mut self) {
-        // Lazily: the daemon may still have it open.
+        // Unmounted lazily: the daemon may still have it open.
         run(&format!("umount -l {}", self.0.display()));
     }
 }
@@ -820,7 +820,7 @@ fn a_full_disk_is_said_and_the_policy_holds() {
             saved.contains(STATIC) && saved.contains(&format!("#{} T", fails.unwrap())),
             "{saved}"
         );
-        // Killed, it takes back all of it.
+        // After a kill, it restores everything.
         let commands = fixture.daemon.status().middleboxes[0].commands.clone();
         fixture.daemon.kill();
         fixture.daemon.restart();

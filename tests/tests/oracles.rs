@@ -1,8 +1,8 @@
 //! The three oracles: the fast path in the kernel, the engine alone, and offline replay give the
 //! same verdict and the same bytes for every frame.
 //!
-//! `NFQD_TESTS_POLICIES` sets how many random policies are tried (60 frames each),
-//! `NFQD_TESTS_SEED` the randomness.
+//! `NFQD_TESTS_POLICIES` sets the number of random policies (60 frames each), `NFQD_TESTS_SEED` the
+//! randomness.
 #![allow(clippy::unwrap_used)]
 
 use nfqd::replay::Replay;
@@ -21,13 +21,13 @@ use std::time::{Duration, Instant};
 /// Frames of a case, on average.
 const FRAMES: usize = 60;
 
-/// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out,
-/// everything before it has.
+/// A middlebox whose ICMP goes through the queue in every mode: when its frame has come out, so has
+/// everything before it.
 const SENTINEL: &str = "R L 02:00:00:00:00:5e 10.0.0.94 0 10.0.0.95@02:00:00:00:00:5f";
 
 struct Topology {
     uplink: Tap,
-    /// Ports with the MACs that are behind them.
+    /// Ports with the MACs behind them.
     ports: Vec<(Tap, Vec<[u8; 6]>)>,
     sentinel: Tap,
     daemon: Daemon,
@@ -56,8 +56,8 @@ impl Topology {
         Topology { uplink, ports, sentinel, daemon, by_br_netfilter }
     }
 
-    /// Sends a frame and waits until it is through; what came out where. Floods reach the
-    /// sentinel's port, too.
+    /// Sends a frame and waits until it is through; returns the frames that came out, by port.
+    /// Floods reach the sentinel's port, too.
     fn pass(&self, frame: &[u8]) -> Vec<(usize, Vec<u8>)> {
         self.uplink.send(frame);
         self.uplink.send(&sentinel_frame());
@@ -104,8 +104,8 @@ fn sentinel_frame() -> Vec<u8> {
 }
 
 /// The checks of br_netfilter on every bridged IP packet (net/bridge/br_netfilter_hooks.c,
-/// br_validate_ipv4 and br_validate_ipv6): what does not hold together is dropped, what is behind
-/// the packet is cut off.
+/// br_validate_ipv4 and br_validate_ipv6): inconsistent packets are dropped, and bytes behind the
+/// packet are cut off.
 fn br_netfilter(frame: &[u8]) -> Option<Vec<u8>> {
     let l3 = l3_offset(frame);
     let payload = frame.get(l3..).unwrap_or_default();
@@ -151,8 +151,8 @@ fn hop_by_hop_holds(header: &[u8]) -> bool {
     true
 }
 
-/// Whether br_netfilter's cut changes what a packet says (what stands in the padding): such a frame
-/// has no one answer that way.
+/// Whether br_netfilter's cut changes what a packet says (bytes of the padding): such a frame has
+/// no single answer there.
 fn ambiguous_by_br_netfilter(frame: &[u8]) -> bool {
     br_netfilter(frame).is_some_and(|cut| Packet::from_frame(&cut) != Packet::from_frame(frame))
 }
@@ -172,15 +172,15 @@ struct Tally {
     redirected: usize,
     /// Answers that were translated, among those accepted.
     replies: usize,
-    /// ICMP errors about flows, from the way to the backend.
+    /// ICMP errors about flows, from routers before the backend.
     errors: usize,
     /// Later fragments that had to wait.
     held: usize,
-    /// Frames that have no one answer by br_netfilter.
+    /// Frames that have no single answer by br_netfilter.
     skipped: usize,
 }
 
-/// A lab and a replay, which see the same frames under the same policies at the same time.
+/// A topology and a replay, which see the same frames under the same policies at the same time.
 struct Oracles {
     topology: Topology,
     replay: Replay,
@@ -199,7 +199,8 @@ impl Oracles {
         }
     }
 
-    /// Makes a policy hold on both sides, step by step: what is registered anew has no flows.
+    /// Applies a policy on both sides, step by step: services that are registered anew have no
+    /// flows.
     fn set_policy(&mut self, commands: &[String]) -> Result<(), TestCaseError> {
         let daemon = &self.topology.daemon;
         let mut policy = Policy::default();
@@ -225,7 +226,7 @@ impl Oracles {
         Ok(())
     }
 
-    /// Runs a case through the lab and through replay.
+    /// Runs a case through the topology and through replay.
     fn compare(&mut self, (commands, frames): &Case) -> Result<(), TestCaseError> {
         self.set_policy(commands)?;
         let mut history = Vec::new();
@@ -234,7 +235,7 @@ impl Oracles {
                 self.tally.skipped += 1;
                 continue;
             }
-            // A frame that br_netfilter drops on its way to the engine leaves no trace there.
+            // A frame that br_netfilter drops on its way to the engine leaves no state there.
             if self.topology.by_br_netfilter && br_netfilter(frame).is_none() {
                 let seen = self.topology.pass(frame);
                 prop_assert!(
@@ -295,7 +296,7 @@ fn udp(to: &str, from: &str, source: u8, destination: u8, sport: u16, dport: u16
     out
 }
 
-/// Disagreements that were found, so that they do not come back.
+/// Disagreements that were found earlier.
 fn found_before() -> Vec<Case> {
     let commands = |lines: &[&str]| lines.iter().map(ToString::to_string).collect::<Vec<_>>();
     let ([one, two], [client, backend, _]) = (MIDDLEBOXES, HOSTS);
@@ -307,12 +308,13 @@ fn found_before() -> Vec<Case> {
         later[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     later[24..26].copy_from_slice(&sum.to_be_bytes());
-    // A flow outlives its service, is taken for the backend's own, and the service comes back.
+    // A flow outlives its service, is taken for the backend's own, and the service is registered
+    // again.
     let service = format!("R L {two} 10.0.0.9 0 10.0.0.3@{backend}");
     let elsewhere = format!("R L {one} 10.0.0.2 0 10.0.0.3@{backend}");
     let there = udp(two, client, 4, 9, 53, 80);
     let back = udp(client, backend, 3, 4, 80, 53);
-    // By br_netfilter the engine does not see the tag that the kernel has let pass.
+    // By br_netfilter the engine does not see a tag that the kernel has let pass.
     let closed =
         [&format!("R F {two} 10.0.0.9 deny"), &format!("A {two} +3 V 1 s 0-4095"), &service];
     let plain = udp(two, client, 4, 9, 53, 80);
@@ -377,8 +379,8 @@ fn the_oracles_agree_about_the_captures() {
     }
 }
 
-/// Random policies and frames. A disagreement is made smaller, frame by frame and command by
-/// command, before it is shown.
+/// Random policies and frames. A disagreement is reduced, frame by frame and command by command,
+/// before it is shown.
 fn random(fast_path: &'static str) {
     in_netns(move || {
         let oracles = RefCell::new(Oracles::new(fast_path));

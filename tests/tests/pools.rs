@@ -1,7 +1,7 @@
 //! Pools with real hosts: connections keep their backend whatever happens to others, errors and
-//! pieces find their way, and who gets no backend is told so.
+//! fragments find their way, and clients without a backend are told.
 //!
-//! `NFQD_TESTS_CONNECTIONS` sets how many connections are held at once (10 000).
+//! `NFQD_TESTS_CONNECTIONS` sets the number of simultaneous connections (10 000).
 #![allow(clippy::unwrap_used)]
 
 use nfqd::api::{BackendState, BackendStatus};
@@ -33,7 +33,7 @@ struct Fixture {
 impl Fixture {
     fn new(backends: u8) -> Fixture {
         run("ip link add br0 type bridge mcast_snooping 0");
-        // The host itself has an address, for its checks.
+        // The host has an address for its checks.
         run("ip link set br0 up");
         run("ip addr add 10.129.126.254/24 dev br0");
         Fixture {
@@ -77,7 +77,7 @@ fn backends(daemon: &Daemon) -> HashMap<String, BackendStatus> {
         .collect()
 }
 
-/// New connections to the service.
+/// Opens new connections to the service.
 fn load(fixture: &Fixture, daemon: &Daemon, count: usize) -> Vec<Member> {
     connect_all(&fixture.client, VM.into(), 80, count).unwrap_or_else(|error| {
         panic!("{error}\n{}\n{}", daemon.log(), nfqd::cli::status::text(&daemon.status()))
@@ -98,7 +98,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
             .map(|n| Some(LoadServer::start(&fixture.backends[usize::from(n)], b'0' + n, 80)))
             .collect();
         // A burst that fills the queue is dropped and sent again, instead of going to the
-        // middlebox, which serves nobody.
+        // middlebox, which has no server.
         let mut daemon = Daemon::start(&["--fail", "closed"]);
         let four: Vec<String> = (0..4).map(to).collect();
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", four.join(" ")));
@@ -129,7 +129,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         let new = load(&fixture, &daemon, 100);
         assert_eq!(shares(&new).get(&b'1'), None, "it is still draining");
         drop(new);
-        // Everything through the engine: it knows all flows by what the kernel remembered.
+        // Everything goes through the engine, which has all flows from the kernel's cache.
         daemon.kill();
         daemon.set_arguments(&["--fail", "closed", "--fast-path", "off"]);
         daemon.restart();
@@ -141,7 +141,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         daemon.restart();
         ask_all(&mut members, "killed, and with it again");
 
-        // A backend is gone for good.
+        // A backend is removed for good.
         fixture.backends.remove(2);
         drop(crowds[2].take());
         wait_for("the checks", || {
@@ -164,7 +164,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         assert_eq!(shares(&new).get(&b'2'), None, "a dead backend gets no new connections");
         drop(new);
 
-        // The draining one has finished what it had, and goes.
+        // The draining backend has finished its connections, and is removed.
         let (finished, mut rest): (Vec<_>, Vec<_>) =
             rest.into_iter().partition(|member| member.server == b'1');
         drop(finished);
@@ -181,12 +181,12 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
     });
 }
 
-/// The backend is behind a router and a link with a small MTU: large packets come back as errors,
-/// which must name the address that the client talks to.
+/// The backend is behind a router and a link with a small MTU: large packets cause errors, which
+/// must name the address that the client talks to.
 fn path_mtu(v6: bool) {
     let fixture = Fixture::new(1);
     let router = &fixture.backends[0];
-    // A network behind the backend's host, which is a router now: its far end is the backend.
+    // The backend's host is now a router to a network behind it, whose far end is the backend.
     let far = router.enter(|| Host::linked("far", "02:00:00:00:02:01", &[]));
     router.run("ip link set far mtu 1300");
     let (near_ip, far_ip, prefix) = if v6 {
@@ -220,7 +220,7 @@ fn path_mtu(v6: bool) {
         if v6 { "2001:db8:1::/64" } else { "10.200.0.0/24" },
         gateway
     ));
-    // Link-local addresses are not there at once.
+    // Link-local addresses take a moment to be usable.
     let client = if v6 { ip6(CLIENT).to_string() } else { CLIENT.to_string() };
     wait_for("the way back", || {
         far.command("ping")
@@ -254,7 +254,7 @@ fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
         let fixture = Fixture::new(2);
         let _vm = Server::start(&fixture.vm, "vm", 80);
         let daemon = Daemon::start(&[]);
-        // Nobody listens at the backends: by TCP checks they are dead.
+        // No server listens at the backends: by TCP checks they are dead.
         let both: Vec<String> = (0..2).map(to).collect();
         register(&daemon, &format!("{VM}:80 rr {} check=tcp", both.join(" ")));
         register(&daemon, &format!("{VM}:53/udp rr {} check=tcp:80", both.join(" ")));
@@ -275,10 +275,10 @@ fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
         });
         assert_eq!(told.kind(), std::io::ErrorKind::ConnectionRefused, "by ICMP: {told}");
         assert!(daemon.status().queues.iter().map(|queue| queue.rejected).sum::<u64>() >= 2);
-        // Passed, when the service says so.
+        // Passed to the middlebox, if the service says so.
         register(&daemon, &format!("{VM}:80 rr {} check=tcp on-empty=pass", both.join(" ")));
         wait_for("the checks", || who(&fixture.client, VM, 80).as_deref() == Some("vm"));
-        // One comes to life.
+        // One backend becomes alive.
         let _server = Server::start(&fixture.backends[1], "one", 80);
         wait_for("life", || who(&fixture.client, VM, 80).as_deref() == Some("one"));
     });
@@ -311,7 +311,7 @@ fn no_mark_of_ours_leaves_when_a_backend_goes() {
         for socket in [&backend, &client] {
             socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         }
-        // Each way once through the engine, then by the kernel.
+        // One packet each way through the engine, then by the kernel.
         for _ in 0..5 {
             client.send_to(b"ask", (VM, 53)).unwrap();
             let (_, from) = backend.recv_from(&mut [0; 8]).unwrap();
@@ -346,7 +346,7 @@ fn a_host_that_cannot_check_says_so_and_takes_the_backend_as_alive() {
     in_netns(|| {
         let fixture = Fixture::new(1);
         let _server = Server::start(&fixture.backends[0], "zero", 80);
-        // An address elsewhere is none to ask from: no answer would come to the bridge.
+        // An address in another network cannot be used: no answer would come to the bridge.
         run("ip addr flush dev br0");
         run("ip addr add 192.0.2.1/32 dev lo");
         let daemon = Daemon::start(&[]);
@@ -374,7 +374,7 @@ fn a_backend_that_does_not_answer_arp_is_dead_and_its_flows_end_as_configured() 
                 Server::start(&fixture.backends[1], "one", 80),
             ];
             let daemon = Daemon::start(&[]);
-            // No MACs: the host finds them, and watches whether they answer.
+            // Without MACs the host finds them, and checks whether they answer.
             register(
                 &daemon,
                 &format!("{VM}:80 least {} {} {option}", backend_ip(0), backend_ip(1)),
@@ -477,11 +477,11 @@ fn services_and_clients_of_all_kinds_do_not_mix() {
             let answers: std::collections::BTreeSet<String> =
                 (0..40).filter_map(|_| who(&fixture.client, ip6(VM), 80)).collect();
             assert_eq!(answers.len(), 3, "{mode}: {answers:?}");
-            // A backend asks the service that it is a backend of: the other one answers.
+            // A backend connects to the service that it is a backend of: the other one answers.
             for _ in 0..4 {
                 assert_eq!(who(&fixture.backends[0], VM, 80).as_deref(), Some("one"), "{mode}");
             }
-            // And a backend by its own address.
+            // A backend is reached by its own address as well.
             assert_eq!(who(&fixture.client, backend_ip(1), web[1].port()).as_deref(), Some("one"));
             wait_for("the counts", || {
                 let two = backends(&daemon).remove(&format!("{}:5353", backend_ip(2))).unwrap();

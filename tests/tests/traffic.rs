@@ -1,5 +1,5 @@
-//! A whole configuration is changed under traffic, again and again: what the old and the new one
-//! treat alike is never treated otherwise, and nothing is lost.
+//! Changes of a whole configuration under traffic: frames that the old and the new one treat alike
+//! are never treated otherwise, and none is lost.
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::Daemon;
@@ -36,7 +36,7 @@ fn mac(text: &str) -> [u8; 6] {
     text.parse::<nfqd_shmctl::MacAddr>().unwrap().0
 }
 
-/// A UDP datagram that carries its kind and number.
+/// A UDP datagram with its kind and number.
 fn datagram(kind: Kind, number: u32) -> Vec<u8> {
     let [one, two] = MIDDLEBOXES.map(mac);
     let [client, backend, _] = HOSTS.map(mac);
@@ -60,7 +60,7 @@ fn datagram(kind: Kind, number: u32) -> Vec<u8> {
 fn configuration(which: usize) -> String {
     let [one, two] = MIDDLEBOXES;
     let mut out = format!("X {one}\nX {two}\n");
-    // The first time nothing is registered.
+    // The first change starts from an empty policy.
     if which == 0 {
         out.clear();
     }
@@ -79,8 +79,7 @@ fn configuration(which: usize) -> String {
     out
 }
 
-/// Takes what arrives at a port: how often each numbered datagram came, and whether it is as it
-/// must be.
+/// Counts the datagrams that arrive at a port, by number, and checks that each is as it must be.
 fn take(
     port: &Tap,
     stop: &AtomicBool,
@@ -136,7 +135,7 @@ fn changes_under_traffic(fast_path: &str) {
             let mut number = 0;
             while !done.load(Relaxed) {
                 for kind in [Kind::Pass, Kind::Drop, Kind::Differs, Kind::Redirect, Kind::Reply] {
-                    // A reply goes out when its flow is there.
+                    // A reply is sent once its flow exists.
                     if kind != Kind::Reply || number > u32::from(FLOWS) {
                         (if kind == Kind::Reply { &backend } else { &uplink })
                             .send(&datagram(kind, number));

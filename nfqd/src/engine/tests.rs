@@ -451,7 +451,10 @@ fn pieces_of_balanced_datagrams_wait_for_the_first() {
         Packet::from_frame(&out).unwrap()
     };
     for id in 1..10 {
-        assert_eq!(decision(&snapshot, &memory, &fragment(id, false), 0), Verdict::AwaitFirstFragment);
+        assert_eq!(
+            decision(&snapshot, &memory, &fragment(id, false), 0),
+            Verdict::AwaitFirstFragment
+        );
         let first = to(decision(&snapshot, &memory, &fragment(id, true), 0));
         let later = to(decision(&snapshot, &memory, &fragment(id, false), 0));
         assert_eq!((later.slot, later.port), (first.slot, false));
