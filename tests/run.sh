@@ -72,9 +72,9 @@ netns() {
         || die "the depth 'netns' needs root, or user namespaces, which this kernel does not allow"
     [ -w /dev/net/tun ] || die "the depth 'netns' needs root, or permission to write to /dev/net/tun"
     # A user namespace cannot force socket buffers, and a placement with all its middleboxes does not fit without.
-    echo "in a user namespace; one test needs root itself and is left out: what_a_guest_changes_is_no_interference"
+    echo "in a user namespace; one test needs root itself and is left out: changes_of_a_guest_are_not_interference"
     PATH=$PATH:/usr/sbin:/sbin unshare --user --map-root-user --net --mount \
-        sh -c 'mount -t tmpfs tmpfs /run && exec "$@"' sh "${labs[@]}" --skip what_a_guest_changes_is_no_interference
+        sh -c 'mount -t tmpfs tmpfs /run && exec "$@"' sh "${labs[@]}" --skip changes_of_a_guest_are_not_interference
 }
 
 uml() {

@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn few_places_move_when_a_backend_goes() {
+    fn few_entries_move_when_a_backend_leaves() {
         for count in [4, 10, 100] {
             let all = backends(count, |_| 1);
             let gone = usize::from(count / 2);

@@ -93,7 +93,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn written_commands_are_restored() {
         let mut out = vec![0; 4];
         out.extend(7_u16.to_ne_bytes());
         out.extend([0; 2]);

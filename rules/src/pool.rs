@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_loaded_for_its_weight_is_chosen_and_those_alike_take_turns() {
+    fn the_least_loaded_is_chosen_and_equals_take_turns() {
         let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 least 10.0.0.2*2 10.0.0.3 10.0.0.4");
         let live = |slot: SlotId| [0, 9, 4, 5][slot.get() as usize];
         // 10/2, 5/1, 6/1: the first two are equal.
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn hashing_keeps_a_flow_and_leaves_out_who_does_not_fit() {
+    fn hashing_keeps_a_flow_and_skips_members_that_do_not_fit() {
         let pool = pool("R L 2:0:0:0:0:1 10.0.0.9 hash 10.0.0.2 10.0.0.3 10.0.0.4 seed=5");
         for port in 0..500 {
             let first = pool.choose(&packet(port), |_| 0, |_| true).unwrap();

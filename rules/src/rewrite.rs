@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_family_is_refused_and_nothing_changes() {
+    fn the_other_family_is_rejected_and_nothing_changes() {
         let bytes = frame(false, true, b"x");
         let packet = Packet::from_frame(&bytes).unwrap();
         let mut changed = bytes.clone();
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_quotes_no_packet_is_left_alone() {
+    fn errors_without_a_quoted_packet_are_left_alone() {
         let bytes = error(false, &[1, 2, 3]);
         let mut changed = bytes.clone();
         let ip = Packet::from_frame(&bytes).unwrap().ip.unwrap();

@@ -168,7 +168,7 @@ fn normal(listing: &str) -> Vec<String> {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn what_is_printed_is_what_the_kernel_has() {
+fn the_printed_ruleset_equals_the_kernels() {
     in_netns(|| {
         let mut kernel = Kernel::open().unwrap();
         let (policy, queue_paths) = (policy(RICH), queue_paths(&mut kernel));

@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_region_is_refused() {
+    fn files_that_are_not_regions_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Region::open_or_create(dir.path()).is_err());
         let small = dir.path().join("small");
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "2 bytes at 1048575")]
-    fn a_range_outside_panics() {
+    fn a_range_outside_the_region_panics() {
         let dir = tempfile::tempdir().unwrap();
         let region = Region::open_or_create(&dir.path().join("region")).unwrap();
         region.read(DEFAULT_SIZE - 1, &mut [0; 2]);

@@ -69,7 +69,7 @@ fn comments_and_blank_lines_are_not_commands() {
 }
 
 #[test]
-fn an_error_of_the_policy_points_at_its_word() {
+fn an_error_of_the_policy_names_its_column() {
     for (line, place, word, column) in [
         ("  X 1:2:3:4:5:6", Place::Mac, "1:2:3:4:5:6", 5),
         ("X 1:2:3:4:5:6 L 10.0.0.9:80", Place::Frontend, "10.0.0.9:80", 17),
@@ -89,7 +89,7 @@ fn an_error_of_the_policy_points_at_its_word() {
 }
 
 #[test]
-fn a_command_has_a_longest_length() {
+fn the_length_of_a_command_is_bounded() {
     let long = Command::parse(&"R".repeat(MAX_COMMAND + 1)).unwrap_err();
     assert!(long.message.contains("2047 bytes long"), "{long}");
 }

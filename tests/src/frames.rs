@@ -294,13 +294,13 @@ fn tags() -> impl Strategy<Value = Vec<[u8; 4]>> {
     ]
 }
 
-/// Damage: a byte changed, or the frame cut.
+/// Damage: a byte changed, or the frame truncated.
 fn damage() -> impl Strategy<Value = Option<(bool, usize, u8)>> {
     proptest::option::weighted(0.15, (any::<bool>(), 0..60_usize, any::<u8>()))
 }
 
 /// A frame: Ethernet, VLAN, ARP, IPv4, IPv6, TCP, UDP, ICMP, fragments, cut and broken ones. At
-/// least 24 bytes, so that the kernel does not throw it away for want of a VLAN tag. Pieces of
+/// least 24 bytes, so that the kernel does not drop it for want of a VLAN tag. Pieces of
 /// datagrams have identifications near `base`.
 fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
     let payload = prop_oneof![6 => ipv4(base), 5 => ipv6(base), 1 => other()];
@@ -327,7 +327,7 @@ fn any_frame(base: u16) -> impl Strategy<Value = Vec<u8>> {
     )
 }
 
-/// Frames that go one after the other: any at all, and those of conversations. Pieces of datagrams
+/// Frames that go one after the other: any at all, and those of conversations. Fragments
 /// wait for each other, so those of one case are no others'.
 pub fn case_frames(count: std::ops::RangeInclusive<usize>) -> impl Strategy<Value = Vec<Vec<u8>>> {
     (any::<u16>(), count).prop_flat_map(move |(base, count)| {

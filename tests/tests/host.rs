@@ -69,7 +69,7 @@ fn up_twice_and_down_leave_the_host_as_it_was() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn what_others_own_is_left_and_mistakes_are_named() {
+fn foreign_objects_stay_and_mistakes_are_named() {
     in_netns(|| {
         let dir = tempfile::tempdir().unwrap();
         run("ip link add br9 type bridge");

@@ -153,7 +153,7 @@ fn a_closed_middlebox_lets_in_what_is_allowed() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn status_tells_which_rules_are_looked_at_one_by_one() {
+fn status_tells_which_rules_are_not_indexed() {
     in_netns(|| {
         let fixture = Fixture::new(&[]);
         fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
@@ -188,7 +188,7 @@ fn status_tells_which_rules_are_looked_at_one_by_one() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn what_a_guest_changes_is_no_interference() {
+fn changes_of_a_guest_are_not_interference() {
     in_netns(|| {
         let fixture = Fixture::new(&[]);
         fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
@@ -304,7 +304,7 @@ fn ipv6_is_filtered_and_redirected_as_well() {
 /// UDP datagrams of 4000 bytes go as fragments, there and back.
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn fragmented_datagrams_go_there_and_come_back() {
+fn fragmented_datagrams_are_redirected_both_ways() {
     in_both_modes(|fixture| {
         fixture.redirect();
         let bind = |host: &nfqd_tests::netns::Host, port: u16| {
@@ -444,7 +444,7 @@ fn killed_in_the_middle_of_traffic() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn leaving_in_order_keeps_the_rules_and_flush_removes_them() {
+fn a_regular_exit_keeps_the_rules_and_flush_removes_them() {
     in_netns(|| {
         let mut fixture = Fixture::new(&[]);
         fixture.redirect();
@@ -459,7 +459,7 @@ fn leaving_in_order_keeps_the_rules_and_flush_removes_them() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn fail_closed_drops_what_nobody_judges() {
+fn fail_closed_drops_packets_without_a_daemon() {
     in_netns(|| {
         let mut fixture = Fixture::new(&["--fail", "closed"]);
         fixture.redirect();
@@ -544,7 +544,7 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn an_administrator_s_neighbours_are_left_alone() {
+fn an_administrators_neighbours_are_left_alone() {
     in_netns(|| {
         let fixture = Fixture::new(&[]);
         run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
@@ -638,7 +638,7 @@ fn a_guest_does_not_disturb_another() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn a_mac_that_one_guest_says_is_no_others_after_a_restart() {
+fn a_mac_from_one_guest_is_not_used_for_others_after_a_restart() {
     in_netns(|| {
         run("ip link add br0 type bridge");
         let mut daemon = Daemon::start(&[]);
@@ -693,7 +693,7 @@ fn refused(arguments: &[&str]) -> (Option<i32>, String) {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn what_keeps_it_from_starting_is_said() {
+fn errors_at_the_start_name_their_cause() {
     in_netns(|| {
         run("ip link add br0 type bridge");
         let daemon = Daemon::start(&["--queue", "5-6"]);
@@ -794,7 +794,7 @@ impl Drop for SmallDisk<'_> {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn a_full_disk_is_said_and_the_policy_holds() {
+fn a_full_disk_is_reported_and_the_policy_stays() {
     in_netns(|| {
         let mut fixture = Fixture::new(&[]);
         let state = std::path::PathBuf::from(fixture.daemon.status().state);

@@ -330,7 +330,7 @@ fn found_before() -> Vec<Case> {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn what_was_found_before_does_not_come_back() {
+fn earlier_disagreements_stay_fixed() {
     for fast_path in ["full", "off"] {
         in_netns(move || {
             let mut oracles = Oracles::new(fast_path);

@@ -249,7 +249,7 @@ fn path_mtu_discovery_works_through_the_translation() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn who_gets_no_backend_is_told_so_or_gets_the_middlebox() {
+fn clients_without_a_backend_are_rejected_or_passed() {
     in_netns(|| {
         let fixture = Fixture::new(2);
         let _vm = Server::start(&fixture.vm, "vm", 80);

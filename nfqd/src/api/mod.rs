@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_request_is_named() {
+    fn a_bad_request_is_named() {
         for (line, code, words) in [
             ("", ErrorCode::Syntax, "EOF"),
             ("status", ErrorCode::Syntax, "expected value"),

@@ -155,7 +155,7 @@ mod tests {
     const PROBE: Probe = Probe::Tcp(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
 
     #[test]
-    fn it_takes_several_checks_to_die_and_to_come_back() {
+    fn several_checks_decide_about_death_and_recovery() {
         let start = Instant::now();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut health = Health::default();

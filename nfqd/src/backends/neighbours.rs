@@ -302,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_address_has_its_turn() {
+    fn every_address_gets_its_turn() {
         for count in [1, 63, 64, 96, 128, 200, 256] {
             let all: Vec<IpAddr> =
                 (0..count).map(|n: u32| IpAddr::from((0x0a00_0000 + n).to_be_bytes())).collect();

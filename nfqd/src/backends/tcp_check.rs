@@ -218,7 +218,7 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn a_listener_is_told_from_a_closed_port() {
+    fn a_listener_differs_from_a_closed_port() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
         let gone = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_checks_what_it_is_given() {
+    fn the_thread_checks_its_targets() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
         let checks = TcpChecks::start().unwrap();

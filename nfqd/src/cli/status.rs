@@ -138,7 +138,7 @@ mod tests {
     use crate::api::{ChannelStatus, MiddleboxStatus, ServiceStatus};
 
     #[test]
-    fn what_is_wrong_is_in_capitals() {
+    fn faults_are_in_capitals() {
         let backend = BackendStatus {
             backend: "10.0.0.2:80".to_string(),
             mac: None,

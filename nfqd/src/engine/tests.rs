@@ -71,7 +71,7 @@ fn frontend_of(verdict: Verdict) -> Option<IpAddr> {
 }
 
 #[test]
-fn a_flow_goes_there_and_comes_back() {
+fn a_flow_is_redirected_both_ways() {
     let (snapshot, flows) = (static_to_3(), EngineState::new(100));
     let there = decision(&snapshot, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
     assert!(
@@ -90,7 +90,7 @@ fn a_flow_goes_there_and_comes_back() {
 }
 
 #[test]
-fn a_reply_outlives_nothing_it_should_not() {
+fn a_reply_does_not_outlive_its_flow() {
     let (before, flows) = (static_to_3(), EngineState::new(100));
     decision(&before, &flows, &udp(CLIENT, VM, (1, 2), (1000, 53)), 0);
     let reply = udp(BACKEND, CLIENT, (3, 1), (53, 1000));
@@ -127,7 +127,7 @@ fn later_fragments_follow_the_first() {
 }
 
 #[test]
-fn without_the_backends_mac_the_redirect_is_not_made() {
+fn without_the_backends_mac_nothing_is_redirected() {
     let (before, flows) =
         (snapshot(&["R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3"]), EngineState::new(100));
     let packet = udp(CLIENT, VM, (1, 2), (1000, 53));
@@ -245,7 +245,7 @@ fn a_connection_outlives_a_forged_reset() {
 }
 
 #[test]
-fn what_a_backend_answers_comes_from_the_address_and_its_port() {
+fn replies_come_from_the_frontends_address_and_port() {
     let (snapshot, memory) = (snapshot(&[POOL]), EngineState::new(1000));
     let ported = (1000..1100).find_map(|port| {
         let to = to(decision(&snapshot, &memory, &syn(port), 0));
@@ -269,7 +269,7 @@ fn what_a_backend_answers_comes_from_the_address_and_its_port() {
 }
 
 #[test]
-fn connections_from_before_are_the_middlebox_own() {
+fn earlier_connections_belong_to_the_middlebox() {
     let (snapshot, memory) = (snapshot(&[POOL]), EngineState::new(1000));
     let passed = decision(&snapshot, &memory, &ack(1000), 0);
     let Verdict::Local(slot) = passed else { panic!("{passed:?}") };
@@ -312,7 +312,7 @@ fn a_dead_backends_flows_move_or_end_as_configured() {
 }
 
 #[test]
-fn without_a_backend_it_is_refused_or_passed() {
+fn without_a_backend_packets_are_rejected_or_passed() {
     let memory = EngineState::new(1000);
     let nobody = |option: &str, seen: BackendObservation| {
         let line = format!("R L 2:0:0:0:0:2 10.0.0.2:80 rr 10.0.0.3 10.0.0.4{option}");
@@ -433,7 +433,7 @@ fn errors_about_a_flow_are_translated_both_ways() {
 }
 
 #[test]
-fn pieces_of_balanced_datagrams_wait_for_the_first() {
+fn fragments_of_balanced_datagrams_wait_for_the_first() {
     let (snapshot, memory) = (
         snapshot(&[
             "R L 2:0:0:0:0:2 10.0.0.2:53 rr 10.0.0.3:5353@2:0:0:0:0:3 10.0.0.4@2:0:0:0:0:4",

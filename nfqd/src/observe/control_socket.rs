@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_does_not_read_holds_nobody_up_and_is_dropped() {
+    fn a_client_that_does_not_read_blocks_no_other_and_is_dropped() {
         let mut f = Fixture::new();
         let (mut slow, id) = f.connect(Socket::Control);
         let id = id.unwrap();
@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_way_is_not_removed() {
+    fn a_file_at_the_sockets_path_is_not_removed() {
         let directory = tempfile::tempdir().unwrap();
         let paths = paths(&directory);
         fs::create_dir(directory.path().join("run")).unwrap();

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_is_told_that_the_port_is_unreachable() {
+    fn a_datagram_is_answered_with_port_unreachable() {
         let mut frame = Vec::new();
         let builder =
             PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([10, 0, 0, 1], [10, 0, 0, 9], 9);

@@ -115,7 +115,7 @@ fn every_packet_has_its_line() {
 }
 
 #[test]
-fn both_formats_give_the_contract_s_lines_and_frames() {
+fn text_and_json_have_the_documented_lines_and_frames() {
     let dir = tempfile::tempdir().unwrap();
     let (pcap, pcapng, written) =
         (dir.path().join("a"), dir.path().join("b"), dir.path().join("out"));
@@ -168,7 +168,7 @@ fn the_capture_is_not_written_over_and_a_truncated_packet_is_decided() {
 }
 
 #[test]
-fn what_is_no_capture_is_said() {
+fn files_that_are_not_captures_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     for content in [&b""[..], b"GIF89a", &[0x0a, 0x0d, 0x0d, 0x0a, 1, 2]] {

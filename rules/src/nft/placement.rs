@@ -678,7 +678,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_takes_no_more_prefixes_than_the_kernel_bears() {
+    fn a_set_takes_a_bounded_number_of_prefixes() {
         let wide = |n: u32| {
             [
                 format!(

@@ -49,7 +49,7 @@ fn a_tcp_packet() {
 }
 
 #[test]
-fn one_tag_is_looked_through_and_two_are_not() {
+fn one_vlan_tag_is_parsed_through_and_two_are_not() {
     let plain = tcp4();
     let tagged = [&plain[..12], &[0x81, 0, 0, 7], &plain[12..]].concat();
     let packet = Packet::from_frame(&tagged).unwrap();
@@ -62,7 +62,7 @@ fn one_tag_is_looked_through_and_two_are_not() {
 }
 
 #[test]
-fn what_does_not_hold_together_is_no_ip() {
+fn inconsistent_headers_are_absent() {
     let good = tcp4();
     let broken = |at: usize, value: u8| {
         let mut frame = good.clone();
@@ -96,7 +96,7 @@ fn fragments() {
 }
 
 #[test]
-fn a_short_l4_header_has_no_checksum_to_mend() {
+fn a_short_l4_header_has_no_checksum_to_update() {
     let mut frame = tcp4();
     frame.truncate(14 + 20 + 17);
     frame[17] = 37;

@@ -35,7 +35,7 @@ fn bytes(region: &Region, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_frame_is_taken_marked_and_answered() {
+fn a_message_is_taken_marked_and_answered() {
     let (_dir, region) = region();
     let mut mailbox = HostMailbox::default();
     region.write(0, b"@R F 12:13:14:15:16:17 10.129.126.15@");
@@ -83,7 +83,7 @@ fn the_mac_of_a_destination_does_not_end_the_frame() {
 }
 
 #[test]
-fn what_an_earlier_command_left_is_no_part_of_a_later_one() {
+fn a_command_does_not_contain_the_rest_of_an_earlier_one() {
     let (_dir, region) = region();
     let mut mailbox = HostMailbox::default();
     let long = "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17@02:00:00:00:00:17";
@@ -104,7 +104,7 @@ fn what_an_earlier_command_left_is_no_part_of_a_later_one() {
 }
 
 #[test]
-fn backends_of_an_earlier_command_are_no_part_of_a_later_one() {
+fn backends_of_an_earlier_command_are_not_used_by_a_later_one() {
     let (_dir, region) = region();
     let mut mailbox = HostMailbox::default();
     let (three, four) = ("10.0.0.3@02:00:00:00:00:03", "10.0.0.4@02:00:00:00:00:04");
@@ -151,7 +151,7 @@ fn a_dollar_inside_a_command_is_no_mark() {
 }
 
 #[test]
-fn a_body_without_its_opening_mark_is_not_begun() {
+fn a_body_without_its_opening_mark_is_not_a_message() {
     let (_dir, region) = region();
     let mut mailbox = HostMailbox::default();
     let body = b"R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3@2:0:0:0:0:3@";
@@ -165,7 +165,7 @@ fn a_body_without_its_opening_mark_is_not_begun() {
 }
 
 #[test]
-fn a_torn_frame_waits_and_then_is_refused() {
+fn a_torn_message_waits_and_is_then_rejected() {
     let (_dir, region) = region();
     let mut mailbox = HostMailbox::default();
     let start = Instant::now();

@@ -87,7 +87,7 @@ fn a_connection_lives_its_states() {
 }
 
 #[test]
-fn a_flood_pushes_out_nothing_but_its_own() {
+fn a_flood_evicts_only_its_own_entries() {
     let flows = FlowTable::new(6400);
     for client in 0..2000 {
         insert(&flows, client, Protocol::TCP, FlowState::Established, 0);
@@ -114,7 +114,7 @@ fn a_flood_pushes_out_nothing_but_its_own() {
 }
 
 #[test]
-fn a_table_full_of_connections_has_room_for_those_that_open() {
+fn a_full_table_has_room_for_opening_connections() {
     let flows = FlowTable::new(64_000);
     for client in 0..90_000 {
         insert(&flows, client, Protocol::TCP, FlowState::Established, 0);
@@ -128,7 +128,7 @@ fn a_table_full_of_connections_has_room_for_those_that_open() {
 }
 
 #[test]
-fn udp_does_not_push_out_those_that_open() {
+fn udp_does_not_evict_opening_connections() {
     let flows = FlowTable::new(6400);
     for client in 0..20_000 {
         insert(&flows, client, Protocol::UDP, FlowState::Datagram, 0);
@@ -144,7 +144,7 @@ fn udp_does_not_push_out_those_that_open() {
 }
 
 #[test]
-fn the_kernel_is_told_of_turns_and_otherwise_seldom() {
+fn the_kernel_is_updated_at_state_changes_and_otherwise_seldom() {
     let flows = FlowTable::new(100);
     insert(&flows, 1, Protocol::TCP, FlowState::Opening, 0);
     let there = |event: FlowEvent, now: u32| {
@@ -189,7 +189,7 @@ fn a_flow_takes_the_slot_that_its_backend_has_now() {
 }
 
 #[test]
-fn two_flows_cannot_come_back_the_same_way() {
+fn replies_of_two_flows_cannot_be_confused() {
     let flows = FlowTable::new(100);
     insert(&flows, 1, Protocol::TCP, FlowState::Established, 0);
     let mut other = original(1, Protocol::TCP);

@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_in_are_read() {
+    fn messages_of_both_queue_paths_are_parsed() {
         let message = packet_message(&udp(), None);
         let queued = read_packet(&message).unwrap();
         assert_eq!((queued.id, queued.mark, queued.has_link), (9, 0x1234_5678, false));

@@ -77,7 +77,7 @@ fn assert_refused(before: &Policy, line: &str, place: (ErrorCode, usize), words:
 }
 
 #[test]
-fn a_refused_command_changes_nothing() {
+fn a_rejected_command_changes_nothing() {
     let before =
         policy(&["R F MB 10.0.0.9", "A MB I 1 s 10.0.0.1", "R L 2:0:0:0:0:1 10.0.0.7 0 10.0.0.1"]);
     for (line, code, column, words) in [
@@ -140,7 +140,7 @@ fn backends_come_and_go() {
 }
 
 #[test]
-fn a_refused_change_of_backends_changes_nothing() {
+fn a_rejected_change_of_backends_changes_nothing() {
     let before = policy(&[
         POOL,
         "R L MB 10.0.0.8 hash 10.0.0.1",
@@ -202,7 +202,7 @@ fn guests_cannot_have_backends_without_end() {
 }
 
 #[test]
-fn what_is_blanked_may_not_leave_a_contradiction() {
+fn removing_values_may_not_leave_a_contradiction() {
     let mut p = policy(&["R F MB 10.0.0.9", "A MB I 3 s 2001:db8::1 d 2001:db8::2"]);
     let error = p.apply_line(&format!("D {MAC} I 3 d")).unwrap_err();
     assert!(error.message.contains("not of one family"), "{error}");

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn short_and_long_macs_are_the_same() {
+fn short_and_long_macs_are_equal() {
     let mac: MacAddr = "1:2:3:4:5:6".parse().unwrap();
     assert_eq!(mac, "01:02:03:04:05:06".parse().unwrap());
     assert_eq!(mac.to_string(), "01:02:03:04:05:06");
@@ -31,7 +31,7 @@ fn masks_of_macs() {
 }
 
 #[test]
-fn a_group_address_names_no_station() {
+fn a_group_address_is_not_a_station() {
     assert!(MacAddr([2, 0, 0, 0, 0, 1]).is_station());
     assert!(!MacAddr([1, 0, 0x5e, 0, 0, 1]).is_station());
     assert!(!MacAddr([0; 6]).is_station());
