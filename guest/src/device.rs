@@ -12,7 +12,7 @@ const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// The value of `--device`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Device {
+pub(crate) enum Device {
     /// The first ivshmem device.
     Auto,
     /// The one at this PCI address.
@@ -41,7 +41,7 @@ impl FromStr for Device {
 
 /// The reason there is no device.
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
+pub(crate) enum DeviceError {
     /// There is none in this VM.
     #[error(
         "no ivshmem device in this VM; give it '-object memory-backend-file,id=nfqd,share=on,mem-path=PATH,size=1M -device \
@@ -67,7 +67,7 @@ pub enum DeviceError {
 ///
 /// # Errors
 /// If there is no such device, or it cannot be switched on.
-pub fn memory(device: &Device) -> Result<PathBuf, DeviceError> {
+pub(crate) fn memory(device: &Device) -> Result<PathBuf, DeviceError> {
     find(Path::new(DEVICES), device)
 }
 

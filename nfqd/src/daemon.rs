@@ -27,15 +27,15 @@ const RESOLVE_RETRIES: u32 = 10;
 
 /// The token of each source of events.
 mod token {
-    pub const SIGNALS: u64 = 0;
-    pub const TICK: u64 = 1;
-    pub const MAILBOXES: u64 = 2;
-    pub const NFTABLES: u64 = 3;
-    pub const WORKER_ENDED: u64 = 4;
+    pub(super) const SIGNALS: u64 = 0;
+    pub(super) const TICK: u64 = 1;
+    pub(super) const MAILBOXES: u64 = 2;
+    pub(super) const NFTABLES: u64 = 3;
+    pub(super) const WORKER_ENDED: u64 = 4;
     /// The listeners, by their place in `Socket::ALL`.
-    pub const LISTENERS: u64 = 16;
+    pub(super) const LISTENERS: u64 = 16;
     /// The clients, by their number.
-    pub const CLIENTS: u64 = 1 << 32;
+    pub(super) const CLIENTS: u64 = 1 << 32;
 }
 
 /// A running daemon.

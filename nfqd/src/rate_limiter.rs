@@ -2,7 +2,7 @@
 
 /// A limiter that allows a number of events in each second of the engine's clock.
 #[derive(Clone, Debug)]
-pub struct RateLimiter {
+pub(crate) struct RateLimiter {
     per_second: u32,
     second: u32,
     used: u32,
@@ -10,12 +10,12 @@ pub struct RateLimiter {
 
 impl RateLimiter {
     /// A limiter that allows this many events a second.
-    pub fn new(per_second: u32) -> RateLimiter {
+    pub(crate) fn new(per_second: u32) -> RateLimiter {
         RateLimiter { per_second, second: 0, used: 0 }
     }
 
     /// Whether another event is allowed in the second `now`, which is not used up by asking.
-    pub fn has_room(&mut self, now: u32) -> bool {
+    pub(crate) fn has_room(&mut self, now: u32) -> bool {
         if self.second != now {
             (self.second, self.used) = (now, 0);
         }
@@ -23,7 +23,7 @@ impl RateLimiter {
     }
 
     /// Counts an event in the current second.
-    pub fn count(&mut self) {
+    pub(crate) fn count(&mut self) {
         self.used += 1;
     }
 }

@@ -7,7 +7,7 @@ use crate::config::{Config, ConfigError, DaemonArgs};
 
 /// The reason the configuration stays as it was.
 #[derive(Debug, thiserror::Error)]
-pub enum ReloadError {
+pub(crate) enum ReloadError {
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -24,7 +24,7 @@ pub enum ReloadError {
 ///
 /// # Errors
 /// If anything is wrong; everything stays as it was then.
-pub fn reload(
+pub(crate) fn reload(
     args: &DaemonArgs,
     config: &mut Config,
     plane: &mut ControlPlane,

@@ -150,7 +150,7 @@ fn normal(listing: &str) -> Vec<String> {
                     if next(1) == "l4proto"
                         && matches!(next(2), "tcp" | "udp" | "icmp" | "ipv6-icmp") =>
                 {
-                    at += 2
+                    at += 2;
                 }
                 // Of the two kinds of VLAN tag nft shows the usual one never, the other one
                 // sometimes.

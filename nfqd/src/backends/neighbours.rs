@@ -59,7 +59,7 @@ const NLM_F_REPLACE: u16 = 0x100;
 
 /// The state of a neighbour, as the kernel knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Found {
+pub(super) enum Found {
     /// The MAC is known.
     At {
         /// The MAC.
@@ -76,7 +76,7 @@ pub enum Found {
 }
 
 /// The host's neighbour table, over one socket.
-pub struct Neighbours {
+pub(super) struct Neighbours {
     socket: OwnedFd,
     /// The position at which the next round of resolving starts.
     next_to_resolve: usize,
@@ -89,7 +89,7 @@ impl Neighbours {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn open() -> Result<Neighbours, Errno> {
+    pub(super) fn open() -> Result<Neighbours, Errno> {
         let socket = socket(
             AddressFamily::Netlink,
             SockType::Raw,
@@ -107,7 +107,7 @@ impl Neighbours {
     ///
     /// # Errors
     /// If the kernel cannot be asked.
-    pub fn resolve(
+    pub(super) fn resolve(
         &mut self,
         wanted: &BTreeSet<IpAddr>,
         probe: &BTreeSet<IpAddr>,
@@ -174,7 +174,7 @@ impl Neighbours {
     ///
     /// # Errors
     /// If the kernel cannot be asked.
-    pub fn bridges(&self) -> Result<BTreeMap<i32, String>, Errno> {
+    pub(super) fn bridges(&self) -> Result<BTreeMap<i32, String>, Errno> {
         let mut out = BTreeMap::new();
         self.request(&dump(RTM_GETLINK, LINK_HEADER), |kind, message| {
             out.extend((kind == RTM_NEWLINK).then(|| bridge(message)).flatten());

@@ -21,11 +21,11 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_CONNECTIONS: usize = 512;
 
 /// A backend's address and port.
-pub type Target = (IpAddr, u16);
+pub(super) type Target = (IpAddr, u16);
 
 /// The result of a check.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Outcome {
+pub(super) enum Outcome {
     /// The backend has accepted the connection.
     Answered,
     /// The backend, or a router on the way, has refused the connection, or nobody has answered.
@@ -44,7 +44,7 @@ struct CheckExchange {
 }
 
 /// A thread that checks backends.
-pub struct TcpChecks {
+pub(super) struct TcpChecks {
     exchange: Arc<(Mutex<CheckExchange>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
@@ -58,7 +58,7 @@ impl TcpChecks {
     ///
     /// # Errors
     /// If there are no more threads.
-    pub fn start() -> std::io::Result<TcpChecks> {
+    pub(super) fn start() -> std::io::Result<TcpChecks> {
         let exchange = Arc::new((Mutex::new(CheckExchange::default()), Condvar::new()));
         let its_exchange = Arc::clone(&exchange);
         let thread = Builder::new()
@@ -69,7 +69,10 @@ impl TcpChecks {
 
     /// Has these backends checked from now on, each by way of its bridge and no other. Returns the
     /// results since the last call.
-    pub fn exchange(&self, targets: BTreeMap<Target, Option<String>>) -> BTreeMap<Target, Outcome> {
+    pub(super) fn exchange(
+        &self,
+        targets: BTreeMap<Target, Option<String>>,
+    ) -> BTreeMap<Target, Outcome> {
         let (mutex, changed) = &*self.exchange;
         let mut exchange = lock(mutex);
         if exchange.targets.is_empty() && !targets.is_empty() {

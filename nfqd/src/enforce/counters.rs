@@ -30,12 +30,12 @@ pub(super) struct CarriedCounters {
 
 impl CarriedCounters {
     /// Counters that begin with what was counted before.
-    pub fn new(carried_counters: Counters) -> CarriedCounters {
+    pub(super) fn new(carried_counters: Counters) -> CarriedCounters {
         CarriedCounters { carried_counters, kernel_counters: Counters::default(), next_read: None }
     }
 
     /// Forgets the counters of everything that a policy does not have.
-    pub fn retain(&mut self, policy: &Policy) {
+    pub(super) fn retain(&mut self, policy: &Policy) {
         let carried = &mut self.carried_counters;
         carried.middleboxes.retain(|mac, _| policy.get(*mac).is_some());
         carried.rules.retain(|(mac, rule), _| has_rule(policy, *mac, *rule));
@@ -43,7 +43,7 @@ impl CarriedCounters {
     }
 
     /// Carries over the counters of rules that a change replaces.
-    pub fn carry_replaced_rules(&mut self, replaced: &Counters) {
+    pub(super) fn carry_replaced_rules(&mut self, replaced: &Counters) {
         // The last reading must not count them a second time until the next one.
         self.kernel_counters.rules.retain(|rule, _| !replaced.rules.contains_key(rule));
         self.carried_counters.add(replaced);
@@ -51,7 +51,7 @@ impl CarriedCounters {
 
     /// Carries over the counters of slots that are being replaced, because a new slot starts at
     /// zero. They are those of the last reading: the kernel could only be asked for all of them.
-    pub fn carry_removed_slots(&mut self, old: &Desired, new: &Desired) {
+    pub(super) fn carry_removed_slots(&mut self, old: &Desired, new: &Desired) {
         for mac in new.changed(old) {
             for (key, slot) in old.slots.of(mac) {
                 let is_removed = new.slots.get(&key).is_none_or(|now| now.id != slot.id);
@@ -63,13 +63,13 @@ impl CarriedCounters {
     }
 
     /// Carries over all counters of tables that have been loaded anew.
-    pub fn carry_all(&mut self, counters: &Counters) {
+    pub(super) fn carry_all(&mut self, counters: &Counters) {
         self.carried_counters.add(counters);
         (self.kernel_counters, self.next_read) = (Counters::default(), None);
     }
 
     /// Forgets the counters of rules, middleboxes and backends that a change has removed.
-    pub fn forget_removed(&mut self, before: &Policy, now: &Policy, workers: &[Worker]) {
+    pub(super) fn forget_removed(&mut self, before: &Policy, now: &Policy, workers: &[Worker]) {
         for mac in now.changed(before) {
             let Some(old) = before.get(mac) else { continue };
             let both = [&mut self.carried_counters, &mut self.kernel_counters];

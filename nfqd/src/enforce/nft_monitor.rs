@@ -30,7 +30,7 @@ const DATAGRAM: usize = 1 << 16;
 ///
 /// Pausing it closes the socket. Its descriptor, which becomes readable with a
 /// notification, stays the same all the same: it is an epoll instance with the socket in it.
-pub struct NftMonitor {
+pub(super) struct NftMonitor {
     epoll: Epoll,
     socket: Option<OwnedFd>,
     /// The port of the socket that makes our own changes.
@@ -43,13 +43,13 @@ impl NftMonitor {
     ///
     /// # Errors
     /// If there are no more file descriptors.
-    pub fn new(own_port: u32) -> Result<NftMonitor, Errno> {
+    pub(super) fn new(own_port: u32) -> Result<NftMonitor, Errno> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         Ok(NftMonitor { epoll, socket: None, own_port, buffer: vec![0; DATAGRAM] })
     }
 
     /// Pauses the monitor. Notifications until [`NftMonitor::resume`] are lost.
-    pub fn pause(&mut self) {
+    pub(super) fn pause(&mut self) {
         // Closing the socket removes it from the epoll instance.
         self.socket = None;
     }
@@ -58,7 +58,7 @@ impl NftMonitor {
     ///
     /// # Errors
     /// If the kernel refuses the socket.
-    pub fn resume(&mut self) -> Result<(), Errno> {
+    pub(super) fn resume(&mut self) -> Result<(), Errno> {
         if self.socket.is_some() {
             return Ok(());
         }
@@ -75,7 +75,7 @@ impl NftMonitor {
 
     /// Whether another program has changed our tables since the last call. It may have if
     /// notifications were lost.
-    pub fn has_foreign_change(&mut self) -> bool {
+    pub(super) fn has_foreign_change(&mut self) -> bool {
         let Some(socket) = &self.socket else { return false };
         let mut found = false;
         loop {

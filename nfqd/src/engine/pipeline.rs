@@ -42,10 +42,10 @@ pub(super) fn reversed(ports: Ports) -> Ports {
 
 /// TCP flags.
 pub(super) mod flag {
-    pub const FIN: u8 = 1;
-    pub const SYN: u8 = 2;
-    pub const RST: u8 = 4;
-    pub const ACK: u8 = 16;
+    pub(crate) const FIN: u8 = 1;
+    pub(crate) const SYN: u8 = 2;
+    pub(crate) const RST: u8 = 4;
+    pub(crate) const ACK: u8 = 16;
 }
 
 /// Returns the event that a client's packet is for its flow.

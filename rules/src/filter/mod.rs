@@ -197,7 +197,7 @@ impl FilterRule {
             match value {
                 FieldValue::SourceIp(range) => out.source = Some(range),
                 FieldValue::DestinationIp(range) => {
-                    out.destination = Some(range.unwrap_or(ip.into()))
+                    out.destination = Some(range.unwrap_or(ip.into()));
                 }
                 FieldValue::Tos(tos) => out.tos = Some(tos),
                 FieldValue::Protocol(protocol) => ask(protocol, None),
@@ -208,17 +208,17 @@ impl FilterRule {
                 FieldValue::DestinationMac(_) => {}
                 FieldValue::EtherType(ether_type) => named_type = Some(ether_type),
                 FieldValue::TcpSource(range) | FieldValue::UdpSource(range) => {
-                    out.source_port = Some(range)
+                    out.source_port = Some(range);
                 }
                 FieldValue::TcpDestination(range) | FieldValue::UdpDestination(range) => {
-                    out.destination_port = Some(range)
+                    out.destination_port = Some(range);
                 }
                 FieldValue::VlanId(ids) => out.vlan = Some(ids),
                 FieldValue::IcmpType(range) | FieldValue::Icmp6Type(range) => {
-                    out.icmp_type = Some(range)
+                    out.icmp_type = Some(range);
                 }
                 FieldValue::IcmpCode(range) | FieldValue::Icmp6Code(range) => {
-                    out.icmp_code = Some(range)
+                    out.icmp_code = Some(range);
                 }
                 FieldValue::TcpFlags(flags) => out.tcp_flags = Some(flags),
                 FieldValue::Length(range) => out.length = Some(range),

@@ -33,26 +33,26 @@ pub(super) const IPV6: IpFamily = IpFamily {
 pub(super) const FAMILIES: [IpFamily; 2] = [IPV4, IPV6];
 
 impl IpFamily {
-    pub fn of(address: IpAddr) -> IpFamily {
+    pub(super) fn of(address: IpAddr) -> IpFamily {
         if address.is_ipv4() { IPV4 } else { IPV6 }
     }
 
-    pub fn is_ipv4(self) -> bool {
+    pub(super) fn is_ipv4(self) -> bool {
         self.suffix == '4'
     }
 
     /// Returns the name of the family's set of this kind.
-    pub fn name(self, set: &str) -> String {
+    pub(super) fn name(self, set: &str) -> String {
         format!("{set}{}", self.suffix)
     }
 
     /// Matches packets of the family.
-    pub fn is(self) -> Statement {
+    pub(super) fn is(self) -> Statement {
         Statement::Is(Field::EtherType, Value::EtherType(self.ether_type))
     }
 
     /// Returns the writes that send a packet to the backend of its slot.
-    pub fn redirect_writes(self, ports: PortRewrite) -> Vec<Write> {
+    pub(super) fn redirect_writes(self, ports: PortRewrite) -> Vec<Write> {
         let mut out = vec![
             Write { field: self.destination, map: self.name("backend_ip") },
             Write { field: Field::EtherDestination, map: "backend_mac".to_string() },
@@ -64,7 +64,7 @@ impl IpFamily {
     }
 
     /// Returns the writes that make a packet of a backend one of its slot's frontend.
-    pub fn reply_writes(self, ports: PortRewrite) -> Vec<Write> {
+    pub(super) fn reply_writes(self, ports: PortRewrite) -> Vec<Write> {
         let mut out = vec![Write { field: self.source, map: self.name("backend_vip") }];
         if ports == PortRewrite::Translated {
             out.push(Write { field: Field::SourcePort, map: "backend_vport".to_string() });
@@ -74,7 +74,7 @@ impl IpFamily {
 
     /// Returns ICMP of the family, the field of its type, the set of its error types, and the
     /// destination address in an error's quoted packet.
-    pub fn icmp_errors(self) -> (Protocol, Field, &'static str, Field) {
+    pub(super) fn icmp_errors(self) -> (Protocol, Field, &'static str, Field) {
         if self.is_ipv4() {
             (Protocol::ICMP, Field::IcmpType, "icmp_errors", Field::QuotedIp4Destination)
         } else {
@@ -95,14 +95,14 @@ pub(super) const PORT_REWRITES: [PortRewrite; 2] = [PortRewrite::Kept, PortRewri
 
 impl PortRewrite {
     /// Returns the name of the chain for this kind.
-    pub fn chain(self, name: &str) -> String {
+    pub(super) fn chain(self, name: &str) -> String {
         match self {
             PortRewrite::Kept => name.to_string(),
             PortRewrite::Translated => format!("{name}_port"),
         }
     }
 
-    pub fn other(self) -> PortRewrite {
+    pub(super) fn other(self) -> PortRewrite {
         match self {
             PortRewrite::Kept => PortRewrite::Translated,
             PortRewrite::Translated => PortRewrite::Kept,
@@ -135,18 +135,18 @@ pub(super) const CACHED_PROTOCOLS: [CachedProtocol; 2] = [TCP, UDP];
 
 impl CachedProtocol {
     /// Returns the name of the set of this kind for the protocol.
-    pub fn name(self, set: &str, ip: IpFamily) -> String {
+    pub(super) fn name(self, set: &str, ip: IpFamily) -> String {
         format!("{set}_{}{}", self.name, ip.suffix)
     }
 
     /// Returns the name of a map of flows.
-    pub fn map(self, map: &str, ports: PortRewrite, ip: IpFamily) -> String {
+    pub(super) fn map(self, map: &str, ports: PortRewrite, ip: IpFamily) -> String {
         self.name(&ports.chain(map), ip)
     }
 
     /// Matches whole packets of the protocol, as [`CachedProtocol::is_whole`] does; TCP only with
     /// none of these flags.
-    pub fn is_whole_without(self, ip: IpFamily, flags: u8) -> Vec<Statement> {
+    pub(super) fn is_whole_without(self, ip: IpFamily, flags: u8) -> Vec<Statement> {
         let mut out = self.is_whole(ip);
         if self.protocol == Protocol::TCP {
             out.push(Statement::Masked(Field::TcpFlags, Value::Flags(flags), Value::Flags(0)));
@@ -156,7 +156,7 @@ impl CachedProtocol {
 
     /// Matches whole packets of the protocol that have the checksum which a rewrite updates.
     /// Fragments go to the engine, which keeps them together.
-    pub fn is_whole(self, ip: IpFamily) -> Vec<Statement> {
+    pub(super) fn is_whole(self, ip: IpFamily) -> Vec<Statement> {
         let protocol = Value::Protocol(self.protocol);
         let mut out = vec![ip.is()];
         if ip.is_ipv4() {
@@ -171,7 +171,7 @@ impl CachedProtocol {
     }
 
     /// Matches packets of the protocol.
-    pub fn is(self, ip: IpFamily) -> Vec<Statement> {
+    pub(super) fn is(self, ip: IpFamily) -> Vec<Statement> {
         vec![ip.is(), Statement::Is(Field::L4Protocol, Value::Protocol(self.protocol))]
     }
 }

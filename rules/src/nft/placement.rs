@@ -97,7 +97,7 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         let mut name = match self.action {
             Action::Allow => "allow",
             Action::Deny => "deny",

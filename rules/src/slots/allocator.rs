@@ -43,7 +43,7 @@ impl Owned for SlotVersion {
 }
 
 impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
-    pub fn new(quarantine: Duration, max_quarantined: u32) -> IdAllocator<K, I> {
+    pub(super) fn new(quarantine: Duration, max_quarantined: u32) -> IdAllocator<K, I> {
         IdAllocator {
             used: OrdMap::new(),
             quarantined: OrdMap::new(),
@@ -57,17 +57,17 @@ impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
     }
 
     /// Returns the keys that have an identifier, with it.
-    pub fn used(&self) -> &OrdMap<K, I> {
+    pub(super) fn used(&self) -> &OrdMap<K, I> {
         &self.used
     }
 
     /// Returns the key that a quarantined identifier had.
-    pub fn former_key(&self, id: I) -> Option<K> {
+    pub(super) fn former_key(&self, id: I) -> Option<K> {
         self.quarantined.get(&id.number()).and_then(|(_, key)| *key)
     }
 
     /// Takes over an identifier that the kernel carries for a key.
-    pub fn adopt(&mut self, id: I, key: K, now: Instant) {
+    pub(super) fn adopt(&mut self, id: I, key: K, now: Instant) {
         if self.used.contains_key(&key) {
             return;
         }
@@ -78,12 +78,12 @@ impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
     }
 
     /// Quarantines an identifier that the kernel may carry, and all unknown ones below it.
-    pub fn reserve_up_to(&mut self, id: I, now: Instant) {
+    pub(super) fn reserve_up_to(&mut self, id: I, now: Instant) {
         self.quarantine_new(id.number(), None, now);
     }
 
     /// Releases the identifier of a key into quarantine.
-    pub fn release(&mut self, key: &K, now: Instant) {
+    pub(super) fn release(&mut self, key: &K, now: Instant) {
         if let Some(id) = self.used.remove(key) {
             self.quarantine(id.number(), Some(*key), now);
         }
@@ -91,7 +91,7 @@ impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
 
     /// Returns the identifier of a key, and allocates one if it has none. `None` if no identifier
     /// is left, or if the owner has too many in quarantine.
-    pub fn allocate(&mut self, key: K, now: Instant) -> Option<I> {
+    pub(super) fn allocate(&mut self, key: K, now: Instant) -> Option<I> {
         if let Some(id) = self.used.get(&key) {
             return Some(*id);
         }
@@ -115,7 +115,7 @@ impl<K: Copy + Ord + Owned, I: Id> IdAllocator<K, I> {
 
     /// Quarantines an identifier that `key` had for a moment in a state that was rolled back: the
     /// kernel may have cached it.
-    pub fn quarantine_again(&mut self, id: I, key: &K, now: Instant) {
+    pub(super) fn quarantine_again(&mut self, id: I, key: &K, now: Instant) {
         let number = id.number();
         if self.free.remove(&number).is_some() || self.reclaim(number) {
             self.quarantine(number, Some(*key), now);

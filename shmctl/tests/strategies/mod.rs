@@ -205,7 +205,7 @@ fn change() -> impl Strategy<Value = (Option<Frontend>, BackendChange)> {
 }
 
 /// Any command.
-pub fn command() -> impl Strategy<Value = Command> {
+pub(crate) fn command() -> impl Strategy<Value = Command> {
     let action = || prop_oneof![Just(Action::Allow), Just(Action::Deny)];
     let rule = (action(), 1u16..).prop_map(|(action, number)| RuleId::new(action, number).unwrap());
     let scope = prop_oneof![

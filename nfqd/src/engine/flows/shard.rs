@@ -120,7 +120,7 @@ pub(super) struct TupleHashes {
 }
 
 impl Shard {
-    pub fn new(capacity: usize) -> Shard {
+    pub(super) fn new(capacity: usize) -> Shard {
         let heads = capacity.next_power_of_two();
         Shard {
             capacity,
@@ -138,7 +138,7 @@ impl Shard {
         hash as usize & (heads.len() - 1)
     }
 
-    pub fn find_original(&self, hash: u64, tuple: &OriginalTuple) -> Option<u32> {
+    pub(super) fn find_original(&self, hash: u64, tuple: &OriginalTuple) -> Option<u32> {
         let mut at = self.originals[Shard::chain(&self.originals, hash)].wrapping_sub(1);
         while at != NONE {
             let entry = &self.entries[at as usize];
@@ -150,7 +150,7 @@ impl Shard {
         None
     }
 
-    pub fn find_reply(&self, hash: u64, tuple: &ReplyTuple) -> Option<u32> {
+    pub(super) fn find_reply(&self, hash: u64, tuple: &ReplyTuple) -> Option<u32> {
         let mut at = self.replies[Shard::chain(&self.replies, hash)].wrapping_sub(1);
         while at != NONE {
             let entry = &self.entries[at as usize];
@@ -162,17 +162,17 @@ impl Shard {
         None
     }
 
-    pub fn is_expired(&self, at: u32, now: u32) -> bool {
+    pub(super) fn is_expired(&self, at: u32, now: u32) -> bool {
         let entry = &self.entries[at as usize];
         entry.last_seen.saturating_add(entry.state.timeout()) <= now
     }
 
-    pub fn unexpired(&self, at: u32, now: u32) -> Option<&Entry> {
+    pub(super) fn unexpired(&self, at: u32, now: u32) -> Option<&Entry> {
         (!self.is_expired(at, now)).then(|| &self.entries[at as usize])
     }
 
     /// Returns the oldest flow in a state, if it has expired.
-    pub fn oldest_expired(&self, state: FlowState, now: u32) -> Option<u32> {
+    pub(super) fn oldest_expired(&self, state: FlowState, now: u32) -> Option<u32> {
         let oldest = self.lists[state as usize].oldest;
         (oldest != NONE && self.is_expired(oldest, now)).then_some(oldest)
     }
@@ -180,7 +180,7 @@ impl Shard {
     /// Returns the flow to evict: an expired one; or the oldest that is not assured, of the state
     /// that has the most of them, so that a flood of one kind evicts its own; or the oldest of the
     /// rest.
-    pub fn eviction_candidate(&self, now: u32) -> Option<(u32, FlowState)> {
+    pub(super) fn eviction_candidate(&self, now: u32) -> Option<(u32, FlowState)> {
         let is_used = |state: &FlowState| self.lists[*state as usize].len != 0;
         for state in STATES {
             if let Some(at) = self.oldest_expired(state, now) {
@@ -196,7 +196,7 @@ impl Shard {
 
     /// Returns the oldest assured flow, if the assured ones leave less than a sixteenth of the room
     /// to others.
-    pub fn excess_assured(&self) -> Option<(u32, FlowState)> {
+    pub(super) fn excess_assured(&self) -> Option<(u32, FlowState)> {
         let lists = [FlowState::Stream, FlowState::Established]
             .map(|state| (self.lists[state as usize], state));
         let assured: usize = lists.iter().map(|(list, _)| list.len).sum();
@@ -208,7 +208,7 @@ impl Shard {
     /// Records a packet of a flow; `None` if the flow has expired. A flow whose backend has no slot
     /// any more is left to expire whatever arrives, so that none refers to a slot for longer than
     /// its quarantine.
-    pub fn record(
+    pub(super) fn record(
         &mut self,
         at: u32,
         sender: Sender,
@@ -283,7 +283,7 @@ impl Shard {
         })
     }
 
-    pub fn insert(&mut self, mut entry: Entry, hashes: TupleHashes) {
+    pub(super) fn insert(&mut self, mut entry: Entry, hashes: TupleHashes) {
         let original = Shard::chain(&self.originals, hashes.original);
         entry.next_original = self.originals[original].wrapping_sub(1);
         let reply = hashes.reply.map(|hash| Shard::chain(&self.replies, hash));
@@ -305,7 +305,7 @@ impl Shard {
         self.len += 1;
     }
 
-    pub fn remove(&mut self, at: u32, hashes: TupleHashes) {
+    pub(super) fn remove(&mut self, at: u32, hashes: TupleHashes) {
         self.unlink(at);
         let Entry { next_original, next_reply, .. } = self.entries[at as usize];
         let chain = Shard::chain(&self.originals, hashes.original);

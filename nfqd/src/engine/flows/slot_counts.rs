@@ -16,7 +16,7 @@ pub(super) struct SlotCounts {
 const BLOCK: usize = 1024;
 
 impl SlotCounts {
-    pub fn new() -> SlotCounts {
+    pub(super) fn new() -> SlotCounts {
         let blocks = (MAX_ID as usize + 1).div_ceil(BLOCK);
         SlotCounts { blocks: (0..blocks).map(|_| OnceLock::new()).collect() }
     }
@@ -29,20 +29,20 @@ impl SlotCounts {
     }
 
     /// Counts a flow in this state, if it is live.
-    pub fn add(&self, slot: SlotId, state: FlowState) {
+    pub(super) fn add(&self, slot: SlotId, state: FlowState) {
         if let Some(counter) = self.counter(slot).filter(|_| state.is_live()) {
             counter.fetch_add(1, Relaxed);
         }
     }
 
     /// Stops counting a flow in this state.
-    pub fn subtract(&self, slot: SlotId, state: FlowState) {
+    pub(super) fn subtract(&self, slot: SlotId, state: FlowState) {
         if let Some(counter) = self.counter(slot).filter(|_| state.is_live()) {
             counter.fetch_sub(1, Relaxed);
         }
     }
 
-    pub fn get(&self, slot: SlotId) -> u32 {
+    pub(super) fn get(&self, slot: SlotId) -> u32 {
         self.counter(slot).map_or(0, |counter| counter.load(Relaxed))
     }
 }

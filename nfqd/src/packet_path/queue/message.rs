@@ -17,33 +17,33 @@ pub(super) const CONFIG: u16 = QUEUE_SUBSYSTEM | 2;
 pub(super) mod config {
     /// Bytes of each packet that the kernel copies, from the IP header on: all of a frame of 1500
     /// bytes, so that no chain of extension headers in one is cut.
-    pub const COPY_RANGE: u32 = 2048;
-    pub const COMMAND: u16 = 1;
-    pub const PARAMETERS: u16 = 2;
-    pub const MAXIMUM_LENGTH: u16 = 3;
-    pub const MASK: u16 = 4;
-    pub const FLAGS: u16 = 5;
-    pub const COMMAND_BIND: u8 = 1;
-    pub const COPY_PACKET: u8 = 2;
-    pub const FAIL_OPEN: u32 = 1;
-    pub const GSO: u32 = 4;
+    pub(crate) const COPY_RANGE: u32 = 2048;
+    pub(crate) const COMMAND: u16 = 1;
+    pub(crate) const PARAMETERS: u16 = 2;
+    pub(crate) const MAXIMUM_LENGTH: u16 = 3;
+    pub(crate) const MASK: u16 = 4;
+    pub(crate) const FLAGS: u16 = 5;
+    pub(crate) const COMMAND_BIND: u8 = 1;
+    pub(crate) const COPY_PACKET: u8 = 2;
+    pub(crate) const FAIL_OPEN: u32 = 1;
+    pub(crate) const GSO: u32 = 4;
 }
 
 /// Attributes of packet and verdict messages.
 mod attribute {
-    pub const PACKET_HEADER: u16 = 1;
-    pub const VERDICT_HEADER: u16 = 2;
-    pub const MARK: u16 = 3;
-    pub const INTERFACE: u16 = 5;
-    pub const PORT: u16 = 7;
-    pub const HARDWARE_ADDRESS: u16 = 9;
-    pub const PAYLOAD: u16 = 10;
-    pub const ORIGINAL_LENGTH: u16 = 13;
-    pub const SKB_INFO: u16 = 14;
-    pub const VLAN: u16 = 19;
-    pub const LINK_HEADER: u16 = 20;
-    pub const VLAN_TCI: u16 = 2;
-    pub const SKB_GSO: u32 = 2;
+    pub(super) const PACKET_HEADER: u16 = 1;
+    pub(super) const VERDICT_HEADER: u16 = 2;
+    pub(super) const MARK: u16 = 3;
+    pub(super) const INTERFACE: u16 = 5;
+    pub(super) const PORT: u16 = 7;
+    pub(super) const HARDWARE_ADDRESS: u16 = 9;
+    pub(super) const PAYLOAD: u16 = 10;
+    pub(super) const ORIGINAL_LENGTH: u16 = 13;
+    pub(super) const SKB_INFO: u16 = 14;
+    pub(super) const VLAN: u16 = 19;
+    pub(super) const LINK_HEADER: u16 = 20;
+    pub(super) const VLAN_TCI: u16 = 2;
+    pub(super) const SKB_GSO: u32 = 2;
 }
 
 /// A packet that waits for its verdict.
@@ -172,7 +172,7 @@ pub(super) fn read_packet(message: &[u8]) -> Option<Queued<'_>> {
             attribute::HARDWARE_ADDRESS => source = MacAddr(bytes_at(value, 4)?),
             attribute::PAYLOAD => payload = value,
             attribute::ORIGINAL_LENGTH => {
-                length = Some(u32::from_be_bytes(bytes_at(value, 0)?) as usize)
+                length = Some(u32::from_be_bytes(bytes_at(value, 0)?) as usize);
             }
             attribute::SKB_INFO => info = u32::from_be_bytes(bytes_at(value, 0)?),
             attribute::VLAN => {

@@ -10,7 +10,7 @@ mod batch;
 mod dump;
 
 pub(super) use batch::Batch;
-pub use dump::FoundElement;
+pub(super) use dump::FoundElement;
 pub(super) use dump::{DumpReply, DumpRequest};
 
 use super::model::{Family, TABLE_NAME};
@@ -20,21 +20,21 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Message types of nf_tables (linux/netfilter/nf_tables.h).
 mod message {
-    pub const NEWTABLE: u16 = 0;
-    pub const GETTABLE: u16 = 1;
-    pub const DELTABLE: u16 = 2;
-    pub const NEWCHAIN: u16 = 3;
-    pub const GETCHAIN: u16 = 4;
-    pub const DELCHAIN: u16 = 5;
-    pub const NEWRULE: u16 = 6;
-    pub const GETRULE: u16 = 7;
-    pub const DELRULE: u16 = 8;
-    pub const NEWSET: u16 = 9;
-    pub const GETSET: u16 = 10;
-    pub const DELSET: u16 = 11;
-    pub const NEWSETELEM: u16 = 12;
-    pub const GETSETELEM: u16 = 13;
-    pub const DELSETELEM: u16 = 14;
+    pub(super) const NEWTABLE: u16 = 0;
+    pub(super) const GETTABLE: u16 = 1;
+    pub(super) const DELTABLE: u16 = 2;
+    pub(super) const NEWCHAIN: u16 = 3;
+    pub(super) const GETCHAIN: u16 = 4;
+    pub(super) const DELCHAIN: u16 = 5;
+    pub(super) const NEWRULE: u16 = 6;
+    pub(super) const GETRULE: u16 = 7;
+    pub(super) const DELRULE: u16 = 8;
+    pub(super) const NEWSET: u16 = 9;
+    pub(super) const GETSET: u16 = 10;
+    pub(super) const DELSET: u16 = 11;
+    pub(super) const NEWSETELEM: u16 = 12;
+    pub(super) const GETSETELEM: u16 = 13;
+    pub(super) const DELSETELEM: u16 = 14;
 }
 
 const SET_INTERVAL: u32 = 0x4;

@@ -38,7 +38,7 @@ pub(super) struct Spans {
 
 impl Spans {
     /// Returns the word at a place; the MAC stands in for a word that the command leaves out.
-    pub fn word<'a>(&self, line: &'a str, place: Place) -> Word<'a> {
+    pub(super) fn word<'a>(&self, line: &'a str, place: Place) -> Word<'a> {
         let start = match place {
             Place::Mac => self.mac,
             Place::Rule => self.rule,
@@ -60,31 +60,31 @@ pub(super) struct Words<'a> {
 }
 
 impl<'a> Words<'a> {
-    pub fn new(line: &'a str) -> Words<'a> {
+    pub(super) fn new(line: &'a str) -> Words<'a> {
         Words { line, at: 0, spans: Spans::default() }
     }
 
-    pub fn line(&self) -> &'a str {
+    pub(super) fn line(&self) -> &'a str {
         self.line
     }
 
-    pub fn into_spans(self) -> Spans {
+    pub(super) fn into_spans(self) -> Spans {
         self.spans
     }
 
-    pub fn peek(&self) -> Option<Word<'a>> {
+    pub(super) fn peek(&self) -> Option<Word<'a>> {
         let rest = self.line.get(self.at..)?.trim_ascii_start();
         let text = rest.split_ascii_whitespace().next()?;
         Some(Word { text, start: self.line.len() - rest.len() })
     }
 
     /// Returns an empty word behind the last one, for errors about a word that is missing.
-    pub fn end(&self) -> Word<'a> {
+    pub(super) fn end(&self) -> Word<'a> {
         Word { text: "", start: self.line.trim_end().len() }
     }
 
     /// Records that the next word is the one at `place`.
-    pub fn mark(&mut self, place: Place) {
+    pub(super) fn mark(&mut self, place: Place) {
         let Some(Word { start, .. }) = self.peek() else { return };
         match place {
             Place::Mac => self.spans.mac = Some(start),
@@ -97,7 +97,7 @@ impl<'a> Words<'a> {
 
     /// Returns the next word through `read`; a word that is missing or not read is an error of
     /// `code`.
-    pub fn expect<T>(
+    pub(super) fn expect<T>(
         &mut self,
         code: ErrorCode,
         expected: impl fmt::Display,

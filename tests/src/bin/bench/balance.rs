@@ -76,7 +76,7 @@ fn file(dir: &std::path::Path, name: &str, text: &str) -> String {
 }
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     if !["nginx", "wrk", "iperf3"].into_iter().all(is_there) {
         return;
     }

@@ -60,7 +60,7 @@ fn packets() -> Vec<Packet> {
 }
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     let packets = packets();
     let mac = "2:0:0:0:0:1".parse().expect("a MAC");
     for ranges in [false, true] {

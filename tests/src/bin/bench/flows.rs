@@ -47,7 +47,7 @@ fn syns(from: usize, count: usize) -> Vec<Packet> {
 }
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     for method in ["rr", "hash", "least"] {
         let snapshot = snapshot(method);
         let state = EngineState::new(CAPACITY);

@@ -12,7 +12,7 @@ fn backends(count: usize, heavy: u16) -> Vec<(BackendName, u16)> {
 }
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     println!(
         "{PLACES} places; share: the farthest from its weight's, of all backends and of each that may go"
     );

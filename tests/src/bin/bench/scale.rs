@@ -217,7 +217,7 @@ fn changes(daemon: &Daemon, command: impl Fn(u32) -> String) -> Vec<f64> {
 }
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     assert!(program("nfqd").exists(), "build nfqd first: cargo build --release");
     in_netns(|| {
         let directory = tempfile::tempdir().expect("a directory");

@@ -12,7 +12,7 @@ const PAIRS: usize = 9;
 const BYTES: u64 = 2 << 30;
 
 /// Runs it and prints what came out.
-pub fn run() {
+pub(crate) fn run() {
     in_netns(|| {
         let topology = Topology::new(true);
         let daemon = Daemon::start(&[]);
