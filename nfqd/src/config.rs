@@ -1,6 +1,5 @@
 //! The configuration: flags, and a file with the same names; flags win.
 
-use crate::observe::control_socket::SocketPaths;
 use clap::Args;
 use nfqd_rules::nft::options::FastPath;
 use nfqd_shmctl::{AddressRange, MacAddr};
@@ -200,6 +199,19 @@ impl TryFrom<String> for ShmSpec {
     fn try_from(text: String) -> Result<ShmSpec, ConfigError> {
         text.parse()
     }
+}
+
+/// The paths of the sockets.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SocketPaths {
+    /// The directory to create if it does not exist: that of the default paths.
+    pub directory: Option<PathBuf>,
+    /// The socket for every request.
+    pub control: PathBuf,
+    /// The socket for requests that change nothing.
+    pub observe: PathBuf,
+    /// The socket of earlier versions, if there is one.
+    pub legacy: Option<PathBuf>,
 }
 
 /// The complete configuration.

@@ -15,6 +15,7 @@ pub mod counter;
 pub mod desired;
 pub mod filter;
 pub mod ids;
+pub mod limits;
 pub mod maglev;
 pub mod mark;
 pub mod netlink;

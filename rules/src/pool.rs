@@ -1,10 +1,10 @@
 //! Backend pools: which backend a new flow is assigned to.
 
 use crate::ids::SlotId;
+use crate::limits::MAX_BACKENDS;
 use crate::maglev;
 use crate::packet::IpHeader;
 use crate::policy::Middlebox;
-use crate::policy::limits::MAX_BACKENDS;
 use crate::service::Service;
 use crate::slots::{SlotKey, Slots};
 use imbl::OrdMap;

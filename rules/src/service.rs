@@ -1,17 +1,27 @@
 //! Load-balanced services: a service's method, options and backends.
 
+use crate::limits::MAX_BACKENDS;
 use crate::packet::IpHeader;
-use crate::policy::PolicyError;
-use crate::policy::limits::MAX_BACKENDS;
 use nfqd_shmctl::{
     BackendChange, BackendName, Command, Destination, ErrorCode, Fragment, Frontend, MacAddr,
-    Method, Place, Protocol, ServiceOptions, ServiceSpec,
+    Method, Protocol, ServiceOptions, ServiceSpec,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 /// Backends in one command of a printed policy: few enough for the longest command.
 const A_COMMAND: usize = 12;
+
+/// The reason a change of backends is rejected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct BackendError {
+    /// The index of the backend in the command.
+    pub at: usize,
+    /// The code.
+    pub code: ErrorCode,
+    /// The message: what is wrong with the backend and what to write.
+    pub expected: &'static str,
+}
 
 /// A registered service.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -92,12 +102,15 @@ impl Service {
         }
     }
 
-    /// Applies a change of the backends of a pool; on error, none of it.
+    /// Applies a change of the backends of a pool.
+    ///
+    /// # Errors
+    /// The reason a backend cannot be changed; nothing is changed then.
     pub(crate) fn change_backends(
         &mut self,
         frontend: Frontend,
         change: &BackendChange,
-    ) -> Result<(), PolicyError> {
+    ) -> Result<(), BackendError> {
         let mut backends = self.backends.clone();
         // Returns the full name. A frontend without a port leaves a port in it, which no backend
         // has.
@@ -107,10 +120,9 @@ impl Service {
         };
         let unknown = |at: usize| {
             let expected = "not a backend of this service; Q shows them";
-            PolicyError::new(Place::Backend(at), ErrorCode::UnknownBackend, expected)
+            BackendError { at, code: ErrorCode::UnknownBackend, expected }
         };
-        let value =
-            |at: usize, expected| PolicyError::new(Place::Backend(at), ErrorCode::Value, expected);
+        let value = |at: usize, expected| BackendError { at, code: ErrorCode::Value, expected };
         match change {
             BackendChange::Add(destinations) => {
                 for (at, to) in destinations.iter().enumerate() {
@@ -124,11 +136,7 @@ impl Service {
                     if backends.len() > MAX_BACKENDS {
                         let expected =
                             "one more than the 255 backends a service may have; remove one first";
-                        return Err(PolicyError::new(
-                            Place::Backend(at),
-                            ErrorCode::Quota,
-                            expected,
-                        ));
+                        return Err(BackendError { at, code: ErrorCode::Quota, expected });
                     }
                 }
             }

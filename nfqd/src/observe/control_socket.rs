@@ -4,6 +4,7 @@
 //! a client that makes no progress is dropped. The reactor reports which descriptors are ready.
 
 use crate::api::{Answer, ErrorCode, MAX_REQUEST, Request, RequestError};
+use crate::config::SocketPaths;
 use nix::unistd::{Group, chown};
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
@@ -44,19 +45,6 @@ impl Socket {
             Socket::Observe => 0o660,
         }
     }
-}
-
-/// The paths of the sockets.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct SocketPaths {
-    /// The directory to create if it does not exist: that of the default paths.
-    pub directory: Option<PathBuf>,
-    /// Of [`Socket::Control`].
-    pub control: PathBuf,
-    /// Of [`Socket::Observe`].
-    pub observe: PathBuf,
-    /// Of [`Socket::Legacy`], if there is one.
-    pub legacy: Option<PathBuf>,
 }
 
 /// The number of a client.

@@ -2,12 +2,12 @@
 
 use super::build::{Ruleset, build_visiting};
 use super::field::Value;
+use super::filters::RuleList;
 use super::middlebox::MiddleboxPart;
 use super::model::{Element, Family, Table};
 use super::names::SLOT_MAPS;
 use super::options::RulesetOptions;
 use super::table::base_table;
-use super::transition::RuleList;
 use crate::desired::Desired;
 use crate::slots::Slots;
 use nfqd_shmctl::MacAddr;

@@ -4,11 +4,10 @@
 use super::dsl::{accept, commented, goto, rule, upcall};
 use super::family::IpFamily;
 use super::field::{Field, Value};
+use super::filters::{RuleList, filters};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::names::own_name;
 use super::options::{FastPath, QueuePath, RulesetOptions};
-use super::placement::filters;
-use super::transition::RuleList;
 use crate::mark::{self, OURS, Operation};
 use crate::policy::Middlebox;
 use crate::service::Service;

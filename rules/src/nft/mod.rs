@@ -5,10 +5,10 @@
 //! * [`model`] and [`field`]: tables, sets, chains and statements as values, and their text in nft's
 //!   own words. `lower` turns a statement into the kernel's expressions; `sys`, the only module with
 //!   `unsafe`, passes those to libnftnl.
-//! * [`options`], `family`, `names`, `dsl`: what the rules are built with.
+//! * [`options`], `family`, `names`, `dsl`: the building blocks of rules.
 //! * `table`: the base table, in the order a packet meets it.
-//! * `transition`, [`placement`], `middlebox`: what a middlebox adds, its filters among it.
-//! * [`build`], [`delta`]: the ruleset of a policy, and what a change of the policy changes in it.
+//! * [`filters`], `middlebox`: the part of a middlebox, its filters among it.
+//! * [`build`], [`delta`]: the ruleset of a policy, and the difference between two rulesets.
 //! * [`kernel`]: loads a ruleset or makes a change, in one transaction each.
 
 pub mod build;
@@ -16,13 +16,12 @@ pub mod delta;
 mod dsl;
 mod family;
 pub mod field;
+pub mod filters;
 pub mod kernel;
 mod lower;
 mod middlebox;
 pub mod model;
 mod names;
 pub mod options;
-pub mod placement;
 mod sys;
 mod table;
-mod transition;

@@ -1,22 +1,16 @@
 //! Parsing of IPv6 headers and extension headers, as nftables walks them.
 
 use super::parse::{TransportHeader, quoted, tcp_numbers, translatable, transport};
-use super::{ICMP6_ERRORS, IPV6_LEN, IpHeader, u16_at};
+use super::{
+    DESTINATION, EXTENSIONS, FRAGMENT, HOP_BY_HOP, ICMP6_ERRORS, IPV6_LEN, IpHeader, ROUTING,
+    u16_at,
+};
 use etherparse::Ipv6HeaderSlice;
 use nfqd_shmctl::{Fragment, Protocol};
 
-/// IPv6 extension headers (`ipv6_ext_hdr`), without the authentication header, at which nftables
-/// stops.
-const HOP_BY_HOP: u8 = 0;
-const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
-const DESTINATION: u8 = 60;
-/// Headers that may not follow the fragment header of a later fragment, besides the four above:
-/// they would be walked, too.
+/// A header that may not follow the fragment header of a later fragment, besides [`EXTENSIONS`]: it
+/// would be walked, too.
 const AUTHENTICATION: u8 = 51;
-
-/// The extension headers that nftables walks over.
-pub(crate) const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION];
 
 /// A fragment header.
 struct FragmentHeader {

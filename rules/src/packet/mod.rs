@@ -12,7 +12,6 @@ mod parse;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use ipv6::EXTENSIONS;
 pub(crate) use parse::checksum_offset;
 
 use etherparse::Ethernet2HeaderSlice;
@@ -148,6 +147,15 @@ pub const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
 /// Types of ICMPv6 that are errors: unreachable, too big, time exceeded, parameter problem (RFC
 /// 4443).
 pub const ICMP6_ERRORS: [u8; 4] = [1, 2, 3, 4];
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+
+/// The IPv6 extension headers that nftables walks over (`ipv6_ext_hdr`): it stops at the
+/// authentication header.
+pub(crate) const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION];
 
 /// Length of an Ethernet header in bytes.
 pub const ETHERNET_LEN: usize = 14;

@@ -1,7 +1,6 @@
 //! Parsing of IPv4 headers, transport headers, and what ICMP errors quote.
 
-use super::ipv6::EXTENSIONS;
-use super::{ICMP_ERRORS, IPV6_LEN, IpHeader, Ports, Quoted, TcpNumbers, u16_at};
+use super::{EXTENSIONS, ICMP_ERRORS, IPV6_LEN, IpHeader, Ports, Quoted, TcpNumbers, u16_at};
 use etherparse::{Ipv4HeaderSlice, Ipv6HeaderSlice};
 use nfqd_shmctl::{Fragment, Protocol};
 

@@ -1,9 +1,9 @@
 //! Applying commands to the policy.
 
 use super::firewall::Firewall;
-use super::limits::{MAX_RULES, MAX_SERVICES, TOO_MANY_BACKENDS, first_backend_over_limit};
 use super::{Middlebox, Policy};
 use crate::filter::FilterRule;
+use crate::limits::{MAX_RULES, MAX_SERVICES, TOO_MANY_BACKENDS, first_backend_over_limit};
 use crate::service::Service;
 use nfqd_shmctl::{
     BackendChange, Command, CommandError, ErrorCode, Frontend, MacAddr, ParsedCommand, Place,
@@ -25,7 +25,7 @@ pub struct PolicyError {
 }
 
 impl PolicyError {
-    pub(crate) fn new(place: Place, code: ErrorCode, expected: impl Into<String>) -> PolicyError {
+    fn new(place: Place, code: ErrorCode, expected: impl Into<String>) -> PolicyError {
         PolicyError { place, code, expected: expected.into() }
     }
 
@@ -181,7 +181,9 @@ impl Policy {
             return reject(Place::Frontend, ErrorCode::Value, expected);
         }
         let mut changed = service.clone();
-        changed.change_backends(frontend, change)?;
+        changed.change_backends(frontend, change).map_err(|error| {
+            PolicyError::new(Place::Backend(error.at), error.code, error.expected)
+        })?;
         let others = self.backends_of_other_services(mac, &frontend);
         if first_backend_over_limit(others, changed.backends().len()).is_some() {
             return reject(Place::Backend(0), ErrorCode::Quota, TOO_MANY_BACKENDS);

@@ -5,7 +5,6 @@
 
 mod apply;
 mod firewall;
-pub mod limits;
 #[cfg(test)]
 mod tests;
 

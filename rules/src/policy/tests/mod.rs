@@ -1,7 +1,7 @@
 mod decisions;
 
-use super::limits::MAX_RULES;
 use super::*;
+use crate::limits::MAX_RULES;
 use nfqd_shmctl::ErrorCode;
 
 const MAC: &str = "12:13:14:15:16:17";

@@ -1,6 +1,6 @@
 //! Errors of the parser and of the policy, as replies and `nfqd check` show them.
 
-use super::words::Word;
+use super::Word;
 use crate::language::value::ParseValueError;
 use std::fmt;
 use std::str::FromStr;

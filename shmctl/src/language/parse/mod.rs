@@ -13,7 +13,15 @@ use super::value::{MacAddr, decimal};
 use error::{CommandError, ErrorCode};
 use std::net::IpAddr;
 pub use words::Place;
-use words::{Spans, Word, Words};
+use words::{Spans, Words};
+
+/// A word of a line.
+#[derive(Clone, Copy)]
+struct Word<'a> {
+    pub text: &'a str,
+    /// Bytes before it in the line.
+    pub start: usize,
+}
 
 /// The longest command, in bytes: what fits in the mailbox between its two `@`.
 pub const MAX_COMMAND: usize = 2046;

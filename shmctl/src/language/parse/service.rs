@@ -1,7 +1,8 @@
 //! Parsing of `R L` and `B` behind the middlebox.
 
+use super::Word;
 use super::error::{CommandError, ErrorCode};
-use super::words::{Place, Word, Words};
+use super::words::{Place, Words};
 use super::{check_family, check_unicast, same_family};
 use crate::language::command::Command;
 use crate::language::service::{

@@ -1,15 +1,8 @@
 //! The words of a line, and where those words are that later errors may be about.
 
+use super::Word;
 use super::error::{CommandError, ErrorCode};
 use std::fmt;
-
-/// A word of a line.
-#[derive(Clone, Copy)]
-pub(super) struct Word<'a> {
-    pub text: &'a str,
-    /// Bytes before it in the line.
-    pub start: usize,
-}
 
 /// A word of a command that a policy or a channel may reject.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

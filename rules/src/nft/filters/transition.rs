@@ -1,52 +1,17 @@
 //! Transitions between rule lists: the steps through which the kernel gets from one to another.
 
 use super::placement::{LinearReason, placement};
+use super::rule_list::{Matching, Relocation, RuleList};
 use crate::filter::Conditions;
-use crate::policy::Middlebox;
-use nfqd_shmctl::{Action, MacAddr, RuleId};
-
-/// A rule that can match.
-pub(super) type Matching = (RuleId, Conditions);
-
-/// The rules of one middlebox that can match, in order, and its default.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct RuleList {
-    pub rules: Vec<Matching>,
-    /// Whether packets that no rule matches are dropped.
-    pub closed: bool,
-    /// Rules that move between a set and the chain: they are linear meanwhile, in the set or not.
-    pub relocating: Vec<(Matching, Relocation)>,
-}
-
-/// The place of a rule while it moves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Relocation {
-    /// In the set and in the chain.
-    Both,
-    /// In the chain alone, although a set could hold it.
-    Chain,
-}
+use nfqd_shmctl::{Action, RuleId};
 
 impl RuleList {
-    /// Returns the rule list of the middlebox `mac`.
-    pub(super) fn new(mac: MacAddr, middlebox: &Middlebox) -> RuleList {
-        middlebox.firewall().map_or_else(RuleList::default, |firewall| RuleList {
-            rules: firewall.conditions(mac).collect(),
-            closed: firewall.default_action() == Action::Deny,
-            relocating: Vec::new(),
-        })
-    }
-
-    fn of(&self, action: Action) -> impl Iterator<Item = &(RuleId, Conditions)> {
-        self.rules.iter().filter(move |(id, _)| id.action == action)
-    }
-
     /// Returns the steps of a change from `self` to `new`: first more is allowed, then more is
     /// denied, then less is denied, then less is allowed. The kernel searches its sets one after
     /// the other, each in its state at that moment; but a packet that both lists treat alike is
     /// treated so by any mixture of two neighbouring steps. A rule that moves to another place is
     /// in both for one step: the kernel changes chains and sets at different moments.
-    pub(super) fn transition_to(&self, new: &RuleList) -> Vec<RuleList> {
+    pub(in crate::nft) fn transition_to(&self, new: &RuleList) -> Vec<RuleList> {
         let (mut out, mut before) = (Vec::new(), self.clone());
         for after in self.unions(new) {
             out.extend(before.relocations(&after));
@@ -105,11 +70,6 @@ impl RuleList {
             list(allow, of(new, Action::Deny), new.closed),
             new.clone(),
         ]
-    }
-
-    /// Whether a rule compares VLAN tags.
-    pub(super) fn depends_on_tags(&self) -> bool {
-        self.rules.iter().any(|(_, wanted)| wanted.vlan.is_some())
     }
 }
 
