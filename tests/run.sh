@@ -62,7 +62,7 @@ netns() {
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
     export NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-180}
-    local labs=(cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test oracles
+    local labs=(cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test lifecycle --test oracles
         --test pools --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"
@@ -93,7 +93,7 @@ uml() {
     log=$(mktemp)
     in_guest --test kernel --test oracles --test traffic > "$log" 2>&1 &
     local guest=$!
-    in_guest --test lab --test pools || passed=no
+    in_guest --test lab --test lifecycle --test pools || passed=no
     wait "$guest" || passed=no
     cat "$log"
     rm "$log"

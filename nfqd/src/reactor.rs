@@ -81,6 +81,8 @@ pub struct Timer {
     fd: TimerFd,
     /// When it fires; `None` if it is not set.
     at: Option<Instant>,
+    /// Whether it has fired, so that its descriptor is ready until it is set anew.
+    has_fired: bool,
 }
 
 impl Timer {
@@ -91,7 +93,7 @@ impl Timer {
     pub fn new() -> Result<Timer, Errno> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let fd = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-        Ok(Timer { fd, at: None })
+        Ok(Timer { fd, at: None, has_fired: false })
     }
 
     /// Sets the time at which the timer fires; `None` stops it.
@@ -99,10 +101,10 @@ impl Timer {
     /// # Errors
     /// If the kernel refuses.
     pub fn set(&mut self, at: Option<Instant>) -> Result<(), Errno> {
-        if self.at == at {
+        if self.at == at && !self.has_fired {
             return Ok(());
         }
-        self.at = at;
+        (self.at, self.has_fired) = (at, false);
         match at {
             None => self.fd.unset(),
             Some(at) => {
@@ -114,11 +116,9 @@ impl Timer {
         }
     }
 
-    /// Acknowledges that the timer has fired. It is not set then.
+    /// Notes that the timer has fired. Its descriptor stays ready until the timer is set.
     pub fn acknowledge(&mut self) {
-        self.at = None;
-        // A timer that was set anew meanwhile has nothing to read.
-        let _ = self.fd.unset();
+        (self.at, self.has_fired) = (None, true);
     }
 }
 

@@ -1,4 +1,5 @@
-//! A guest's channel: its region with the mailbox, its binding, its budget, and when to poll it.
+//! A guest's channel: a command arrives here. Its region with the mailbox, its binding, its budget,
+//! and when to poll it.
 
 use crate::config::ShmSpec;
 use nfqd_shmctl::mailbox::host::HostMailbox;

@@ -1,4 +1,4 @@
-//! The way of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
+//! The path of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
 //! channel may ask for, [`transaction`] applies it to the policy, has it enforced and saves it in the
 //! [`journal`]; the reply goes back. [`query`] answers `Q`, [`command_file`] applies files.
 

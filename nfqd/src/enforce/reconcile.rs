@@ -1,4 +1,5 @@
-//! Bringing the kernel and the engine to the desired state.
+//! Reconciliation: the kernel and the engine are brought to the desired state here, and the tables
+//! are repaired.
 
 use super::Enforcer;
 use crate::engine::{FilterScope, Snapshot};

@@ -1,4 +1,4 @@
-//! The way of a packet through the engine.
+//! The pipeline of the engine: a packet, the policy and the flow table go in, a verdict comes out.
 
 use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
 use super::verdict::{

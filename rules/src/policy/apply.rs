@@ -1,4 +1,4 @@
-//! Applying commands to the policy.
+//! Application of commands: the policy changes as a whole here, or the command is rejected.
 
 use super::firewall::Firewall;
 use super::{Middlebox, Policy};

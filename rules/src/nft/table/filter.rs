@@ -1,4 +1,4 @@
-//! The chains `middlebox` and `closed`: filters.
+//! The chains `middlebox` and `closed`: a frame to a middlebox meets the filter rules here.
 
 use super::BaseTable;
 use crate::nft::dsl::{goto, rule, verdict};

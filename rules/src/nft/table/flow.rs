@@ -1,4 +1,5 @@
-//! The chains `balance` and `known`: packets of clients to middleboxes with services.
+//! The chains `balance` and `known`: a client's packet to a middlebox with services is redirected
+//! here if its flow is cached, and sent to the engine otherwise.
 
 use super::{BaseTable, CONNECTION_FLAGS};
 use crate::nft::dsl::{accept, commented, goto, jump, rule};

@@ -1,5 +1,5 @@
-//! The chain `learn` and those that it leads to: they carry out the engine's verdicts and cache
-//! flows.
+//! The chain `learn` and those that it leads to: the engine's verdict, in the mark, is carried out
+//! here, and the flow is cached.
 
 use super::{BaseTable, LEARN_PRIORITY};
 use crate::mark::{ID, OPERATION, Operation};

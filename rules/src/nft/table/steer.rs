@@ -1,4 +1,5 @@
-//! The chain `steer`: where the fast path begins, and which packets leave it at once.
+//! The chain `steer`: a frame enters here. Frames to a middlebox, from a backend, or with an ICMP
+//! error about either go on to the other chains; all others leave after three look-ups.
 
 use super::BaseTable;
 use super::STEER_PRIORITY;

@@ -1,22 +1,26 @@
 //! Benchmarks, each beside a peer in the same run: medians, quartiles, ratios.
 //!
-//! Run as root: `cargo build --release && target/release/bench [throughput] [balance] [maglev]
-//! [flows] [scale] [classifier]`; all without a name.
+//! Run as root: `cargo build --release && target/release/bench [NAME...]`; all without a name. The
+//! benchmark `peers` is behind the feature `peers`: `cargo build --release -p nfqd-tests --features
+//! peers` needs libclang.
 
 mod balance;
 mod classifier;
+mod control;
 mod flows;
 mod maglev;
+#[cfg(feature = "peers")]
+mod peers;
 mod scale;
 mod throughput;
 
 use nfqd_tests::counting::Counting;
+use std::process::ExitCode;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Prints the middle of some measurements and how far the quartiles are apart; the middle comes
-/// back.
+/// Prints the median of some measurements and the distance of their quartiles; returns the median.
 fn print(name: &str, values: &[f64], unit: &str) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -29,26 +33,30 @@ fn print(name: &str, values: &[f64], unit: &str) -> f64 {
     at(0.5)
 }
 
-fn main() {
-    let all: [(&str, fn()); 6] = [
-        ("throughput", throughput::run),
-        ("balance", balance::run),
-        ("maglev", maglev::run),
-        ("flows", flows::run),
-        ("scale", scale::run),
-        ("classifier", classifier::run),
-    ];
+/// Every benchmark, by name.
+const ALL: &[(&str, fn())] = &[
+    ("throughput", throughput::run),
+    ("balance", balance::run),
+    ("maglev", maglev::run),
+    ("flows", flows::run),
+    ("scale", scale::run),
+    ("classifier", classifier::run),
+    ("control", control::run),
+    #[cfg(feature = "peers")]
+    ("peers", peers::run),
+];
+
+fn main() -> ExitCode {
     let named: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(wrong) = named.iter().find(|name| all.iter().all(|(known, _)| known != name)) {
-        eprintln!(
-            "bench: '{wrong}': no such benchmark; there are throughput, balance, maglev, flows, scale and classifier"
-        );
-        std::process::exit(2);
+    if let Some(wrong) = named.iter().find(|name| ALL.iter().all(|(known, _)| known != name)) {
+        let names: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
+        eprintln!("bench: '{wrong}' is not a benchmark; write one of {}", names.join(", "));
+        return ExitCode::from(2);
     }
-    for (name, run) in
-        all.iter().filter(|(name, _)| named.is_empty() || named.iter().any(|wanted| wanted == name))
-    {
+    let is_wanted = |name: &str| named.is_empty() || named.iter().any(|wanted| wanted == name);
+    for (name, run) in ALL.iter().filter(|(name, _)| is_wanted(name)) {
         println!("== {name}");
         run();
     }
+    ExitCode::SUCCESS
 }

@@ -1,0 +1,178 @@
+//! The control thread: its CPU time and wakeups while guests are silent, and the latency of commands.
+//!
+//! `NFQD_BENCH_PEER` names another nfqd, such as that of an earlier version, which takes turns with
+//! this one.
+
+use crate::print;
+use nfqd_shmctl::Region;
+use nfqd_shmctl::mailbox::guest::send_command;
+use nfqd_tests::daemon::program;
+use nfqd_tests::netns::{in_netns, run as shell};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 3;
+const REGIONS: [usize; 3] = [0, 1, 200];
+/// The time over which a silent daemon is observed.
+const OBSERVED: Duration = Duration::from_secs(5);
+const TALKING: usize = 400;
+const AFTER_PAUSE: usize = 40;
+/// The pause between commands of a guest that talks: below the rate that a channel may have.
+const TALK_PAUSE: Duration = Duration::from_millis(12);
+const LONG_PAUSE: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A running nfqd, which may be of another version.
+struct Peer {
+    child: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        shell("nft flush ruleset");
+    }
+}
+
+impl Peer {
+    fn start(nfqd: &Path, regions: usize) -> Peer {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        let mut command = Command::new(nfqd);
+        command.arg("--state").arg(at("state")).arg("--control").arg(at("control"));
+        for number in 0..regions {
+            command.arg("--shm").arg(region(directory.path(), number));
+        }
+        let log = File::create(at("log")).expect("a log");
+        let child = command.stdin(Stdio::null()).stderr(log).spawn().expect("nfqd");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !fs::read_to_string(at("log")).unwrap_or_default().contains("ready") {
+            assert!(Instant::now() < deadline, "{} is not ready", nfqd.display());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Peer { child, directory }
+    }
+
+    fn region(&self, number: usize) -> Region {
+        Region::open(&region(self.directory.path(), number)).expect("a region")
+    }
+
+    /// Returns the CPU time of all threads in seconds, and the number of times that they have slept.
+    fn usage(&self) -> (f64, f64) {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let (mut seconds, mut sleeps) = (0.0, 0.0);
+        for task in fs::read_dir(tasks).expect("tasks") {
+            let task = task.expect("a task").path();
+            let read = |name: &str| fs::read_to_string(task.join(name)).expect("statistics");
+            let number = |text: Option<&str>| text.and_then(|n| n.parse().ok()).unwrap_or(0.0);
+            seconds += number(read("schedstat").split_whitespace().next()) / 1e9;
+            let status = read("status");
+            let line =
+                status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sleeps += number(line.map(str::trim));
+        }
+        (seconds, sleeps)
+    }
+
+    /// Returns the share of a core and the wakeups a second while nothing happens.
+    fn idle(&self) -> (f64, f64) {
+        // The work that follows the start is over by then.
+        std::thread::sleep(Duration::from_secs(2));
+        let (before, start) = (self.usage(), Instant::now());
+        std::thread::sleep(OBSERVED);
+        let (after, seconds) = (self.usage(), start.elapsed().as_secs_f64());
+        ((after.0 - before.0) / seconds * 100.0, (after.1 - before.1) / seconds)
+    }
+}
+
+fn region(directory: &Path, number: usize) -> PathBuf {
+    directory.join(format!("vm{number}"))
+}
+
+/// Sends commands with a pause before each; returns the latencies in milliseconds.
+fn latencies(guest: &Region, mac: u8, count: usize, pause: Duration) -> Vec<f64> {
+    let send = |command: &str| {
+        let replies = send_command(guest, command, TIMEOUT).expect("a reply");
+        assert!(replies.iter().all(nfqd_shmctl::Reply::is_ok), "{command}: {replies:?}");
+    };
+    send(&format!("R F 2:0:0:0:0:{mac} 10.0.0.{mac}"));
+    let one = |number: usize| {
+        std::thread::sleep(pause);
+        let start = Instant::now();
+        send(&format!("A 2:0:0:0:0:{mac} T 2 d {}", 1000 + number));
+        start.elapsed().as_secs_f64() * 1e3
+    };
+    (0..count).map(one).collect()
+}
+
+fn print_percentiles(name: &str, values: &mut [f64]) {
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
+    println!("{name:<52} p50 {:7.2} ms  p99 {:7.2} ms", at(0.5), at(0.99));
+}
+
+/// Returns this nfqd and its peer, with their names.
+fn contestants() -> Vec<(&'static str, PathBuf)> {
+    let mut out = vec![("nfqd", program("nfqd"))];
+    out.extend(std::env::var_os("NFQD_BENCH_PEER").map(|path| ("peer", PathBuf::from(path))));
+    out
+}
+
+fn idle() {
+    for regions in REGIONS {
+        let contestants = contestants();
+        let mut results = vec![(Vec::new(), Vec::new()); contestants.len()];
+        for _ in 0..ROUNDS {
+            for ((_, path), (cpu, wakeups)) in contestants.iter().zip(&mut results) {
+                let (share, rate) = Peer::start(path, regions).idle();
+                cpu.push(share);
+                wakeups.push(rate);
+            }
+        }
+        for ((name, _), (cpu, wakeups)) in contestants.iter().zip(&results) {
+            print(&format!("{regions} silent regions, {name}: CPU"), cpu, "% of one");
+            print(&format!("{regions} silent regions, {name}: wakeups"), wakeups, "a second");
+        }
+    }
+}
+
+fn latency() {
+    for (name, path) in contestants() {
+        let peer = Peer::start(&path, 2);
+        let (guest, other) = (peer.region(0), peer.region(1));
+        let mut talking = latencies(&guest, 1, TALKING, TALK_PAUSE);
+        print_percentiles(&format!("{name}: a command every 12 ms"), &mut talking);
+        let mut paused = latencies(&guest, 1, AFTER_PAUSE, LONG_PAUSE);
+        print_percentiles(&format!("{name}: a command every 500 ms"), &mut paused);
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // As fast as the host takes them; a timeout is no failure of the flood.
+                while !is_over.load(Ordering::Relaxed) {
+                    let _ = send_command(&other, "R F 2:0:0:0:0:9 10.0.0.9", TIMEOUT);
+                }
+            });
+            let mut flooded = latencies(&guest, 1, TALKING, TALK_PAUSE);
+            is_over.store(true, Ordering::Relaxed);
+            print_percentiles(
+                &format!("{name}: a command every 12 ms, another guest floods"),
+                &mut flooded,
+            );
+        });
+    }
+}
+
+/// Runs it and prints what came out.
+pub(crate) fn run() {
+    in_netns(|| {
+        shell("ip link add br0 type bridge");
+        shell("ip link set br0 up");
+        idle();
+        latency();
+    });
+}

@@ -1,0 +1,365 @@
+//! Real hosts on a bridge: the behaviour when nfqd starts, dies or exits, its configuration is
+//! read again, another program interferes, or the disk is full.
+#![allow(clippy::unwrap_used)]
+
+use nfqd::api::Status;
+use nfqd_tests::daemon::{Daemon, NFQD, program};
+use nfqd_tests::fixture::{Fixture, STATIC};
+use nfqd_tests::netns::{in_netns, run};
+use nfqd_tests::topology::{VM, connect, wait_for, who};
+use std::process::Command;
+use std::time::Duration;
+
+/// The handles of the base chains, which change if one is made anew.
+fn base_chains() -> Vec<String> {
+    let text = run("nft -a list table bridge nfqd");
+    let chains: Vec<String> = text
+        .lines()
+        .filter(|l| l.contains("chain steer") || l.contains("chain learn {"))
+        .map(str::to_string)
+        .collect();
+    assert_eq!(chains.len(), 2, "{text}");
+    chains
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn killed_in_the_middle_of_traffic() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        fixture.daemon.must("A 12:13:14:15:16:17 T 2 d 81");
+        let before = fixture.daemon.status();
+        let chains = base_chains();
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
+        let chunk = vec![7; 1 << 20];
+        connection.send(&chunk);
+
+        fixture.daemon.kill();
+        (0..20).for_each(|_| connection.send(&chunk));
+        assert_eq!(
+            fixture.at_vm().as_deref(),
+            Some("backend"),
+            "a static redirect needs no engine"
+        );
+        assert_eq!(who(&fixture.topology.client, VM, 81), None, "nor does a filter");
+
+        fixture.daemon.restart();
+        (0..20).for_each(|_| connection.send(&chunk));
+        assert!(
+            connection.finish().starts_with(&format!("{} ", 41 << 20)),
+            "the connection outlived it all"
+        );
+        assert_eq!(base_chains(), chains, "no base chain was made anew");
+        let after = fixture.daemon.status();
+        let registered = |status: &Status| {
+            status.middleboxes.iter().map(|m| m.commands.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(registered(&after), registered(&before), "nothing is registered twice or lost");
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_regular_exit_keeps_the_rules_and_flush_removes_them() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        assert!(fixture.daemon.terminate().success());
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        let flush = Command::new(program(NFQD)).arg("flush").output().unwrap();
+        assert!(flush.status.success());
+        assert!(!run("nft list tables").contains("nfqd"));
+        assert_eq!(fixture.at_vm().as_deref(), Some("vm"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn fail_closed_drops_packets_without_a_daemon() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&["--fail", "closed"]);
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        fixture.daemon.kill();
+        assert_eq!(fixture.at_vm(), None);
+        fixture.daemon.restart();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn another_program_changes_our_tables() {
+    in_netns(|| {
+        let fixture = Fixture::new(&[]);
+        fixture.redirect();
+        for (number, interference) in [
+            "nft delete table bridge nfqd",
+            "nft flush chain bridge nfqd steer",
+            "nft flush set bridge nfqd middleboxes",
+            "nft add rule bridge nfqd balance drop",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let chains = run("nft -a list table bridge nfqd");
+            run(interference);
+            wait_for(interference, || fixture.daemon.status().repairs == number as u64 + 1);
+            assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "{interference}");
+            let handle =
+                |text: &str| text.lines().find(|l| l.contains("chain steer")).map(str::to_string);
+            if number != 0 {
+                assert_eq!(
+                    handle(&run("nft -a list table bridge nfqd")),
+                    handle(&chains),
+                    "base chains stand"
+                );
+            }
+        }
+        // Our own changes and other tables are no interference.
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        run("nft add table bridge other");
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_eq!(fixture.daemon.status().repairs, 4);
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_restart_takes_over_what_the_kernel_remembers() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        let index = || run("nft list map bridge nfqd backend_vip4");
+        // Another version, then the first again: its number is new, and a restart does not reuse
+        // the old ones.
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 1 10.129.126.1 10.129.126.17");
+        fixture.daemon.must(STATIC);
+        let before = index();
+        assert!(before.contains("0x00000300"), "{before}");
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
+        connection.send(b"x");
+        fixture.daemon.kill();
+        // The neighbour entry is gone: the backend's MAC is known from the kernel's map until it
+        // answers again.
+        run("ip neigh flush dev br0");
+        fixture.daemon.restart();
+        assert_eq!(index(), before);
+        assert_eq!(
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.as_deref(),
+            Some("02:00:00:00:00:17")
+        );
+        assert!(fixture.daemon.status().flows.count >= 1, "the ways back are known again");
+        fixture.daemon.must("R L 02:00:00:00:00:99 10.129.126.99 0 10.129.126.2@02:00:00:00:00:02");
+        let after = index();
+        assert!(after.contains("0x00000400") && !after.contains("0x00000100"), "{after}");
+        assert_eq!(connection.finish().split(' ').next(), Some("1"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn an_administrators_neighbours_are_left_alone() {
+    in_netns(|| {
+        let fixture = Fixture::new(&[]);
+        run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
+        wait_for("its MAC", || {
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
+        assert!(run("ip neigh show 10.129.126.200").contains("PERMANENT"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn the_configuration_is_read_again() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let dir = tempfile::tempdir().unwrap();
+        let (config, commands) = (dir.path().join("nfqd.toml"), dir.path().join("commands"));
+        let write = |shm: &str, lines: &str| {
+            let text = format!("commands = \"{}\"\n{shm}", commands.display());
+            std::fs::write(&config, text).unwrap();
+            std::fs::write(&commands, lines).unwrap();
+        };
+        write("", "R F 02:00:00:00:00:01 10.0.0.1\n");
+        let daemon = Daemon::start(&["--config", config.to_str().unwrap()]);
+        daemon.must("A 02:00:00:00:00:01 T 2 d 80");
+        let commands_of = |at: usize| daemon.status().middleboxes[at].commands.join("; ");
+        write("", "R F 02:00:00:00:00:01 10.0.0.1\nR F 02:00:00:00:00:02 10.0.0.2 # new\n");
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        wait_for("the new middlebox", || daemon.status().middleboxes.len() == 2);
+        assert!(
+            commands_of(0).contains("T 2 d 80"),
+            "what guests have added stays: {}",
+            commands_of(0)
+        );
+        // An invalid file changes nothing.
+        write("", "X 02:00:00:00:00:01\nnonsense\n");
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        wait_for("the complaint", || daemon.log().contains("commands:2:1: 'nonsense'"));
+        assert_eq!(daemon.status().middleboxes.len(), 2);
+    });
+}
+
+/// Runs nfqd in conditions in which it must not start; returns its exit code and message.
+fn start_error(arguments: &[&str]) -> (Option<i32>, String) {
+    let state = tempfile::tempdir().unwrap();
+    let output = Command::new("timeout")
+        .arg("10")
+        .arg(program(NFQD))
+        .arg("--state")
+        .arg(state.path())
+        .args(arguments)
+        .args(if arguments.contains(&"--control") {
+            vec![]
+        } else {
+            vec!["--control".into(), state.path().join("c")]
+        })
+        .output()
+        .unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn errors_at_the_start_name_their_cause() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let daemon = Daemon::start(&["--queue", "5-6"]);
+        let (code, message) = start_error(&["--queue", "6-7"]);
+        assert_eq!(code, Some(3), "{message}");
+        assert!(message.contains("queue 6 is taken") && message.contains("--queue"), "{message}");
+        drop(daemon);
+        assert!(Command::new(program(NFQD)).arg("flush").status().unwrap().success());
+
+        run("nft add table bridge nfqd");
+        let (code, message) = start_error(&[]);
+        assert_eq!(code, Some(3), "{message}");
+        assert!(message.contains("nft delete table bridge nfqd"), "{message}");
+        run("nft delete table bridge nfqd");
+
+        let (code, message) = start_error(&["--shm", "/dev"]);
+        assert_eq!(code, Some(3), "{message}");
+        assert!(message.contains("/dev"), "{message}");
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "R F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 I 99\n").unwrap();
+        let (code, message) = start_error(&["--commands", file.path().to_str().unwrap()]);
+        assert_eq!(code, Some(1), "{message}");
+        assert!(message.contains(":2:17: '99': not a bit value"), "{message}");
+        assert!(!run("nft list tables").contains("nfqd"), "nothing was loaded");
+
+        let (code, message) = start_error(&["--control", "/nowhere/control"]);
+        assert_eq!(code, Some(3), "{message}");
+        assert!(!run("nft list tables").contains("nfqd"), "nothing was left");
+
+        // A queue path that is asked for but missing.
+        let sysctl = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        let before = std::fs::read_to_string(sysctl).unwrap();
+        std::fs::write(sysctl, "0").unwrap();
+        let (code, message) = start_error(&["--steer", "br-netfilter"]);
+        std::fs::write(sysctl, before).unwrap();
+        assert_eq!(code, Some(3), "{message}");
+        assert!(
+            message.contains("br-netfilter.sh up") || message.contains("--steer native"),
+            "{message}"
+        );
+
+        let (code, message) = start_error(&["--queue", "3-1"]);
+        assert_eq!(code, Some(2), "{message}");
+        // Without the privilege.
+        let output = Command::new("setpriv")
+            .args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--"])
+            .arg(program(NFQD))
+            .args(["--state", "/tmp/nfqd-refused", "--control", "/tmp/nfqd-refused.sock"])
+            .output()
+            .unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{message}");
+        assert!(message.contains("CAP_NET_ADMIN"), "{message}");
+        let _ = std::fs::remove_dir_all("/tmp/nfqd-refused");
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn check_prints_every_error_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x");
+    std::fs::write(&file, "# fine\nR F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 1\nX 2:0:0:0:0:9\n")
+        .unwrap();
+    let output = Command::new(program(NFQD)).arg("check").arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let name = file.display();
+    let expected = [
+        format!(
+            "{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"
+        ),
+        format!("{name}:4:3: '2:0:0:0:0:9': not registered; Q shows what is"),
+    ];
+    assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+    std::fs::write(&file, "R F 2:0:0:0:0:1 10.0.0.1\n").unwrap();
+    let output = Command::new(program(NFQD)).arg("check").arg(&file).output().unwrap();
+    assert_eq!((output.status.code(), output.stdout, output.stderr), (Some(0), vec![], vec![]));
+}
+
+/// A small file system at a path, until this value is dropped.
+struct SmallDisk<'a>(&'a std::path::Path);
+
+impl SmallDisk<'_> {
+    fn mount(at: &std::path::Path) -> SmallDisk<'_> {
+        run(&format!("mount -t tmpfs -o size=64k nfqd-tests {}", at.display()));
+        SmallDisk(at)
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        // Unmounted lazily: the daemon may still have it open.
+        run(&format!("umount -l {}", self.0.display()));
+    }
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_full_disk_is_reported_and_the_policy_stays() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        let state = std::path::PathBuf::from(fixture.daemon.status().state);
+        fixture.daemon.terminate();
+        let disk = SmallDisk::mount(state.parent().unwrap());
+        fixture.daemon.restart();
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        let filler = disk.0.join("filler");
+        assert!(std::fs::write(&filler, vec![0; 1 << 20]).is_err(), "the disk is full");
+        // Appending to an existing page needs no room.
+        let fails = (1..400).find(|n| {
+            fixture.daemon.must(&format!("A 12:13:14:15:16:17 #{n} T 2 d {}", 1000 + n));
+            fixture.daemon.status().state_error.is_some()
+        });
+        let error = fixture.daemon.status().state_error.unwrap();
+        assert!(fails.is_some() && error.contains("No space left"), "{error}");
+        fixture.redirect();
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        std::fs::remove_file(&filler).unwrap();
+        wait_for("the state is saved again", || fixture.daemon.status().state_error.is_none());
+        let saved = std::fs::read_to_string(&state).unwrap();
+        assert!(
+            saved.contains(STATIC) && saved.contains(&format!("#{} T", fails.unwrap())),
+            "{saved}"
+        );
+        // After a kill, it restores everything.
+        let commands = fixture.daemon.status().middleboxes[0].commands.clone();
+        fixture.daemon.kill();
+        fixture.daemon.restart();
+        assert_eq!(fixture.daemon.status().middleboxes[0].commands, commands);
+        fixture.daemon.terminate();
+    });
+}
