@@ -1,15 +1,15 @@
 #!/bin/bash
-# Sets a KVM host's bridge up for nfqd, and takes that back.
+# Prepares a KVM host's bridge for nfqd, and undoes that.
 #
 #   br-netfilter.sh [up]      load modules, create or adopt the bridge, set the sysctls that nfqd's steering needs
 #   br-netfilter.sh down      undo what up did, nothing else
-#   br-netfilter.sh status    what is set, what is missing (exit code 1 when something is)
-#   br-netfilter.sh demo      a lab of network namespaces in which nfqd does what the original's examples say
+#   br-netfilter.sh status    what is set, what is missing (exit code 1 if anything is)
+#   br-netfilter.sh demo      nfqd in a lab of network namespaces: each command with its effect
 #
-# Environment: BRIDGE (kvmbr0), PORTS ("tap0 eth1"), STEER (auto, native or br-netfilter), RECORD (where up notes what it
-# did; /run/br-netfilter.record).
+# Environment: BRIDGE (kvmbr0), PORTS ("tap0 eth1"), STEER (auto, native or br-netfilter), RECORD (the file in which up notes
+# what it did; /run/br-netfilter.record).
 #
-# Exit codes: 0 done; 1 the input is wrong, or something is missing or failed; 2 usage; 3 the system refuses.
+# Exit codes: 0 done; 1 the input is wrong, or something is missing or failed; 2 usage; 3 system error.
 set -euo pipefail
 
 BRIDGE=${BRIDGE:-kvmbr0}
@@ -35,7 +35,7 @@ need_root() {
 
 check_names() {
     for name in "$BRIDGE" $PORTS; do
-        [[ $name =~ ^[A-Za-z0-9_.:-]{1,15}$ ]] || die 1 "'$name' is no interface name; BRIDGE and PORTS take names like kvmbr0"
+        [[ $name =~ ^[A-Za-z0-9_.:-]{1,15}$ ]] || die 1 "'$name' is not an interface name; BRIDGE and PORTS take names like kvmbr0"
     done
     case $STEER in
         auto | native | br-netfilter) ;;
@@ -60,8 +60,8 @@ table bridge probe {
 NFT
 }
 
-# The way into the queue: native, br-netfilter, or what STEER says.
-way() {
+# Prints the queue path: native, br-netfilter, or the one that STEER names.
+queue_path() {
     if [ "$STEER" != auto ]; then
         echo "$STEER"
     elif has_native; then
@@ -81,15 +81,15 @@ up() {
     need_root
     check_names
     for port in $PORTS; do
-        ip link show dev "$port" > /dev/null 2>&1 || die 1 "there is no interface '$port'; PORTS names what goes on the bridge"
+        ip link show dev "$port" > /dev/null 2>&1 || die 1 "there is no interface '$port'; PORTS names the ports of the bridge"
         master=$(master_of "$port")
-        [ -z "$master" ] || [ "$master" = "$BRIDGE" ] || die 1 "'$port' is a port of '$master'; take it off there first"
+        [ -z "$master" ] || [ "$master" = "$BRIDGE" ] || die 1 "'$port' is a port of '$master'; remove it from there first"
     done
     if ip link show dev "$BRIDGE" > /dev/null 2>&1 && ! is_bridge "$BRIDGE"; then
-        die 1 "there is an interface '$BRIDGE' that is no bridge; choose another name with BRIDGE="
+        die 1 "there is an interface '$BRIDGE' that is not a bridge; choose another name with BRIDGE="
     fi
 
-    # A kernel without modules has everything built in, or not at all.
+    # A kernel without modules has a feature built in, or not at all.
     if [ -e /proc/modules ] && command -v modprobe > /dev/null; then
         for module in $MODULES; do
             if is_loaded "$module"; then
@@ -104,7 +104,7 @@ up() {
     if is_bridge "$BRIDGE"; then
         say "bridge $BRIDGE: already there"
     else
-        ip link add name "$BRIDGE" type bridge || die 3 "this kernel makes no bridges (CONFIG_BRIDGE, module bridge)"
+        ip link add name "$BRIDGE" type bridge || die 3 "this kernel has no bridges (CONFIG_BRIDGE, module bridge)"
         note "bridge $BRIDGE"
         say "bridge $BRIDGE: created"
     fi
@@ -120,9 +120,9 @@ up() {
         ip link set dev "$port" up
     done
 
-    way=$(way)
-    say "steering: $way"
-    [ "$way" = br-netfilter ] || return 0
+    path=$(queue_path)
+    say "steering: $path"
+    [ "$path" = br-netfilter ] || return 0
     [ -e "$(sysctl_file bridge-nf-call-iptables)" ] \
         || die 3 "this kernel has neither the nft queue expression (module nft_queue) nor br_netfilter; nfqd needs one of them"
     for name in $SYSCTLS; do
@@ -136,7 +136,7 @@ up() {
             say "sysctl net.bridge.$name: $old -> 1"
         fi
     done
-    say "note: bridged IP packets now pass the host's own ip and ip6 chains as well, and broken ones are dropped there"
+    say "note: bridged IP packets now pass the host's own ip and ip6 chains as well, and inconsistent ones are dropped there"
 }
 
 down() {
@@ -163,7 +163,7 @@ down() {
             bridge)
                 others=$(ip -o link show master "$name" 2> /dev/null || true)
                 if [ -n "$others" ]; then
-                    say "bridge $name: left, others have put ports on it"
+                    say "bridge $name: kept, it has other ports"
                 elif is_bridge "$name"; then
                     ip link del dev "$name"
                     say "bridge $name: removed"
@@ -173,7 +173,7 @@ down() {
                 if modprobe -qr "$name" 2> /dev/null; then
                     say "module $name: unloaded"
                 else
-                    say "module $name: left, it is in use"
+                    say "module $name: kept, it is in use"
                 fi
                 ;;
         esac
@@ -190,16 +190,16 @@ status() {
         missing=1
     }
     if is_bridge "$BRIDGE"; then
-        say "bridge $BRIDGE: there, ports: $(ip -o link show master "$BRIDGE" | sed 's/^[0-9]*: \([^:@]*\).*/\1/' | paste -sd' ')"
+        say "bridge $BRIDGE: present, ports: $(ip -o link show master "$BRIDGE" | sed 's/^[0-9]*: \([^:@]*\).*/\1/' | paste -sd' ')"
     else
         lacks "bridge $BRIDGE" "'br-netfilter.sh up' creates it"
     fi
     for port in $PORTS; do
         [ "$(master_of "$port")" = "$BRIDGE" ] || lacks "port $port" "not on $BRIDGE; 'br-netfilter.sh up' puts it there"
     done
-    way=$(way)
-    say "steering: $way"
-    if [ "$way" = native ]; then
+    path=$(queue_path)
+    say "steering: $path"
+    if [ "$path" = native ]; then
         has_native || lacks "nft queue expression" "load the module nft_queue, or use STEER=br-netfilter"
     else
         for name in $SYSCTLS; do
@@ -229,8 +229,8 @@ in_ns() {
     ip netns exec "$lab-$namespace" "$@"
 }
 
-# Starts a program in a namespace, its errors in a file. Not by in_ns: $! must be the program's own number, not a
-# subshell's, which would end without it.
+# Starts a program in a namespace, with its errors in a file. Not by in_ns: $! must be the program's own process id, not
+# that of a subshell, which would end without it.
 start() {
     local namespace=$1 errors=$2
     shift 2
@@ -262,7 +262,7 @@ demo_install() {
         done
     fi
     [ -n "$packages" ] || return 0
-    command -v apt-get > /dev/null || die 3 "missing:$packages; install them (this is no Debian, so the demo cannot)"
+    command -v apt-get > /dev/null || die 3 "missing:$packages; install them (the demo can do so on Debian only)"
     say "installing:$packages"
     # shellcheck disable=SC2086
     { apt-get update -q && apt-get install -q -y --no-install-recommends $packages; } > "$work/apt" 2>&1 || {
@@ -317,7 +317,7 @@ demo_lab() {
         sleep 0.1
     done
     cat "$work/log" >&2
-    die 3 "nfqd does not start"
+    die 3 "nfqd does not start; its log is above"
 }
 
 # Prints which host answers another at the middlebox' address; - if none does.
@@ -336,7 +336,7 @@ six() {
     for _ in 1 2 3 4 5 6; do who client; done | sort | uniq -c | awk '{ printf "%s%s %s", comma, $1, $2; comma = ", " }'
 }
 
-# One line of the table: the VM writes the command, and then it must be so that $2 prints $3.
+# One line of the table: the VM writes the command, and then $2 must print $3.
 step() {
     command=$1
     if [ -n "$command" ]; then
@@ -344,7 +344,7 @@ step() {
     else
         reply="-"
     fi
-    # A backend's MAC is found within a second, but machines are slow at times.
+    # A backend's MAC is found within a second; a slow machine takes longer.
     for _ in $(seq 12); do
         found=$("$2")
         [ "$found" != "$3" ] || break
@@ -384,9 +384,9 @@ demo() {
     demo_programs
     demo_lab
     say ""
-    say "who answers at the middlebox' address 10.129.126.15, after each command that its VM writes:"
+    say "the server that answers at the middlebox' address 10.129.126.15, after each command of its VM:"
     say ""
-    row command "client   other" "as it must"
+    row command "client   other" "expected"
     step "" both "vm       vm"
     step "R L $VM_MAC 10.129.126.15 0 10.129.126.17" both "backend  backend"
     step "R F $VM_MAC 10.129.126.15" both "backend  backend"
@@ -407,9 +407,9 @@ demo() {
     step "X $VM_MAC" both "vm       vm"
     if [ "$failed" != 0 ]; then
         cat "$work/log" >&2
-        die 1 "a line did not come out as it must"
+        die 1 "a result is not as expected"
     fi
-    say "every line came out as it must"
+    say "every result is as expected"
 }
 
 case ${1:-up} in

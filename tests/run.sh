@@ -71,8 +71,8 @@ netns() {
     unshare --user --map-root-user --net --mount true 2> /dev/null \
         || die "the depth 'netns' needs root, or user namespaces, which this kernel does not allow"
     [ -w /dev/net/tun ] || die "the depth 'netns' needs root, or permission to write to /dev/net/tun"
-    # A user namespace cannot force socket buffers, and a placement with all its middleboxes does not fit without.
-    echo "in a user namespace; one test needs root itself and is left out: changes_of_a_guest_are_not_interference"
+    # Root of a user namespace cannot force socket buffers, and the transactions of one test do not fit into the default ones.
+    echo "in a user namespace; left out, because it needs real root: changes_of_a_guest_are_not_interference"
     PATH=$PATH:/usr/sbin:/sbin unshare --user --map-root-user --net --mount \
         sh -c 'mount -t tmpfs tmpfs /run && exec "$@"' sh "${labs[@]}" --skip changes_of_a_guest_are_not_interference
 }
@@ -88,7 +88,7 @@ uml() {
             NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
             cargo test --locked -p nfqd-rules -p nfqd-tests "$@" -- --ignored --test-threads 1
     }
-    # A guest has one core, so there are two of them.
+    # A guest has one core, so two guests run in parallel.
     local log passed=yes
     log=$(mktemp)
     in_guest --test kernel --test oracles --test traffic > "$log" 2>&1 &
@@ -135,7 +135,7 @@ for depth in "${@:-all}"; do
             exit
             ;;
         *)
-            echo "tests/run.sh: '$depth' is no depth; write unit, netns, uml, vm, demo or all" >&2
+            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo or all" >&2
             exit 2
             ;;
     esac

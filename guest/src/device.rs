@@ -30,7 +30,7 @@ impl FromStr for Device {
             text.bytes().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.'));
         if text.is_empty() || !address {
             return Err(format!(
-                "'{text}' is no PCI address; write auto, or one like 0000:00:04.0 (lspci -D shows them)"
+                "'{text}' is not a PCI address; write auto, or one like 0000:00:04.0 (lspci -D shows them)"
             ));
         }
         // The domain may be left out, as lspci does by default.
@@ -50,7 +50,7 @@ pub(crate) enum DeviceError {
     None,
     /// There is none at this address.
     #[error(
-        "{0} is no ivshmem device (vendor {VENDOR}, device {DEVICE}); --device auto looks for one"
+        "{0} is not an ivshmem device (vendor {VENDOR}, device {DEVICE}); --device auto looks for one"
     )]
     Other(String),
     /// The device cannot be switched on.

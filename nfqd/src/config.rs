@@ -1,4 +1,4 @@
-//! The configuration: flags, and a file with the same names; flags win.
+//! The configuration: flags, and a file with the same names; flags take precedence.
 
 use clap::Args;
 use nfqd_rules::nft::options::FastPath;
@@ -31,8 +31,8 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
 
-    /// The share of the work that the kernel does without the engine [default: full]. With off, a
-    /// full queue bypasses filters as well, as --fail open says: it is for comparing the two
+    /// The share of the work that the kernel does without the engine [default: full]. Off is for
+    /// comparison only: with --fail open, a full queue then bypasses the filters as well
     #[arg(long, value_name = "full|off")]
     pub fast_path: Option<FastPathChoice>,
 
@@ -40,7 +40,8 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "auto|native|br-netfilter")]
     pub steer: Option<SteerChoice>,
 
-    /// The treatment of queued packets while nfqd is not running [default: open]
+    /// Treatment of packets that the engine cannot take: nfqd is not running, or a queue is full
+    /// [default: open]
     #[arg(long, value_name = "open|closed")]
     pub fail: Option<FailChoice>,
 
@@ -52,7 +53,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "PATH")]
     pub observe: Option<PathBuf>,
 
-    /// A TOML file with the same names; flags win
+    /// A TOML file with the same names; flags take precedence
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
@@ -62,7 +63,7 @@ pub struct DaemonArgs {
 pub const DEFAULT_CONTROL: &str = "/run/nfqd/control";
 /// The default path of the observation socket.
 pub const DEFAULT_OBSERVE: &str = "/run/nfqd/observe";
-/// The path of the control socket before 0.1.0.
+/// The path of the control socket in earlier versions.
 pub const LEGACY_CONTROL: &str = "/run/nfqd.sock";
 const DEFAULT_STATE: &str = "/var/lib/nfqd";
 
@@ -118,7 +119,7 @@ pub enum ConfigError {
     #[error("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...")]
     NoPath,
     /// A word behind the path of a region.
-    #[error("'{0}' behind the path is neither mac=MAC nor to=ADDRESS[/LENGTH]")]
+    #[error("'{0}' behind the path is not a binding; write mac=MAC or to=ADDRESS[/LENGTH]")]
     Binding(String),
     /// The file of `--config`.
     #[error("{path}: {message}")]

@@ -1,7 +1,7 @@
 //! nfqd: enforces on the bridges of a KVM host what its middlebox VMs ask for.
 //!
-//! * The way of a packet is [`packet_path`], with the pure [`engine`] in the middle.
-//! * The way of a command is [`command_path`], and then [`enforce`], which brings the desired state
+//! * The path of a packet is [`packet_path`], with the pure [`engine`] in the middle.
+//! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
 //! * [`startup`] puts a daemon together, [`daemon`] runs it on the [`reactor`], [`reload`] reads its
 //!   configuration again.

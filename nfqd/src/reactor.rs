@@ -79,7 +79,7 @@ impl Reactor {
 /// A timer that fires once at a time that is set again and again.
 pub struct Timer {
     fd: TimerFd,
-    /// When it fires; `None` if it is not set.
+    /// The time at which it fires; `None` if it is not set.
     at: Option<Instant>,
     /// Whether it has fired, so that its descriptor is ready until it is set anew.
     has_fired: bool,

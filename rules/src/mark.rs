@@ -1,4 +1,4 @@
-//! The packet mark, through which the fast path and the engine talk to each other.
+//! The packet mark, which carries operations and identifiers between the fast path and the engine.
 //!
 //! | bits | content |
 //! |---|---|

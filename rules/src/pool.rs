@@ -114,8 +114,8 @@ impl Pool {
         pick(fitting).map(|best| (best, fitting))
     }
 
-    /// Smooth weighted round robin: every member gains its weight, the one with the most credit is
-    /// chosen and pays the sum (nginx, ngx_http_upstream_get_peer). Members that do not fit are
+    /// Smooth weighted round robin: each member's credit grows by its weight; the member with the most
+    /// credit is chosen, and its credit is reduced by the total weight (nginx, ngx_http_upstream_get_peer). Members that do not fit are
     /// left out of the round.
     fn next_turn(&self, fits: impl Fn(&Member) -> bool) -> Option<Member> {
         let mut credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner);

@@ -168,7 +168,7 @@ impl Service {
         match (frontend.port, name.port) {
             (None, Some(_)) => Err("a port, but the registered address has none"),
             (own, Some(port)) if self.options.dsr && own != Some(port) => {
-                Err("a port, but this service rewrites nothing but the MAC; leave it out")
+                Err("a port, but this service rewrites only the MAC; omit the port")
             }
             _ if name.ip == frontend.ip => {
                 Err("the middlebox' own address; write the address of another host")

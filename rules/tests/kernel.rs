@@ -38,11 +38,7 @@ fn nft(arguments: &[&str]) -> String {
 }
 
 fn policy(lines: &[&str]) -> Policy {
-    let mut policy = Policy::default();
-    for line in lines {
-        policy.apply_line(line).unwrap();
-    }
-    policy
+    Policy::from_lines(lines).unwrap()
 }
 
 fn ruleset(policy: &Policy, options: &RulesetOptions) -> Ruleset {

@@ -3,7 +3,7 @@
 //!
 //! `cargo run -p nfqd-tests --bin captures` writes the files; a test compares them with this code.
 
-use crate::frames::{HOSTS, MIDDLEBOXES};
+use crate::frames::{HOSTS, MIDDLEBOXES, checksum};
 
 /// A capture's name and its frames.
 pub type Capture = (&'static str, Vec<Vec<u8>>);
@@ -28,15 +28,6 @@ fn frame(tags: &[[u8; 4]], ether_type: u16, payload: &[u8]) -> Vec<u8> {
     out.extend(payload);
     out.resize(out.len().max(24), 0);
     out
-}
-
-fn checksum(header: &[u8]) -> [u8; 2] {
-    let mut sum: u32 =
-        header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    (!(sum as u16)).to_be_bytes()
 }
 
 /// An IPv4 packet from 10.0.0.4 to 10.0.0.2 with these flags and offset, and a total length that is

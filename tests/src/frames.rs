@@ -59,7 +59,8 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
     ]
 }
 
-fn checksum(header: &[u8]) -> [u8; 2] {
+/// Returns the checksum of an IP header whose checksum field is zero (RFC 1071), in network order.
+pub(crate) fn checksum(header: &[u8]) -> [u8; 2] {
     let mut sum: u32 =
         header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     while sum > 0xffff {

@@ -50,7 +50,7 @@ fn up_twice_and_down_leave_the_host_as_it_was() {
         );
         let (code, text) = br_netfilter(dir.path(), "status", &variables);
         assert_eq!(code, 0, "{text}");
-        assert!(text.contains("bridge kvmbr0: there, ports: tap0 tap1"), "{text}");
+        assert!(text.contains("bridge kvmbr0: present, ports: tap0 tap1"), "{text}");
         assert_eq!(std::fs::read_to_string(sysctl).unwrap(), "1\n");
 
         let (code, text) = br_netfilter(dir.path(), "down", &[]);

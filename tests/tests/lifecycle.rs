@@ -234,7 +234,7 @@ fn errors_at_the_start_name_their_cause() {
         let daemon = Daemon::start(&["--queue", "5-6"]);
         let (code, message) = start_error(&["--queue", "6-7"]);
         assert_eq!(code, Some(3), "{message}");
-        assert!(message.contains("queue 6 is taken") && message.contains("--queue"), "{message}");
+        assert!(message.contains("queue 6 is in use") && message.contains("--queue"), "{message}");
         drop(daemon);
         assert!(Command::new(program(NFQD)).arg("flush").status().unwrap().success());
 

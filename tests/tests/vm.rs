@@ -56,7 +56,7 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         drop(daemon);
         let (code, output) = vm.run("nfqd-guest --timeout 0.2 X 12:13:14:15:16:17");
         assert_eq!(code, 3);
-        assert!(output.contains("is nfqd running on the host"), "{output}");
+        assert!(output.contains("check that nfqd runs on the host"), "{output}");
         let (code, output) = vm.run("nfqd-guest --device 0000:00:1f.0 X 12:13:14:15:16:17");
         assert_eq!(code, 3, "{output}");
     });

@@ -1,4 +1,4 @@
-//! The control protocol: what programs on this host and the daemon say to each other.
+//! The control protocol: requests of programs on this host, and the daemon's answers.
 //!
 //! A client connects to a Unix socket and sends one JSON object a line; the daemon answers each
 //! with one JSON object a line:

@@ -1,7 +1,7 @@
 //! Health of backends: the results of checks, damped.
 //!
 //! A backend is dead after some checks in a row that failed, and alive after some that succeeded.
-//! One that flaps stays dead longer each time.
+//! A flapping backend stays dead longer each time.
 
 use nfqd_rules::service::{Backend, Service};
 use nfqd_shmctl::{BackendName, Check};

@@ -241,9 +241,11 @@ impl Backends {
             let state = if succeeded { "alive again" } else { "dead" };
             match probe {
                 Probe::Neighbour(ip) => {
-                    log::warn!("backend {ip} is {state}, by ARP or neighbour discovery");
+                    log::warn!("backend {ip} is {state} (check: ARP or neighbour discovery)");
                 }
-                Probe::Tcp(ip, port) => log::warn!("backend {ip} is {state}, by TCP port {port}"),
+                Probe::Tcp(ip, port) => {
+                    log::warn!("backend {ip} is {state} (check: TCP port {port})");
+                }
             }
         }
         changed

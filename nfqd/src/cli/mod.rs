@@ -1,6 +1,6 @@
 //! The command line of nfqd: its subcommands, and what they print.
 //!
-//! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 the system rejects it.
+//! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 system error.
 
 pub mod status;
 
@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Enforces on a KVM host's bridges what its middlebox VMs ask for: header filters and DNAT-style
-/// load balancing
+/// Enforces header filters and DNAT-style load balancing for middlebox VMs on the bridges of a KVM
+/// host
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -37,7 +37,7 @@ enum Job {
     Run(DaemonArgs),
     /// Parse commands and print each error as FILE:LINE:COLUMN: message
     Check {
-        /// Commands, one a line, # comments
+        /// Commands, one per line, # comments
         file: PathBuf,
     },
     /// Print the nftables ruleset that would be loaded; needs no root
@@ -49,7 +49,7 @@ enum Job {
         /// The commands that make the policy
         #[arg(long, value_name = "FILE")]
         commands: PathBuf,
-        /// Print one JSON object a packet
+        /// Print one JSON object per packet
         #[arg(long)]
         json: bool,
         /// Write the frames as they leave
@@ -203,9 +203,9 @@ fn show_status(socket: &Path, json: bool) -> Result<(), Failure> {
 fn flush() -> Result<(), Failure> {
     let removed = Kernel::open().and_then(|mut kernel| kernel.remove());
     if removed.map_err(|error| Failure::System(error.to_string()))? {
-        println!("removed the tables of nfqd");
+        println!("removed nfqd's tables");
     } else {
-        println!("there were no tables of nfqd");
+        println!("nfqd's tables were not loaded");
     }
     Ok(())
 }

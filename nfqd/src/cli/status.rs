@@ -48,11 +48,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         }
     }
     if status.repairs != 0 {
-        writeln!(
-            out,
-            "another program has changed our tables; they were repaired {} times",
-            status.repairs
-        )?;
+        writeln!(out, "another program changed nfqd's tables; repairs: {}", status.repairs)?;
     }
     if let Some(error) = &status.repair_error {
         writeln!(out, "NOT ENFORCED: {error}")?;
@@ -76,8 +72,7 @@ fn write_flow_table(out: &mut String, flows: &FlowTableStatus) -> fmt::Result {
     for (map, packets) in &flows.cache_full_packets {
         writeln!(
             out,
-            "KERNEL MAP FULL: {packets} packets found no room in one of {map}; their flows go through \
-             the engine"
+            "KERNEL MAP FULL: {packets} packets of {map} not cached; their flows go through the engine"
         )?;
     }
     Ok(())

@@ -80,7 +80,7 @@ impl Channel {
         }
         let Ok(region) = &self.region else { return Vec::new() };
         if let Err(error) = region.check_size() {
-            log::error!("{error}; its commands are not read any more");
+            log::error!("{error}; its commands are no longer read; SIGHUP opens the region again");
             self.region = Err(error);
             return Vec::new();
         }
@@ -147,21 +147,22 @@ impl Budget {
     }
 }
 
-/// The schedule of a mailbox, in which the guest cannot ring: often while the guest is talking,
-/// seldom when it is not.
+/// The poll schedule of a mailbox, which has no doorbell: frequent while messages arrive, rare
+/// otherwise.
 ///
 /// The interval is a share of the time since the guest's last message. So a message waits at most
-/// for that share of the pause before it, and a host full of silent guests sleeps. The times of all
+/// for that share of the pause before it, and a host with idle guests stays idle. The times of all
 /// mailboxes are on one grid, so that one wakeup polls all that are due.
 struct PollSchedule {
     next: Instant,
-    last_message: Instant,
+    /// The time of the guest's last message; `None` before the first one.
+    last_message: Option<Instant>,
 }
 
 /// The interval is the time since the last message divided by this, rounded down to the shortest
 /// interval times a power of two.
-const PAUSE_SHARE: u32 = 16;
-const MIN_POLL_INTERVAL: Duration = Duration::from_micros(500);
+const PAUSE_SHARE: u32 = 128;
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(1);
 const MAX_POLL_INTERVAL: Duration = Duration::from_millis(16);
 
 /// The origin of the grid of all schedules.
@@ -170,16 +171,18 @@ static GRID: LazyLock<Instant> = LazyLock::new(Instant::now);
 impl PollSchedule {
     fn new(now: Instant) -> PollSchedule {
         LazyLock::force(&GRID);
-        PollSchedule { next: now, last_message: now }
+        PollSchedule { next: now, last_message: None }
     }
 
     /// Notes a poll. The next one is not before `earliest`.
     fn polled(&mut self, now: Instant, had_message: bool, earliest: Instant) {
         if had_message {
-            self.last_message = now;
+            self.last_message = Some(now);
         }
-        let pause = now.saturating_duration_since(self.last_message);
-        self.next = next_on_grid(now.max(earliest), poll_interval(pause));
+        let interval = self
+            .last_message
+            .map_or(MAX_POLL_INTERVAL, |last| poll_interval(now.saturating_duration_since(last)));
+        self.next = next_on_grid(now.max(earliest), interval);
     }
 }
 
@@ -247,10 +250,10 @@ mod tests {
             schedule.next - now
         };
         assert!(interval_after(ms(1), true) <= MIN_POLL_INTERVAL);
-        assert!(interval_after(ms(161), false) <= ms(8), "at most a sixteenth of the pause");
+        assert!(interval_after(ms(513), false) <= ms(4), "at most a 128th of the pause");
         assert!(interval_after(ms(60_000), false) <= MAX_POLL_INTERVAL);
         assert!(interval_after(ms(60_001), true) <= MIN_POLL_INTERVAL, "it talks again");
-        assert_eq!(poll_interval(ms(160)), ms(8));
+        assert_eq!(poll_interval(ms(512)), ms(4));
         assert_eq!(poll_interval(ms(60_000)), MAX_POLL_INTERVAL);
     }
 

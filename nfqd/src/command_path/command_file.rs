@@ -87,7 +87,7 @@ pub fn apply_startup_commands(
 
 /// Whether a startup command changes nothing but would undo what was changed since: the rules of a
 /// firewall that is registered with the same address and default, and the backends of a pool that
-/// is registered with the same type and options.
+/// is registered with the same method and options.
 fn is_in_effect(policy: &Policy, command: &Command) -> bool {
     match command {
         Command::RegisterFirewall { mac, ip, default } => {

@@ -94,7 +94,7 @@ impl Journal {
         if !rest.is_empty() {
             let (path, line) = (path.display(), text.lines().count() + 1);
             errors.push(format!(
-                "{path}:{line}:1: '{}': this line has no end",
+                "{path}:{line}:1: '{}': incomplete last line, not restored",
                 rest.escape_default()
             ));
         }
@@ -223,7 +223,9 @@ mod tests {
         let (policy, errors) = journal.load().unwrap();
         assert_eq!(policy.commands().count(), 1);
         assert!(
-            errors[0].ends_with("commands:2:1: 'A 2:0:0:0:0:1 T 2 d 8': this line has no end"),
+            errors[0].ends_with(
+                "commands:2:1: 'A 2:0:0:0:0:1 T 2 d 8': incomplete last line, not restored"
+            ),
             "{errors:?}"
         );
     }

@@ -47,7 +47,7 @@ impl ControlPlane {
         let is_enough = slots.sync_all(policy, &view, Instant::now());
         if !is_enough && !self.lacks_ids {
             log::error!(
-                "there are not enough slot identifiers for all backends; some get no packets until \
+                "too few slot identifiers for all backends; some backends get no packets until \
                  others are free"
             );
         }

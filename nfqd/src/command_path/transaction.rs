@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// The kernel refuses.
-    #[error("the host cannot enforce it: {0}")]
+    #[error("the command cannot be enforced: {0}")]
     Kernel(#[from] nfqd_rules::nft::kernel::KernelError),
     /// There are no slot identifiers left for the middlebox.
     #[error(
-        "this middlebox has changed its services too often; the identifiers of its backends are free \
-         again two hours after each change"
+        "no slot identifier is left for this middlebox, because its services changed too often; try \
+         again later: identifiers are free two hours and five minutes after each change"
     )]
     NoIds,
 }

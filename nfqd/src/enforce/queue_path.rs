@@ -25,7 +25,7 @@ pub enum QueuePathError {
     #[error(
         "this kernel has no path into NFQUEUE from a bridge: neither the nft queue expression (module \
          nft_queue) nor br_netfilter with the xt target NFQUEUE (modules br_netfilter, nft_compat, \
-         xt_NFQUEUE); load one of them, 'br-netfilter.sh up' tries both"
+         xt_NFQUEUE); load either; 'br-netfilter.sh up' tries both"
     )]
     None,
     /// br_netfilter does not pass bridged packets on.

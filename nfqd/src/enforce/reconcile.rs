@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// The longest wait for packets that are being decided, before old slots are removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// The reason reported when another program has modified our tables.
-const CHANGED: &str = "our tables were changed by another program";
+const CHANGED: &str = "nfqd's tables were changed by another program";
 
 impl Enforcer {
     /// Does what is due once a second: repairs, and retries of what failed before.
@@ -77,7 +77,9 @@ impl Enforcer {
         let replaced = match self.kernel.change(&change) {
             Ok(replaced) => replaced,
             Err((error, _)) if is_foreign_change(&error) => {
-                log::warn!("our tables were changed by another program ({error}); repairing them");
+                log::warn!(
+                    "nfqd's tables were changed by another program ({error}); repairing them"
+                );
                 return self.repair_and_publish(desired);
             }
             Err((error, Progress::Nothing)) => return Err(error),
@@ -102,7 +104,7 @@ impl Enforcer {
         self.counters.forget_removed(&before.policy, &desired.policy, &self.workers);
         // The ruleset is right but for slots that should be gone.
         finished.or_else(|error| {
-            log::warn!("old backends are not removed ({error}); loading the ruleset again");
+            log::warn!("old slots could not be removed from the kernel ({error}); loading the ruleset again");
             self.repair(desired)
         })
     }
@@ -154,7 +156,9 @@ impl Enforcer {
 
     fn resume_monitor(&mut self) {
         if let Err(errno) = self.monitor.resume() {
-            log::error!("notifications: {errno}; changes by other programs are not noticed");
+            log::error!(
+                "cannot subscribe to nftables notifications: {errno}; changes by other programs are not detected"
+            );
         }
     }
 
@@ -171,7 +175,7 @@ impl Enforcer {
             Err(error) => {
                 let reason = error.to_string();
                 if self.broken.as_ref() != Some(&reason) {
-                    log::error!("our tables cannot be loaded: {reason}; retrying every second");
+                    log::error!("nfqd's tables cannot be loaded: {reason}; retrying every second");
                 }
                 self.broken = Some(reason);
                 Err(error)

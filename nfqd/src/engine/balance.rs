@@ -35,7 +35,7 @@ impl PacketContext<'_> {
         }
     }
 
-    /// Sends the packet to the one backend of a service of type static or source.
+    /// Sends the packet to the one backend of a service with method static or source.
     fn redirect_to_only(
         &self,
         frontend: Frontend,

@@ -1,13 +1,14 @@
 //! The snapshot of the policy that the engine decides by.
 
 use nfqd_rules::pool::Pools;
-use nfqd_rules::slots::SlotKey;
+use nfqd_rules::slots::{BackendView, SlotKey};
 use nfqd_rules::{Desired, Middlebox, Policy, SlotId, mark};
 use nfqd_shmctl::MacAddr;
+use std::time::Instant;
 
 /// Everything that a verdict depends on besides the packet and the flows. Every change of the
 /// policy makes a new one, which is cheap.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     desired: Desired,
     pools: Pools,
@@ -30,10 +31,28 @@ pub enum FilterScope {
     None,
 }
 
+impl Default for Snapshot {
+    fn default() -> Snapshot {
+        Snapshot::new(Desired::default(), Pools::default())
+    }
+}
+
 impl Snapshot {
     /// A snapshot of a desired state; `pools` are those of its services.
     pub fn new(desired: Desired, pools: Pools) -> Snapshot {
         Snapshot { desired, pools, cache_flows: true, filter_scope: FilterScope::All }
+    }
+
+    /// Returns the snapshot of a policy that follows this one: slots and pools stay as far as their
+    /// services do. `view` is the observed state of backends.
+    pub fn successor(&self, policy: Policy, view: &impl BackendView) -> Snapshot {
+        let mut desired = Desired { policy, slots: self.desired.slots.clone() };
+        desired.slots.sync_all(&desired.policy, view, Instant::now());
+        let mut pools = self.pools.clone();
+        for mac in desired.changed(&self.desired) {
+            pools.update(mac, desired.policy.get(mac), &desired.slots);
+        }
+        Snapshot { desired, pools, ..*self }
     }
 
     /// Returns the policy.

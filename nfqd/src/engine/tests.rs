@@ -6,24 +6,18 @@ use super::verdict::{
 };
 use super::*;
 use etherparse::{IpNumber, Ipv4Header, PacketBuilder};
+use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
-use nfqd_rules::pool::Pools;
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::slots::{BackendObservation, BackendRef};
-use nfqd_rules::{Desired, Policy};
 use nfqd_shmctl::BackendName;
-use std::time::Instant;
 
 const VM: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const CLIENT: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const BACKEND: [u8; 6] = [2, 0, 0, 0, 0, 3];
 
 fn snapshot(lines: &[&str]) -> Snapshot {
-    let mut policy = Policy::default();
-    for line in lines {
-        policy.apply_line(line).unwrap();
-    }
-    snapshot_of(policy, |_| BackendObservation::UNKNOWN)
+    snapshot_of(Policy::from_lines(lines).unwrap(), |_| BackendObservation::UNKNOWN)
 }
 
 fn snapshot_of(policy: Policy, seen: impl Fn(&BackendName) -> BackendObservation) -> Snapshot {
@@ -36,13 +30,7 @@ fn following(
     policy: Policy,
     seen: impl Fn(&BackendName) -> BackendObservation,
 ) -> Snapshot {
-    let (mut slots, mut pools) = (before.desired().slots.clone(), Pools::default());
-    let view = |backend: &BackendRef<'_>| seen(backend.name);
-    slots.sync_all(&policy, &view, Instant::now());
-    for (mac, middlebox) in policy.middleboxes() {
-        pools.update(*mac, Some(middlebox), &slots);
-    }
-    Snapshot::new(Desired { policy, slots }, pools)
+    before.successor(policy, &|backend: &BackendRef<'_>| seen(backend.name))
 }
 
 fn static_to_3() -> Snapshot {

@@ -143,7 +143,7 @@ impl ControlSocket {
         self.clients.get(&id).map(|client| client.stream.as_fd())
     }
 
-    /// Accepts a client that has connected. One that is too many is told so and closed.
+    /// Accepts a client that has connected. A client over the limit gets an error and is closed.
     pub fn accept(&mut self, socket: Socket, now: Instant) -> Option<ClientId> {
         let listener = self.listeners.get(&socket)?;
         let (mut stream, _) = match listener.listener.accept() {
@@ -295,7 +295,10 @@ fn spare() -> Option<File> {
 
 fn listen(path: &Path, socket: Socket) -> io::Result<Listener> {
     if UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(ErrorKind::AddrInUse, "another nfqd answers here"));
+        return Err(io::Error::new(
+            ErrorKind::AddrInUse,
+            "another nfqd uses this socket; stop it, or choose another path with --control",
+        ));
     }
     let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
     if is_socket {
@@ -467,7 +470,12 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&paths.control), mode(&paths.observe)), (0o600, 0o660));
         let error = ControlSocket::open(&paths).err().unwrap();
-        assert!(error.to_string().contains("another nfqd answers here"), "{error}");
+        assert!(
+            error.to_string().contains(
+                "another nfqd uses this socket; stop it, or choose another path with --control"
+            ),
+            "{error}"
+        );
         drop(server);
         assert!(!paths.control.exists() && !paths.observe.exists());
     }

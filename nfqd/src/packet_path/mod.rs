@@ -1,4 +1,4 @@
-//! The way of a packet through nfqd: [`queue`] receives it, [`worker`] has the engine decide and
+//! The path of a packet through nfqd: [`queue`] receives it, [`worker`] has the engine decide and
 //! sends the verdict. [`fragments`] holds later fragments, [`reject`] writes the answers to
 //! rejected packets, and [`inject`] sends them.
 

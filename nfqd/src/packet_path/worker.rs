@@ -151,7 +151,7 @@ impl Worker {
             let _ended = SignalEnd(&its_shared);
             let worker = QueueWorker { queue, inbox: Inbox::default(), processor };
             if let Err(errno) = worker.run(&its_stop) {
-                log::error!("queue {number}: {errno}; its packets get no verdicts any more");
+                log::error!("queue {number}: {errno}; the queue is no longer served");
             }
         })?;
         Ok(Worker { queue: number, counters, shared, stop, thread })
@@ -392,21 +392,10 @@ fn with_middlebox(snapshot: &Snapshot, queued: &Queued<'_>) -> Packet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nfqd_rules::pool::Pools;
+    use nfqd_rules::Policy;
     use nfqd_rules::slots::Unobserved;
-    use nfqd_rules::{Desired, Policy};
 
     const POOL: &str = "R L 2:0:0:0:0:2 10.0.0.2:53/udp rr 10.0.0.3@2:0:0:0:0:3";
-
-    fn snapshot(before: &Desired, policy: Policy) -> Snapshot {
-        let mut desired = Desired { policy, slots: before.slots.clone() };
-        desired.slots.sync_all(&desired.policy, &Unobserved, Instant::now());
-        let mut pools = Pools::default();
-        for (mac, middlebox) in desired.policy.middleboxes() {
-            pools.update(*mac, Some(middlebox), &desired.slots);
-        }
-        Snapshot::new(desired, pools)
-    }
 
     /// A fragment of a UDP datagram to the pool.
     fn fragment(first: bool) -> Packet {
@@ -431,9 +420,9 @@ mod tests {
         let shared = Arc::new(Shared::new(1000).unwrap());
         let mut policy = Policy::default();
         policy.apply_line("R L 2:0:0:0:0:2 10.0.0.2:53/udp rr 10.0.0.9@2:0:0:0:0:9").unwrap();
-        let old = snapshot(&Desired::default(), policy.clone());
+        let old = Snapshot::default().successor(policy.clone(), &Unobserved);
         policy.apply_line(POOL).unwrap();
-        let new = snapshot(old.desired(), policy);
+        let new = old.successor(policy, &Unobserved);
         // Another worker begins the flow.
         let result = decide(&new, &shared.state, &fragment(true), 0);
         let Some(Verdict::Redirect(to)) = result.decision().map(|decision| decision.verdict) else {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// A frame of a capture.
 pub struct Captured<'a> {
-    /// When it was captured.
+    /// The time of capture.
     pub time: Duration,
     /// The bytes of the frame, or the first of them.
     pub frame: &'a [u8],

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The result for one packet.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -118,20 +118,13 @@ impl Replay {
 
     /// Goes on under another policy. Flows are kept as far as their services stay as they are.
     pub fn set_policy(&mut self, policy: &Policy) {
-        let mut desired = self.snapshot.desired().clone();
-        desired.policy = policy.clone();
         // Offline nobody can be asked for a MAC, and none is needed; but pools leave out backends
         // without one.
         let view = |_: &BackendRef<'_>| BackendObservation {
             mac: Some(UNKNOWN_MAC),
             ..BackendObservation::UNKNOWN
         };
-        desired.slots.sync_all(policy, &view, Instant::now());
-        let mut pools = self.snapshot.pools().clone();
-        for mac in desired.changed(self.snapshot.desired()) {
-            pools.update(mac, policy.get(mac), &desired.slots);
-        }
-        self.snapshot = Snapshot::new(desired, pools);
+        self.snapshot = self.snapshot.successor(policy.clone(), &view);
     }
 
     /// Decides on a frame and rewrites it as it would leave; `now` is in seconds. Returns what
@@ -250,7 +243,7 @@ fn translate_reply(line: &mut Line, out: &mut [u8], packet: &Packet, from: &Tran
 fn accept_reason(reason: AcceptReason) -> &'static str {
     match reason {
         AcceptReason::NotForMiddlebox => "not for a middlebox",
-        AcceptReason::NoMatch => "no deny rule and no service takes it",
+        AcceptReason::NoMatch => "no deny rule matches and no service takes it",
         AcceptReason::BackendUnresolved => "the backend's MAC is unknown",
         AcceptReason::NoBackend => "no backend can take it, so the middlebox does",
     }

@@ -26,15 +26,12 @@ fn frames() -> Vec<Vec<u8>> {
 }
 
 fn policy() -> Policy {
-    let mut policy = Policy::default();
-    for line in [
+    let lines = [
         "R F 2:0:0:0:0:2 10.0.0.2",
         "A 2:0:0:0:0:2 #4 T 2 d 81",
         "R L 2:0:0:0:0:2 10.0.0.2 0 10.0.0.3@2:0:0:0:0:3",
-    ] {
-        policy.apply_line(line).unwrap();
-    }
-    policy
+    ];
+    Policy::from_lines(&lines).unwrap()
 }
 
 fn write_pcap(path: &Path) {

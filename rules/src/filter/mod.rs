@@ -25,9 +25,7 @@ pub struct FilterRule {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RuleError {
     /// A bit is on for a field that has no value.
-    #[error(
-        "switches on bit {bit} of class {class}, but {key} never got a value; add '{key} VALUE'"
-    )]
+    #[error("sets bit {bit} of class {class}, but {key} has no value; add '{key} VALUE'")]
     NoValue {
         /// The class letter.
         class: char,

@@ -109,7 +109,7 @@ impl Policy {
     fn firewall(&self, mac: MacAddr) -> Result<&Firewall, PolicyError> {
         let expected = match self.get(mac).map(Middlebox::firewall) {
             Some(Some(firewall)) => return Ok(firewall),
-            Some(None) => format!("not registered for firewall service; write R F {mac} IP first"),
+            Some(None) => format!("has no filters; register them first with R F {mac} IP"),
             None => format!("not registered; write R F {mac} IP first"),
         };
         reject(Place::Mac, ErrorCode::UnknownMac, expected)
@@ -175,7 +175,7 @@ impl Policy {
             }
         };
         if !service.method().is_pool() {
-            let expected = "registered with type static or source, which have one destination; \
+            let expected = "registered with method static or source, which takes one destination; \
                             register it anew";
             // Without a frontend in the command, this is about its MAC.
             return reject(Place::Frontend, ErrorCode::Value, expected);

@@ -1,7 +1,7 @@
 //! The policy: the registered middleboxes with their rules and services.
 //!
 //! [`Policy`] is changed by one command at a time, in `apply`: a command is applied as a whole or
-//! rejected. It knows nothing of nftables, of text, or of flows.
+//! rejected. The policy does not depend on nftables, text or flows.
 
 mod apply;
 mod firewall;
@@ -144,6 +144,18 @@ impl Policy {
                 })
             })
         })
+    }
+
+    /// Returns the policy that these commands make from an empty one.
+    ///
+    /// # Errors
+    /// The error of the first line that is not a command or is rejected.
+    pub fn from_lines(lines: &[impl AsRef<str>]) -> Result<Policy, CommandError> {
+        let mut policy = Policy::default();
+        for line in lines {
+            policy.apply_line(line.as_ref())?;
+        }
+        Ok(policy)
     }
 
     /// Parses and applies one command.

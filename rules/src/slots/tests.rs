@@ -4,9 +4,7 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 fn policy(line: &str) -> Policy {
-    let mut policy = Policy::default();
-    policy.apply_line(line).unwrap();
-    policy
+    Policy::from_lines(&[line]).unwrap()
 }
 
 fn first_frontend(policy: &Policy) -> Frontend {

@@ -30,7 +30,7 @@ impl fmt::Display for SlotVersion {
     }
 }
 
-/// Parses a comment; `edition` is the word of versions before 0.2.
+/// Parses a comment; `edition` is the word in comments of layout 1.
 impl FromStr for SlotVersion {
     type Err = ParseValueError;
 

@@ -264,7 +264,7 @@ impl Field {
                 "not a length or a range of them; write a number of bytes from 0 to 65535, or two like 0-60"
             }
             Field::Fragment => {
-                "not a kind of piece; write whole, first, later or piece (first or later)"
+                "not a fragment position; write whole, first, later or piece (first or later)"
             }
         }
     }

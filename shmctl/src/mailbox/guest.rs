@@ -16,13 +16,13 @@ pub enum SendError {
     NotAMessage(String),
     /// An earlier command is still in the mailbox.
     #[error(
-        "an earlier command is still waiting in the mailbox; is nfqd running on the host, with this \
+        "an earlier command is still waiting in the mailbox; check that nfqd runs on the host, with this \
          region as --shm?"
     )]
     Busy,
     /// Nobody took the command.
     #[error(
-        "nobody took the command within {} s; is nfqd running on the host, with this region as --shm?",
+        "nobody took the command within {} s; check that nfqd runs on the host with this region as --shm",
         .0.as_secs_f32()
     )]
     Timeout(Duration),

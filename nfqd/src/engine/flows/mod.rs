@@ -70,7 +70,7 @@ pub enum FlowState {
     Datagram,
     /// UDP that was still active about a minute after its first packet.
     Stream,
-    /// TCP: both sides talk.
+    /// TCP: established.
     Established,
 }
 
@@ -145,7 +145,7 @@ pub struct FlowMatch {
     pub current: Option<SlotId>,
     /// The state after the packet.
     pub state: FlowState,
-    /// Whether the kernel may be told of the flow, which is bounded in time.
+    /// Whether the kernel may be told of the flow now: the rate is limited.
     pub may_install: bool,
     /// Whether the flow has ended, and the packet belongs to a new connection between the same two.
     pub is_new_connection: bool,

@@ -27,9 +27,9 @@ pub(super) struct Entry {
     pub expected_ack: Option<ExpectedAck>,
     /// The side that has reset the connection when it was established.
     pub reset_by: Option<Sender>,
-    /// When the kernel may be told of the original direction next.
+    /// The earliest time at which the kernel is told of the original direction.
     pub reinstall_original_at: u32,
-    /// When the kernel may be told of the reply direction next.
+    /// The earliest time at which the kernel is told of the reply direction.
     pub reinstall_reply_at: u32,
     /// The next entry in the chain of each hash table.
     pub next_original: u32,

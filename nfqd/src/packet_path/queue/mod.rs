@@ -38,13 +38,13 @@ const RECEIVE_BUFFER: usize = 32 << 20;
 pub enum QueueError {
     /// Another program has bound the queue.
     #[error(
-        "queue {0} is taken by another program; /proc/net/netfilter/nfnetlink_queue shows its port \
-         id. Stop it, or choose other numbers with --queue"
+        "queue {0} is in use by another program (its netlink port id is in \
+         /proc/net/netfilter/nfnetlink_queue); stop it, or choose other numbers with --queue"
     )]
     Taken(u16),
     /// The kernel does not permit it, and does not say which of two reasons it has.
     #[error(
-        "queue {0} is taken by another program, or nfqd lacks CAP_NET_ADMIN. Run it as root, or \
+        "queue {0} is in use by another program, or nfqd lacks CAP_NET_ADMIN. Run it as root, or \
          choose other numbers with --queue"
     )]
     NotPermitted(u16),

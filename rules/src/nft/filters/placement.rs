@@ -37,7 +37,7 @@ impl fmt::Display for LinearReason {
             LinearReason::Fields => {
                 write!(
                     f,
-                    "it compares more than {} fields, and nft lists no longer keys rightly",
+                    "it compares more than {} fields, and nft cannot list longer keys correctly",
                     MAX_KEY - 1
                 )
             }

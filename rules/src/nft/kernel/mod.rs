@@ -42,7 +42,7 @@ pub enum KernelError {
     )]
     Denied,
     /// The kernel rejected a message of a transaction; nothing of the transaction took effect.
-    #[error("the kernel refused to {what}: {errno}; nothing was changed")]
+    #[error("the kernel refused to {what}: {errno}; this transaction had no effect")]
     Refused {
         /// The purpose of the first rejected message.
         what: String,

@@ -35,12 +35,12 @@ impl BaseTable<'_> {
         let rules = vec![
             commented(nothing_to_do, "not from the engine, or nothing to do"),
             rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
-            commented(vec![goto("unanswered")], "no engine, or its queue was full"),
+            commented(vec![goto("unanswered")], "no verdict: no engine, or its queue was full"),
         ];
         let learn = Chain { priority: Some(LEARN_PRIORITY), rules };
         self.table.chains.insert("learn".to_string(), learn);
         let finish = vec![clear_mark(), accept()];
-        self.chain("finish", vec![commented(finish, "none of our mark bits leaves")]);
+        self.chain("finish", vec![commented(finish, "clear nfqd's mark bits")]);
         for ports in PORT_REWRITES {
             self.redirect_chains(ports);
             self.reply_operation_chains(ports);

@@ -32,7 +32,7 @@ impl BaseTable<'_> {
             Statement::Is(Field::Mark(!ID), Value::Mark(0)),
             Statement::SetMark { keep: 0, set: 0 },
         ];
-        rules.push(commented(left_slot, "a cached flow whose backend is gone has left its slot"));
+        rules.push(commented(left_slot, "clear the slot of a cached flow whose backend is gone"));
         for protocol in CACHED_PROTOCOLS {
             let bypass = Statement::In(reply_key(ip), protocol.name("bypass", ip));
             // A packet of the backend itself may still be redirected if it goes to a middlebox.

@@ -44,7 +44,7 @@ impl BaseTable<'_> {
         let comment = "redirects that work without the engine";
         self.set("static_redirects", set_of(&mac, verdicts, comment));
         if self.options.queue_path == QueuePath::BrNetfilter {
-            let comment = "the mark that tells the engine the middlebox";
+            let comment = "the mark that names the middlebox to the engine";
             self.set("upcall", set_of(&mac, verdicts, comment));
         }
     }
@@ -118,7 +118,7 @@ impl BaseTable<'_> {
                 self.set(&protocol.map("flows", ports, ip), flows);
                 self.set(&protocol.map("replies", ports, ip), replies);
             }
-            let bypass = cache(reply_key(ip), None, BYPASS_TIMEOUT, "flows of backends themselves");
+            let bypass = cache(reply_key(ip), None, BYPASS_TIMEOUT, "the backends' own flows");
             self.set(&protocol.name("bypass", ip), bypass);
         }
     }

@@ -7,11 +7,8 @@ use nfqd_shmctl::ErrorCode;
 const MAC: &str = "12:13:14:15:16:17";
 
 fn policy(lines: &[&str]) -> Policy {
-    let mut policy = Policy::default();
-    for line in lines {
-        policy.apply_line(&line.replace("MB", MAC)).unwrap();
-    }
-    policy
+    let lines: Vec<String> = lines.iter().map(|line| line.replace("MB", MAC)).collect();
+    Policy::from_lines(&lines).unwrap()
 }
 
 fn printed(policy: &Policy) -> Vec<String> {

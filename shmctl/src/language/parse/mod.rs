@@ -116,7 +116,7 @@ fn command(words: &mut Words<'_>) -> Result<Command, CommandError> {
     match words.next() {
         None => Ok(command),
         Some(extra) => {
-            let expected = "unexpected; the command was complete before it";
+            let expected = "unexpected; the command is complete without it, remove it";
             Err(CommandError::new(ErrorCode::Syntax, extra, expected))
         }
     }
@@ -142,7 +142,8 @@ fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     let mac_word = words.peek();
     let mac = mac(words)?;
     if let Some(word) = mac_word.filter(|_| !mac.is_station()) {
-        let expected = "names no station: a middlebox has a unicast MAC address";
+        let expected =
+            "not a unicast MAC address; write that of the middlebox, like 12:13:14:15:16:17";
         return Err(CommandError::new(ErrorCode::Value, word, expected));
     }
     if !firewall {
@@ -152,8 +153,7 @@ fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     let default = match words.peek() {
         None => Action::Allow,
         Some(_) => {
-            let expected =
-                "not what happens to packets that no rule matches; write allow or deny, or nothing";
+            let expected = "not a default; write allow or deny, or nothing";
             words.expect(ErrorCode::Syntax, expected, |text| {
                 match text.to_ascii_lowercase().as_str() {
                     "allow" => Some(Action::Allow),
@@ -294,7 +294,7 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
         let bit = field.bit();
         if keep & bit != 0 && !field.has_default() {
             let expected = format!(
-                "blanked while its bit {bit} stays on in {keep}; leave the key out, or {bit} out of the value"
+                "cannot be removed while its bit {bit} stays on in {keep}; omit the key, or clear {bit} in the value"
             );
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }

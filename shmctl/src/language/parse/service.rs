@@ -16,7 +16,7 @@ use std::net::IpAddr;
 const SERVICE: &str = "not an address or a port of one; write one like 10.129.126.15, 2001:db8::1, \
                        10.129.126.15:80, 10.129.126.15:53/udp or [2001:db8::1]:80";
 const TYPE: &str =
-    "not a balancing type; write 0 (static), 1 (source), 2 (rr), 3 (hash) or 4 (least)";
+    "not a balancing method; write 0 (static), 1 (source), 2 (rr), 3 (hash) or 4 (least)";
 const DESTINATION: &str = "not a destination; write an IP address, like 10.129.126.17, or 10.129.126.17@MAC; in full \
                            ip[:port][@mac][*weight], with [ip]:port for IPv6";
 const OPTIONS: &str = "dsr, affinity, seed=N, check=none|arp|tcp[:port], on-dead=move|reset|keep, on-empty=reject|pass";
@@ -36,11 +36,11 @@ pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, C
         }
         let ported = destinations.iter().any(|to| to.port.is_some() && to.port != frontend.port);
         if options.dsr && ported {
-            let expected = "rewrites nothing but the MAC; leave out the backends' ports";
+            let expected = "dsr rewrites only the MAC; omit the backends' ports";
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
         if options.check == Check::Tcp(None) && frontend.port.is_none() {
-            let expected = "knows no port, because the service has none; write check=tcp:PORT";
+            let expected = "needs a port, because the service has none; write check=tcp:PORT";
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
     }
@@ -204,7 +204,7 @@ fn option(
             ))
         } else {
             syntax(
-                "unexpected; this type has one destination, and behind it nothing but dsr"
+                "unexpected; methods static and source take one destination, then only dsr"
                     .to_string(),
             )
         }
@@ -239,7 +239,7 @@ fn option(
                 check.ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))?;
         }
         ("on-dead", Some(what)) => {
-            let expected = "not what happens to flows of a dead backend; write move, reset or keep";
+            let expected = "not an on-dead action; write move, reset or keep";
             options.on_dead = match what {
                 "move" => OnDead::Move,
                 "reset" => OnDead::Reset,
@@ -248,7 +248,7 @@ fn option(
             };
         }
         ("on-empty", Some(what)) => {
-            let expected = "not what happens without a backend; write reject or pass";
+            let expected = "not an on-empty action; write reject or pass";
             options.on_empty = match what {
                 "reject" => OnEmpty::Reject,
                 "pass" => OnEmpty::Pass,

@@ -22,7 +22,10 @@ const TALKING: usize = 400;
 const AFTER_PAUSE: usize = 40;
 /// The pause between commands of a guest that talks: below the rate that a channel may have.
 const TALK_PAUSE: Duration = Duration::from_millis(12);
-const LONG_PAUSE: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(500);
+const AFTER_SILENCE: usize = 10;
+/// A pause after which a guest counts as silent.
+const SILENCE: Duration = Duration::from_secs(10);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running nfqd, which may be of another version.
@@ -147,8 +150,10 @@ fn latency() {
         let (guest, other) = (peer.region(0), peer.region(1));
         let mut talking = latencies(&guest, 1, TALKING, TALK_PAUSE);
         print_percentiles(&format!("{name}: a command every 12 ms"), &mut talking);
-        let mut paused = latencies(&guest, 1, AFTER_PAUSE, LONG_PAUSE);
+        let mut paused = latencies(&guest, 1, AFTER_PAUSE, PAUSE);
         print_percentiles(&format!("{name}: a command every 500 ms"), &mut paused);
+        let mut silent = latencies(&guest, 1, AFTER_SILENCE, SILENCE);
+        print_percentiles(&format!("{name}: a command every 10 s"), &mut silent);
         let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -19,9 +19,10 @@ use nix::sys::eventfd::EventFd;
 use rustables::set::SetBuilder;
 use rustables::{Batch, MsgType, ProtocolFamily};
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 21;
+const SETTLE_TIME: Duration = Duration::from_millis(60);
 /// Packets that wait before they are drained: as many as fit into the receive buffer of a socket
 /// that does not ask for more, as that of `nfq`.
 const BURST: usize = 128;
@@ -41,9 +42,8 @@ impl QueueBridge {
         shell("ip link set br0 up");
         let uplink = Tap::on_bridge("br0", "uplink", &[]);
         let middlebox = Tap::on_bridge("br0", "middlebox", &["02:00:00:00:00:01"]);
-        let mut policy = Policy::default();
-        policy.apply_line("R F 2:0:0:0:0:1 10.0.0.1").expect("a command");
-        policy.apply_line("A 2:0:0:0:0:1 T 2 d 9").expect("a command");
+        let lines = ["R F 2:0:0:0:0:1 10.0.0.1", "A 2:0:0:0:0:1 T 2 d 9"];
+        let policy = Policy::from_lines(&lines).expect("commands");
         let mut slots = Slots::default();
         slots.sync_all(&policy, &Unobserved, Instant::now());
         let mut kernel = Kernel::open().expect("nf_tables");
@@ -165,6 +165,15 @@ fn pairs(
     mut ours: impl FnMut() -> f64,
     mut theirs: impl FnMut() -> f64,
 ) {
+    // What the kernel destroys in the background after a deletion is over by then.
+    let mut ours = || {
+        std::thread::sleep(SETTLE_TIME);
+        ours()
+    };
+    let mut theirs = || {
+        std::thread::sleep(SETTLE_TIME);
+        theirs()
+    };
     let (mut left, mut right) = (Vec::new(), Vec::new());
     for pair in 0..ROUNDS {
         if pair % 2 == 0 {

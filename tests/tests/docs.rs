@@ -1,0 +1,103 @@
+//! The documentation: the files that it names exist, its links lead somewhere, and the walks of
+//! docs/ARCHITECTURE.md are six files each.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// The pages of the documentation, with their text.
+fn pages() -> Vec<(PathBuf, String)> {
+    let mut out = Vec::new();
+    for folder in [".", "docs", "docs/decisions"] {
+        for entry in fs::read_dir(root().join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                let text = fs::read_to_string(&path).unwrap();
+                out.push((path, text));
+            }
+        }
+    }
+    assert!(out.len() >= 15, "{} pages", out.len());
+    out
+}
+
+#[test]
+fn files_that_the_documentation_names_exist() {
+    for (page, text) in pages() {
+        // The changelog names files that are gone.
+        if page.ends_with("CHANGELOG.md") {
+            continue;
+        }
+        for word in text.split('`').skip(1).step_by(2) {
+            let is_path = word.contains('/')
+                && word.split('/').next().is_some_and(|first| root().join(first).is_dir())
+                && word.chars().all(|c| c.is_alphanumeric() || "/._-".contains(c));
+            if is_path {
+                assert!(root().join(word).exists(), "{}: {word}", page.display());
+            }
+        }
+    }
+}
+
+/// The anchors of a page's headings, as they are made from their text.
+fn anchors(text: &str) -> Vec<String> {
+    let headings = text.lines().filter(|line| line.starts_with('#'));
+    let slug = |heading: &str| {
+        let heading = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = heading.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(slug).collect()
+}
+
+#[test]
+fn links_lead_to_files_and_headings() {
+    let mut links = 0;
+    for (page, text) in pages() {
+        for rest in text.split("](").skip(1) {
+            let link = rest.split(')').next().unwrap();
+            if link.starts_with("http") {
+                continue;
+            }
+            links += 1;
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target =
+                if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            assert!(target.exists(), "{}: {link}", page.display());
+            if !anchor.is_empty() {
+                let target = fs::read_to_string(&target).unwrap();
+                let found = anchors(&target).contains(&anchor.to_string());
+                assert!(found, "{}: {link}", page.display());
+            }
+        }
+    }
+    assert!(links > 30, "{links} links");
+}
+
+#[test]
+fn the_readme_is_short() {
+    let lines = fs::read_to_string(root().join("README.md")).unwrap().lines().count();
+    assert!(lines <= 150, "{lines} lines");
+}
+
+#[test]
+fn each_walk_of_the_architecture_is_six_files_that_open_with_their_subject() {
+    let text = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).unwrap();
+    for heading in ["## The path of a packet", "## The path of a command"] {
+        let section = text.split(heading).nth(1).unwrap().split("\n## ").next().unwrap();
+        let steps: Vec<&str> =
+            section.lines().filter(|line| line.starts_with("| ") && line.contains(".rs")).collect();
+        assert_eq!(steps.len(), 6, "{heading}");
+        for (number, step) in steps.iter().enumerate() {
+            let cells: Vec<&str> = step.split('|').map(str::trim).collect();
+            assert_eq!(cells[1], (number + 1).to_string(), "{step}");
+            let file = root().join(cells[2].trim_matches('`'));
+            let source = fs::read_to_string(&file).unwrap();
+            assert!(source.starts_with("//! "), "{}", file.display());
+        }
+    }
+}
