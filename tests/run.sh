@@ -44,12 +44,14 @@ need_packages() {
 lab_packages="nftables iproute2 iputils-ping procps kmod util-linux"
 
 unit() {
-    need_packages shellcheck
+    # libclang is for the feature peers alone.
+    need_packages shellcheck libclang1-14
     step "shell scripts"
     shellcheck br-netfilter.sh fuzz/run tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
     step "formatting, lints, documentation"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+    cargo clippy --quiet -p nfqd-tests --bin bench --features peers --locked -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
     step "unit and property tests"
     cargo test --quiet --workspace --locked
@@ -61,8 +63,7 @@ netns() {
     need_packages $lab_packages
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
-    export NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-180}
-    local labs=(cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test lifecycle --test oracles
+    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test lifecycle --test oracles
         --test pools --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"
@@ -144,7 +145,7 @@ if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo " ]]; then
     need_root "${depths[*]}"
 fi
 
-PATH=$PATH:${SUDO_USER:+$(getent passwd "$SUDO_USER" | cut -d: -f6)/.cargo/bin:}$HOME/.cargo/bin
+PATH=$PATH:${SUDO_USER:+$(getent passwd "$SUDO_USER" | cut -d: -f6)/.cargo/bin:}${HOME:-/root}/.cargo/bin
 command -v cargo > /dev/null || die "cargo is not here; install Rust from https://rustup.rs"
 target=${CARGO_TARGET_DIR:-$PWD/target}
 # Needed to build anything.

@@ -1,7 +1,7 @@
 //! The command writer inside a middlebox VM: one command in, the host's reply out.
 //!
 //! Exit codes: 0 accepted; 1 rejected, with the reason on standard error; 2 usage; 3 no device, or
-//! the host did not take the command.
+//! the host did not take the command; 4 the host took it, but its reply cannot be parsed.
 
 mod device;
 
@@ -69,10 +69,10 @@ fn main() -> ExitCode {
             eprintln!("{error}");
             ExitCode::from(2)
         }
-        // The command was taken: it must not look as if it could be sent again.
+        // Neither rejected nor free to be sent again.
         Err(error @ SendError::NotAReply(_)) => {
             eprintln!("{error}");
-            ExitCode::FAILURE
+            ExitCode::from(4)
         }
         Err(error) => {
             eprintln!("{error}");

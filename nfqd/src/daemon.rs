@@ -8,6 +8,7 @@ use crate::config::{Config, DaemonArgs};
 use crate::observe::control_socket::{ClientId, ControlSocket, Interest, Progress, Socket};
 use crate::observe::status::StatusSource;
 use crate::packet_path::worker::Worker;
+use crate::rate_limiter::RateLimiter;
 use crate::reactor::{Reactor, Readiness, SignalFd, Timer};
 use crate::reload::reload;
 use crate::startup::{StartError, Started, start};
@@ -51,6 +52,8 @@ pub struct Daemon {
     /// Ticks that are to come soon, because a backend is looked for.
     resolve_retries: u32,
     observed: Option<ObservedStatus>,
+    observer_limiter: RateLimiter,
+    start: Instant,
 }
 
 /// The status that observers get: it is made again when it is [`OBSERVE_AGE`] times as old as its
@@ -59,6 +62,9 @@ struct ObservedStatus {
     line: Arc<[u8]>,
     until: Instant,
 }
+
+/// Requests that all observers together may send in a second.
+const OBSERVER_REQUESTS: u32 = 200;
 
 /// The age of the status that observers get, as a multiple of the time to make it.
 const OBSERVE_AGE: u32 = 9;
@@ -82,6 +88,8 @@ impl Daemon {
             mailbox_timer: Timer::new().map_err(system)?,
             resolve_retries: 0,
             observed: None,
+            observer_limiter: RateLimiter::new(OBSERVER_REQUESTS),
+            start: Instant::now(),
         };
         daemon.register().map_err(system)?;
         Ok(daemon)
@@ -170,6 +178,9 @@ impl Daemon {
         self.tick_timer.acknowledge();
         self.plane.tick();
         self.control.drop_stalled(Instant::now());
+        if self.control.is_exhausted() {
+            self.set_listeners(Readiness::Readable);
+        }
         self.resolve_retries = self.resolve_retries.saturating_sub(1);
         let interval = if self.resolve_retries == 0 { TICK_INTERVAL } else { RESOLVE_INTERVAL };
         self.set_tick(interval)
@@ -202,7 +213,12 @@ impl Daemon {
     }
 
     fn accept(&mut self, socket: Socket) {
-        let Some(id) = self.control.accept(socket, Instant::now()) else { return };
+        let Some(id) = self.control.accept(socket, Instant::now()) else {
+            if self.control.is_exhausted() {
+                self.set_listeners(Readiness::Paused);
+            }
+            return;
+        };
         if let Some(fd) = self.control.client_fd(id) {
             let token = token::CLIENTS + u64::from(id);
             if let Err(errno) = self.reactor.add(fd, Readiness::Readable, token) {
@@ -213,14 +229,21 @@ impl Daemon {
         self.serve(id);
     }
 
-    /// Goes on with a client. It has one request answered at a time, so that it cannot keep others
-    /// waiting.
+    /// Pauses the listeners, or ends that.
+    fn set_listeners(&self, readiness: Readiness) {
+        for (socket, fd) in self.control.listeners() {
+            // The listeners were added at the start, so this does not fail.
+            let _ = self.reactor.modify(fd, readiness, token::LISTENERS + socket as u64);
+        }
+    }
+
+    /// Serves a ready client: one request at a time, so that it cannot keep others waiting.
     fn serve(&mut self, id: ClientId) {
         let now = Instant::now();
         let readiness = match self.control.proceed(id, now) {
             Progress::Asks(request) => {
                 let line = match (request, self.control.socket_of(id)) {
-                    (Request::Status, Some(Socket::Observe)) => self.observed_status(),
+                    (Request::Status, Some(Socket::Observe)) => self.answer_observer(),
                     _ => line(&self.answer(request)),
                 };
                 self.control.answer(id, line, now);
@@ -252,6 +275,17 @@ impl Daemon {
                 }
             },
         }
+    }
+
+    /// Answers an observer, or rejects its request if all of them together ask too often.
+    fn answer_observer(&mut self) -> Arc<[u8]> {
+        let now = self.start.elapsed().as_secs() as u32;
+        if !self.observer_limiter.has_room(now) {
+            let message = format!("more than {OBSERVER_REQUESTS} requests a second; ask later");
+            return line(&Answer::Error(RequestError::new(ErrorCode::Busy, message)));
+        }
+        self.observer_limiter.count();
+        self.observed_status()
     }
 
     fn observed_status(&mut self) -> Arc<[u8]> {

@@ -26,6 +26,8 @@ pub enum Readiness {
     Readable,
     /// Room to write.
     Writable,
+    /// Nothing: the descriptor is left alone.
+    Paused,
 }
 
 impl Readiness {
@@ -33,6 +35,7 @@ impl Readiness {
         match self {
             Readiness::Readable => EpollFlags::EPOLLIN,
             Readiness::Writable => EpollFlags::EPOLLOUT,
+            Readiness::Paused => EpollFlags::empty(),
         }
     }
 }

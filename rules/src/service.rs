@@ -12,6 +12,21 @@ use std::net::IpAddr;
 /// Backends in one command of a printed policy: few enough for the longest command.
 const A_COMMAND: usize = 12;
 
+/// A backend of a service in a policy.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendRef<'p> {
+    /// The middlebox.
+    pub middlebox: MacAddr,
+    /// The frontend of the service.
+    pub frontend: &'p Frontend,
+    /// The service.
+    pub service: &'p Service,
+    /// The backend's name.
+    pub name: &'p BackendName,
+    /// The backend as it is registered.
+    pub backend: &'p Backend,
+}
+
 /// The reason a change of backends is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct BackendError {
@@ -71,7 +86,7 @@ impl Service {
         self.backends.keys().next().copied().filter(|_| !self.method.is_pool())
     }
 
-    /// Whether this service, registered for `vip`, takes a packet to its middlebox. Without a port,
+    /// Whether this service, registered for a frontend, takes a packet to its middlebox. Without a port,
     /// static and source services take all packets of the address' family, pools the TCP and UDP
     /// packets to the address. The port of a later fragment is unknown, so it matches any.
     pub fn takes(&self, frontend: &Frontend, ip: &IpHeader) -> bool {

@@ -8,7 +8,8 @@ use nfqd_rules::nft::delta::Installed;
 use nfqd_rules::nft::kernel::{Kernel, KernelError};
 use nfqd_rules::nft::model::{Family, Queues, Statement};
 use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
-use nfqd_rules::slots::{BackendObservation, BackendRef, Slots, Unobserved};
+use nfqd_rules::service::BackendRef;
+use nfqd_rules::slots::{BackendObservation, Slots, Unobserved};
 use nfqd_rules::{Desired, Policy};
 use nfqd_shmctl::MacAddr;
 use nix::sched::{CloneFlags, unshare};
@@ -56,7 +57,7 @@ fn queue_paths(kernel: &mut Kernel) -> Vec<QueuePath> {
     if kernel.supports(Family::Ip, &Statement::XtQueue(QUEUES)).unwrap() {
         out.push(QueuePath::BrNetfilter);
     }
-    assert!(!out.is_empty(), "this kernel has neither way into the queue");
+    assert!(!out.is_empty(), "this kernel has no queue path");
     out
 }
 

@@ -306,9 +306,9 @@ proptest! {
                     "stays on",
                     "own address",
                     "registered address has none",
-                    "nothing but the MAC",
+                    "only the MAC",
                     "named twice",
-                    "knows no port",
+                    "needs a port",
                 ]
                 .iter().any(|words| error.message.contains(words));
                 prop_assert!(said, "{}: {}", line, error);

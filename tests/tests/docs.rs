@@ -28,6 +28,7 @@ fn pages() -> Vec<(PathBuf, String)> {
 #[test]
 fn files_that_the_documentation_names_exist() {
     for (page, text) in pages() {
+        assert!(!text.contains("@@"), "{}: a placeholder", page.display());
         // The changelog names files that are gone.
         if page.ends_with("CHANGELOG.md") {
             continue;

@@ -76,7 +76,7 @@ fn filters_on_addresses_ports_and_protocols() {
         daemon.must("D 12:13:14:15:16:17 #2");
         assert!(pings(client, VM));
         let reply = daemon.tell("A 12:13:14:15:16:17 I 4");
-        assert!(reply.starts_with("ERR value column 23: '4': switches on bit 4"), "{reply}");
+        assert!(reply.starts_with("ERR value column 23: '4': sets bit 4"), "{reply}");
     });
 }
 
@@ -181,7 +181,7 @@ fn a_repair_that_fails_is_tried_again() {
         );
         assert_eq!(fixture.daemon.status().repairs, 0);
         let reply = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15");
-        assert!(reply.starts_with("ERR internal the host cannot enforce it"), "{reply}");
+        assert!(reply.starts_with("ERR internal the command cannot be enforced"), "{reply}");
         // Each of two messages gets its own reply.
         let replies = fixture.daemon.tell("R F 12:13:14:15:16:17 10.129.126.15@@Q");
         let (first, second) = replies.split_once('\n').expect("two replies");

@@ -36,9 +36,36 @@ fn modules(package: &str) -> BTreeMap<String, String> {
                 continue;
             }
             let text = std::fs::read_to_string(&path).unwrap();
-            let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+            let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+            let text =
+                text.split("#[cfg(test)]\npub(super) mod tests {").next().unwrap_or_default();
             let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
             out.insert(name, code.collect::<Vec<_>>().join("\n"));
+        }
+    }
+    out
+}
+
+/// The paths behind `prefix` in a source, with groups in braces expanded.
+fn paths(text: &str, prefix: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    for (start, _) in text.match_indices(prefix) {
+        let is_whole = !text[..start].ends_with(|c: char| c.is_alphanumeric() || "_:".contains(c));
+        if !is_whole {
+            continue;
+        }
+        let rest = &text[start + prefix.len()..];
+        let is_part = |c: char| c.is_alphanumeric() || "_:".contains(c);
+        let path: String = rest.chars().take_while(|c| is_part(*c)).collect();
+        match rest[path.len()..].strip_prefix('{') {
+            Some(group) => {
+                let group = group.split('}').next().unwrap();
+                out.extend(group.split(',').map(|item| {
+                    let item: String = item.trim().chars().take_while(|c| is_part(*c)).collect();
+                    format!("{path}{item}")
+                }));
+            }
+            None => out.push(path),
         }
     }
     out
@@ -51,21 +78,23 @@ fn uses(package: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut out = BTreeMap::new();
     for (name, text) in &modules {
         let mut used = BTreeSet::new();
-        for (at, prefix) in
-            [("crate::", ""), ("super::", name.rsplit_once("::").map_or("", |p| p.0))]
-        {
-            for (start, _) in text.match_indices(at) {
-                let rest = &text[start + at.len()..];
-                let path: String =
-                    rest.chars().take_while(|c| c.is_alphanumeric() || "_:".contains(*c)).collect();
-                let path = if prefix.is_empty() { path } else { format!("{prefix}::{path}") };
-                let parts: Vec<&str> = path.split("::").collect();
-                let found = (1..=parts.len())
-                    .rev()
-                    .map(|count| parts[..count].join("::"))
-                    .find(|path| modules.contains_key(path));
-                used.extend(found);
+        let mut add = |parent: &str, path: String| {
+            let path = if parent.is_empty() { path } else { format!("{parent}::{path}") };
+            let parts: Vec<&str> = path.split("::").collect();
+            let prefixes = (1..=parts.len()).rev().map(|count| parts[..count].join("::"));
+            used.extend(prefixes.into_iter().find(|path| modules.contains_key(path)));
+        };
+        for path in paths(text, "crate::") {
+            add("", path);
+        }
+        let (mut parent, mut prefix) = (name.as_str(), "super::".to_string());
+        while !parent.is_empty() {
+            parent = parent.rsplit_once("::").map_or("", |(parent, _)| parent);
+            for path in paths(text, &prefix).into_iter().filter(|path| !path.starts_with("super::"))
+            {
+                add(parent, path);
             }
+            prefix.push_str("super::");
         }
         let is_family = |other: &String| {
             other == name
@@ -76,6 +105,18 @@ fn uses(package: &str) -> BTreeMap<String, BTreeSet<String>> {
         out.insert(name.clone(), used);
     }
     out
+}
+
+#[test]
+fn imports_of_every_form_are_read() {
+    let text = "use crate::{api, replay};\nuse super::super::model::Set;\nuse crate::nft::{field::Field, model};";
+    assert_eq!(paths(text, "crate::"), ["api", "replay", "nft::field::Field", "nft::model"]);
+    assert_eq!(paths(text, "super::super::"), ["model::Set"]);
+    let (rules, nfqd) = (uses("rules"), uses("nfqd"));
+    assert!(rules["nft::kernel"].contains("nft::model"), "{:?}", rules["nft::kernel"]);
+    assert!(rules["policy"].contains("packet"), "{:?}", rules["policy"]);
+    assert!(nfqd["cli"].contains("replay"), "{:?}", nfqd["cli"]);
+    assert!(nfqd["engine::flows"].iter().all(|used| !used.starts_with("packet_path")));
 }
 
 /// The shortest way from one module to another.

@@ -299,9 +299,7 @@ fn check_prints_every_error_with_its_place() {
     let text = String::from_utf8(output.stdout).unwrap();
     let name = file.display();
     let expected = [
-        format!(
-            "{name}:3:17: '1': switches on bit 1 of class T, but s never got a value; add 's VALUE'"
-        ),
+        format!("{name}:3:17: '1': sets bit 1 of class T, but s has no value; add 's VALUE'"),
         format!("{name}:4:3: '2:0:0:0:0:9': not registered; Q shows what is"),
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);

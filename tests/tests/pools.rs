@@ -222,7 +222,7 @@ fn path_mtu(v6: bool) {
     ));
     // Link-local addresses take a moment to be usable.
     let client = if v6 { ip6(CLIENT).to_string() } else { CLIENT.to_string() };
-    wait_for("the way back", || {
+    wait_for("the route back", || {
         far.command("ping")
             .args(["-q", "-c", "1", "-W", "1", &client])
             .output()

@@ -67,7 +67,7 @@ impl TcpChecks {
         Ok(TcpChecks { exchange, thread: Some(thread) })
     }
 
-    /// Has these backends checked from now on, each by way of its bridge and no other. Returns the
+    /// Has these backends checked from now on, each through its bridge and no other. Returns the
     /// results since the last call.
     pub(super) fn exchange(
         &self,

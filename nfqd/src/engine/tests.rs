@@ -9,7 +9,8 @@ use etherparse::{IpNumber, Ipv4Header, PacketBuilder};
 use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::Side;
-use nfqd_rules::slots::{BackendObservation, BackendRef};
+use nfqd_rules::service::BackendRef;
+use nfqd_rules::slots::BackendObservation;
 use nfqd_shmctl::BackendName;
 
 const VM: [u8; 6] = [2, 0, 0, 0, 0, 2];

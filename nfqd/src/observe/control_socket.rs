@@ -5,9 +5,10 @@
 
 use crate::api::{Answer, ErrorCode, MAX_REQUEST, Request, RequestError};
 use crate::config::SocketPaths;
+use nix::errno::Errno;
 use nix::unistd::{Group, chown};
 use std::collections::BTreeMap;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -55,9 +56,8 @@ pub struct ControlSocket {
     listeners: BTreeMap<Socket, Listener>,
     clients: BTreeMap<ClientId, Client>,
     next_client: ClientId,
-    /// A descriptor that is given up to accept a client, and close it, when there are no others: a
-    /// client that is not accepted would keep the listener ready.
-    spare: Option<File>,
+    /// Whether there were no descriptors left for the last client that connected.
+    is_exhausted: bool,
 }
 
 struct Listener {
@@ -130,7 +130,12 @@ impl ControlSocket {
             };
             listeners.insert(socket, listen(path, socket).map_err(named)?);
         }
-        Ok(ControlSocket { listeners, clients: BTreeMap::new(), next_client: 0, spare: spare() })
+        Ok(ControlSocket {
+            listeners,
+            clients: BTreeMap::new(),
+            next_client: 0,
+            is_exhausted: false,
+        })
     }
 
     /// Returns the descriptors at which clients connect.
@@ -146,14 +151,15 @@ impl ControlSocket {
     /// Accepts a client that has connected. A client over the limit gets an error and is closed.
     pub fn accept(&mut self, socket: Socket, now: Instant) -> Option<ClientId> {
         let listener = self.listeners.get(&socket)?;
-        let (mut stream, _) = match listener.listener.accept() {
+        let accepted = listener.listener.accept();
+        let was_exhausted = self.is_exhausted;
+        self.is_exhausted = accepted.as_ref().is_err_and(is_exhaustion);
+        let (mut stream, _) = match accepted {
             Ok(accepted) => accepted,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
             Err(error) => {
-                log::warn!("control socket: {error}; a client is turned away");
-                self.spare = None;
-                drop(listener.listener.accept());
-                self.spare = spare();
+                if self.is_exhausted && !was_exhausted {
+                    log::warn!("control socket: {error}; clients wait");
+                }
                 return None;
             }
         };
@@ -182,6 +188,12 @@ impl ControlSocket {
         };
         self.clients.insert(id, client);
         Some(id)
+    }
+
+    /// Whether the last client could not be accepted and still waits, so that its listener stays
+    /// readable and should be left alone for a while.
+    pub fn is_exhausted(&self) -> bool {
+        self.is_exhausted
     }
 
     /// Goes on with a client whose descriptor is ready, or that has just been accepted or answered.
@@ -289,8 +301,10 @@ impl Client {
     }
 }
 
-fn spare() -> Option<File> {
-    File::open("/dev/null").ok()
+/// Whether a client could not be accepted for want of descriptors or memory, so that it still waits.
+fn is_exhaustion(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
 }
 
 fn listen(path: &Path, socket: Socket) -> io::Result<Listener> {

@@ -212,7 +212,8 @@ mod tests {
     use super::super::model::Queues;
     use super::super::options::{FastPath, QueuePath};
     use super::*;
-    use crate::slots::{BackendObservation, BackendRef};
+    use crate::service::BackendRef;
+    use crate::slots::BackendObservation;
     use nfqd_shmctl::MacAddr;
     use proptest::prelude::*;
     use proptest::sample::select;

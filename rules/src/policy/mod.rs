@@ -12,8 +12,7 @@ pub use apply::PolicyError;
 pub use firewall::{FilterDecision, Firewall};
 
 use crate::packet::Packet;
-use crate::service::Service;
-use crate::slots::BackendRef;
+use crate::service::{BackendRef, Service};
 use imbl::OrdMap;
 use nfqd_shmctl::{Command, CommandError, Frontend, MacAddr, ParsedCommand, RuleId};
 use std::collections::BTreeMap;

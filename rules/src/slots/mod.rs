@@ -13,7 +13,7 @@ mod view;
 
 pub use table::{MAX_QUARANTINED, QUARANTINE, Slots};
 pub use version::SlotVersion;
-pub use view::{BackendObservation, BackendRef, BackendView, Unobserved};
+pub use view::{BackendObservation, BackendView, Unobserved};
 
 use crate::ids::SlotId;
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, ParseValueError};

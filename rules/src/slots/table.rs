@@ -2,9 +2,10 @@
 
 use super::allocator::IdAllocator;
 use super::version::{SlotVersion, fingerprint};
-use super::{BackendObservation, BackendRef, BackendView, Slot, SlotKey};
+use super::{BackendObservation, BackendView, Slot, SlotKey};
 use crate::ids::{MiddleboxId, SlotId};
 use crate::policy::{Middlebox, Policy};
+use crate::service::BackendRef;
 use crate::timeouts::LONGEST_TIMEOUT;
 use imbl::OrdMap;
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead};

@@ -1,5 +1,6 @@
 use super::*;
 use crate::policy::Policy;
+use crate::service::BackendRef;
 use std::net::IpAddr;
 use std::time::Instant;
 

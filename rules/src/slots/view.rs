@@ -1,22 +1,7 @@
 //! The observed state of backends, as an interface: slots do not depend on how it is found out.
 
-use crate::service::{Backend, Service};
-use nfqd_shmctl::{BackendName, Frontend, MacAddr};
-
-/// A backend of a service in a policy.
-#[derive(Clone, Copy, Debug)]
-pub struct BackendRef<'p> {
-    /// The middlebox.
-    pub middlebox: MacAddr,
-    /// The frontend of the service.
-    pub frontend: &'p Frontend,
-    /// The service.
-    pub service: &'p Service,
-    /// The backend's name.
-    pub name: &'p BackendName,
-    /// The backend as it is registered.
-    pub backend: &'p Backend,
-}
+use crate::service::BackendRef;
+use nfqd_shmctl::MacAddr;
 
 /// The observed state of a backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

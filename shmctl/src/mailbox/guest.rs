@@ -33,6 +33,10 @@ pub enum SendError {
     NotAReply(String),
 }
 
+/// The shortest and the longest pause between two looks at whether the host has taken a message.
+const MIN_PAUSE: Duration = Duration::from_micros(20);
+const MAX_PAUSE: Duration = Duration::from_millis(5);
+
 /// Writes one `@…@` message, waits until the host has taken it, and returns its replies. A message
 /// that nobody takes within `timeout` is withdrawn, so that it is not executed later.
 ///
@@ -50,13 +54,13 @@ pub fn send_message(
     }
     let deadline = Instant::now() + timeout;
     let wait_until_taken = |marks: &[usize]| {
-        let mut pause = Duration::from_micros(20);
+        let start = Instant::now();
         while marks.iter().any(|&at| region.load(at) == MARK) {
             if Instant::now() >= deadline {
                 return false;
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(5));
+            // A share of the time so far, so that an answer is noticed soon after it is there.
+            std::thread::sleep((start.elapsed() / 8).clamp(MIN_PAUSE, MAX_PAUSE));
         }
         true
     };
@@ -98,7 +102,8 @@ fn replies(region: &Region) -> Result<Vec<Reply>, SendError> {
     let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
     let text = String::from_utf8_lossy(text);
     let parsed: Result<Vec<Reply>, _> = text.lines().map(str::parse).collect();
-    let not_a_reply = || SendError::NotAReply(text.to_string());
+    let not_a_reply =
+        || SendError::NotAReply(text.chars().take(80).flat_map(char::escape_default).collect());
     match parsed {
         Ok(replies) if replies.is_empty() => Err(not_a_reply()),
         Ok(replies) => Ok(replies),

@@ -104,16 +104,18 @@ impl HostMailbox {
     }
 }
 
-fn reply_text<'a>(replies: impl ExactSizeIterator<Item = &'a Reply>) -> Vec<u8> {
+fn reply_text<'a>(replies: impl Iterator<Item = &'a Reply>) -> Vec<u8> {
     // A cut reply must still be one: `ERR unknown-backend` and some of its text.
     const SHORTEST_REPLY: usize = 32;
     // Room for the last line, which tells how many replies are missing.
     const RESERVED: usize = 48;
-    let mut left = replies.len();
+    let lines: Vec<String> = replies.map(Reply::to_string).collect();
+    let total: usize = lines.iter().map(|line| line.len() + 1).sum();
+    let reserved = if total > REPLY_SIZE { RESERVED } else { 0 };
+    let mut left = lines.len();
     let mut out = Vec::new();
-    for reply in replies {
-        let line = reply.to_string();
-        let reserved = if left > 1 { RESERVED } else { 0 };
+    for line in lines {
+        let reserved = if left > 1 { reserved } else { 0 };
         let room = (REPLY_SIZE - 1).saturating_sub(out.len() + 1 + reserved);
         if room < line.len().min(SHORTEST_REPLY) {
             let missing = CommandError {

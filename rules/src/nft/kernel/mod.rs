@@ -109,8 +109,11 @@ impl Kernel {
     pub fn open() -> Result<Kernel, KernelError> {
         let socket = Socket::new(Bus::Netfilter).map_err(KernelError::Socket)?;
         // Without the privilege, the first transaction fails with a better message than this would.
-        let _ = setsockopt(&fd(&socket), sockopt::SndBufForce, &BUFFER);
-        let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER);
+        // Root of a user namespace gets what net.core.wmem_max and rmem_max allow.
+        let _ = setsockopt(&fd(&socket), sockopt::SndBufForce, &BUFFER)
+            .or_else(|_| setsockopt(&fd(&socket), sockopt::SndBuf, &BUFFER));
+        let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER)
+            .or_else(|_| setsockopt(&fd(&socket), sockopt::RcvBuf, &BUFFER));
         Ok(Kernel { socket, sequence: 1 })
     }
 
@@ -193,22 +196,6 @@ impl Kernel {
         }
     }
 
-    /// Returns the layout of our table, if there is one: that of the nfqd that made it, or of a
-    /// newer one that has taken it over since.
-    ///
-    /// # Errors
-    /// If another program made it.
-    fn table_layout(&mut self, family: Family) -> Result<Option<u32>, KernelError> {
-        let Some(comment) = self.dump(&DumpRequest::Table(family))?.table_comment else {
-            return Ok(None);
-        };
-        let Some(made) = comment.as_deref().and_then(layout_of_comment) else {
-            return Err(KernelError::Foreign { family });
-        };
-        let chains = self.dump(&DumpRequest::Chains(family))?.chains;
-        Ok(chains.keys().filter_map(|name| layout_of_chain(name)).chain([made]).max())
-    }
-
     /// Whether our table exists.
     ///
     /// # Errors
@@ -217,6 +204,32 @@ impl Kernel {
         match self.table_layout(family)? {
             Some(layout) if layout > TABLE_LAYOUT => Err(KernelError::Newer { family, layout }),
             layout => Ok(layout.is_some()),
+        }
+    }
+
+    /// Returns the layout of our table by its comment: that of the nfqd that made it.
+    ///
+    /// # Errors
+    /// If another program made it.
+    fn table_layout(&mut self, family: Family) -> Result<Option<u32>, KernelError> {
+        let Some(comment) = self.dump(&DumpRequest::Table(family))?.table_comment else {
+            return Ok(None);
+        };
+        match comment.as_deref().and_then(layout_of_comment) {
+            Some(layout) => Ok(Some(layout)),
+            None => Err(KernelError::Foreign { family }),
+        }
+    }
+
+    /// Checks that no newer nfqd has taken our table over, which its comment does not tell.
+    ///
+    /// # Errors
+    /// If one has.
+    fn check_layout(&mut self, family: Family) -> Result<(), KernelError> {
+        let chains = self.dump(&DumpRequest::Chains(family))?.chains;
+        match chains.keys().filter_map(|name| layout_of_chain(name)).max() {
+            Some(layout) if layout > TABLE_LAYOUT => Err(KernelError::Newer { family, layout }),
+            _ => Ok(()),
         }
     }
 
@@ -272,6 +285,9 @@ impl Kernel {
         let mut batch = self.batch();
         for family in Family::ALL {
             let exists = self.owns_table(family)?;
+            if exists {
+                self.check_layout(family)?;
+            }
             match (wanted.get(&family), exists) {
                 (Some(table), exists) => self.replace(&mut batch, table, exists)?,
                 // The packets that wait there came by the path that is no longer used.

@@ -69,6 +69,7 @@ impl Kernel {
         if !self.owns_table(Family::Bridge)? {
             return Ok(out);
         }
+        self.check_layout(Family::Bridge)?;
         let mut keys: BTreeMap<SlotId, SlotKey> = BTreeMap::new();
         for (map, address_len) in [("backend_vip4", 4), ("backend_vip6", 16)] {
             for element in self.elements(Family::Bridge, map)? {

@@ -78,18 +78,18 @@ fn a_rejected_command_changes_nothing() {
     let before =
         policy(&["R F MB 10.0.0.9", "A MB I 1 s 10.0.0.1", "R L 2:0:0:0:0:1 10.0.0.7 0 10.0.0.1"]);
     for (line, code, column, words) in [
-        ("A MB I 4", ErrorCode::Value, 23, "t never got a value"),
+        ("A MB I 4", ErrorCode::Value, 23, "t has no value"),
         ("A MB I 3 d 2001:db8::1", ErrorCode::Value, 23, "not of one family"),
-        ("A MB T 2 s 5", ErrorCode::Value, 23, "d never got a value"),
-        ("A MB #2 M 4", ErrorCode::Value, 26, "p never got a value"),
-        ("A MB #1 I 4", ErrorCode::Value, 26, "t never got a value"),
+        ("A MB T 2 s 5", ErrorCode::Value, 23, "d has no value"),
+        ("A MB #2 M 4", ErrorCode::Value, 26, "p has no value"),
+        ("A MB #1 I 4", ErrorCode::Value, 26, "t has no value"),
         ("D MB #2 M 4", ErrorCode::Value, 21, "no such rule"),
         ("D MB #2", ErrorCode::Value, 21, "no such rule"),
         ("X MB L", ErrorCode::UnknownMac, 3, "not registered for load balancing"),
-        ("X 2:0:0:0:0:1 F", ErrorCode::UnknownMac, 3, "not registered for firewall"),
+        ("X 2:0:0:0:0:1 F", ErrorCode::UnknownMac, 3, "not registered for firewall service"),
         ("X 2:0:0:0:0:9", ErrorCode::UnknownMac, 3, "'2:0:0:0:0:9': not registered"),
-        ("A 2:0:0:0:0:1 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:01 IP first"),
-        ("A 2:0:0:0:0:9 I 2", ErrorCode::UnknownMac, 3, "R F 02:00:00:00:00:09 IP first"),
+        ("A 2:0:0:0:0:1 I 2", ErrorCode::UnknownMac, 3, "first with R F 02:00:00:00:00:01 IP"),
+        ("A 2:0:0:0:0:9 I 2", ErrorCode::UnknownMac, 3, "write R F 02:00:00:00:00:09 IP first"),
     ] {
         assert_refused(&before, line, (code, column), words);
     }
@@ -158,9 +158,9 @@ fn a_rejected_change_of_backends_changes_nothing() {
         ("B MB 10.0.0.9:80 - 10.0.0.1 10.0.0.2:8080", ErrorCode::Value, 44, "the last backend"),
         ("B MB 10.0.0.9:80 = 10.0.0.2 drain", ErrorCode::UnknownBackend, 35, "not a backend"),
         ("B MB 10.0.0.8 - 10.0.0.1:80", ErrorCode::Value, 32, "the registered address has none"),
-        ("B 2:0:0:0:0:1 + 10.0.0.3", ErrorCode::Value, 3, "which have one destination"),
+        ("B 2:0:0:0:0:1 + 10.0.0.3", ErrorCode::Value, 3, "which takes one destination"),
         ("B 2:0:0:0:0:2 + 10.0.0.7", ErrorCode::Value, 17, "own address"),
-        ("B 2:0:0:0:0:2 + 10.0.0.3 10.0.0.4:81", ErrorCode::Value, 26, "nothing but the MAC"),
+        ("B 2:0:0:0:0:2 + 10.0.0.3 10.0.0.4:81", ErrorCode::Value, 26, "only the MAC"),
         ("B 2:0:0:0:0:2 + 2001:db8::1", ErrorCode::Value, 17, "not of the family"),
         ("B 2:0:0:0:0:2 - 10.0.0.1:81", ErrorCode::UnknownBackend, 17, "not a backend"),
         ("B 2:0:0:0:0:9 + 10.0.0.3", ErrorCode::UnknownMac, 3, "not registered for load balancing"),

@@ -6,7 +6,7 @@
 use crate::print;
 use nfqd_shmctl::Region;
 use nfqd_shmctl::mailbox::guest::send_command;
-use nfqd_tests::daemon::program;
+use nfqd_tests::daemon::{NFQD, program};
 use nfqd_tests::netns::{in_netns, run as shell};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -113,6 +113,33 @@ fn latencies(guest: &Region, mac: u8, count: usize, pause: Duration) -> Vec<f64>
     (0..count).map(one).collect()
 }
 
+/// A guest that changes its rules as fast as the host takes the commands.
+#[derive(Default)]
+struct Flood {
+    is_over: AtomicBool,
+}
+
+impl Flood {
+    fn run(&self, guest: &Region) {
+        let mut port = 0_u16;
+        while !self.is_over.load(Ordering::Relaxed) {
+            port = port.wrapping_add(1);
+            // A timeout is not a failure of the flood.
+            let _ = send_command(guest, "R F 2:0:0:0:0:9 10.0.0.9", TIMEOUT);
+            let _ = send_command(guest, &format!("A 2:0:0:0:0:9 T 2 d {port}"), TIMEOUT);
+        }
+    }
+}
+
+/// Ends a flood when it is dropped, also by a panic.
+struct EndOfFlood<'a>(&'a Flood);
+
+impl Drop for EndOfFlood<'_> {
+    fn drop(&mut self) {
+        self.0.is_over.store(true, Ordering::Relaxed);
+    }
+}
+
 fn print_percentiles(name: &str, values: &mut [f64]) {
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
@@ -121,12 +148,22 @@ fn print_percentiles(name: &str, values: &mut [f64]) {
 
 /// Returns this nfqd and its peer, with their names.
 fn contestants() -> Vec<(&'static str, PathBuf)> {
-    let mut out = vec![("nfqd", program("nfqd"))];
+    let mut out = vec![("nfqd", program(NFQD))];
     out.extend(std::env::var_os("NFQD_BENCH_PEER").map(|path| ("peer", PathBuf::from(path))));
     out
 }
 
-fn idle() {
+/// Runs it and prints what came out.
+pub(crate) fn idle() {
+    in_bridge_netns(measure_idle);
+}
+
+/// Runs it and prints what came out.
+pub(crate) fn latency() {
+    in_bridge_netns(measure_latency);
+}
+
+fn measure_idle() {
     for regions in REGIONS {
         let contestants = contestants();
         let mut results = vec![(Vec::new(), Vec::new()); contestants.len()];
@@ -144,7 +181,7 @@ fn idle() {
     }
 }
 
-fn latency() {
+fn measure_latency() {
     for (name, path) in contestants() {
         let peer = Peer::start(&path, 2);
         let (guest, other) = (peer.region(0), peer.region(1));
@@ -154,16 +191,11 @@ fn latency() {
         print_percentiles(&format!("{name}: a command every 500 ms"), &mut paused);
         let mut silent = latencies(&guest, 1, AFTER_SILENCE, SILENCE);
         print_percentiles(&format!("{name}: a command every 10 s"), &mut silent);
-        let is_over = AtomicBool::new(false);
+        let flood = Flood::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                // As fast as the host takes them; a timeout is no failure of the flood.
-                while !is_over.load(Ordering::Relaxed) {
-                    let _ = send_command(&other, "R F 2:0:0:0:0:9 10.0.0.9", TIMEOUT);
-                }
-            });
+            let _end = EndOfFlood(&flood);
+            scope.spawn(|| flood.run(&other));
             let mut flooded = latencies(&guest, 1, TALKING, TALK_PAUSE);
-            is_over.store(true, Ordering::Relaxed);
             print_percentiles(
                 &format!("{name}: a command every 12 ms, another guest floods"),
                 &mut flooded,
@@ -172,12 +204,10 @@ fn latency() {
     }
 }
 
-/// Runs it and prints what came out.
-pub(crate) fn run() {
-    in_netns(|| {
+fn in_bridge_netns(measure: fn()) {
+    in_netns(move || {
         shell("ip link add br0 type bridge");
         shell("ip link set br0 up");
-        idle();
-        latency();
+        measure();
     });
 }

@@ -41,7 +41,8 @@ const ALL: &[(&str, fn())] = &[
     ("flows", flows::run),
     ("scale", scale::run),
     ("classifier", classifier::run),
-    ("control", control::run),
+    ("idle", control::idle),
+    ("latency", control::latency),
     #[cfg(feature = "peers")]
     ("peers", peers::run),
 ];
