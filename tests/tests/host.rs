@@ -83,8 +83,8 @@ fn foreign_objects_stay_and_mistakes_are_named() {
         for (variables, expected, words) in [
             (("PORTS", "nope"), 1, "there is no interface 'nope'"),
             (("PORTS", "tap1"), 1, "'tap1' is a port of 'br9'"),
-            (("BRIDGE", "tap0"), 1, "no bridge"),
-            (("BRIDGE", "a b"), 1, "no interface name"),
+            (("BRIDGE", "tap0"), 1, "not a bridge"),
+            (("BRIDGE", "a b"), 1, "not an interface name"),
             (("STEER", "magic"), 1, "write auto, native or br-netfilter"),
         ] {
             let (code, text) = br_netfilter(dir.path(), "up", &[variables]);
