@@ -3,7 +3,7 @@
 //! * The path of a packet is [`packet_path`], with the pure [`engine`] in the middle.
 //! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
-//! * [`startup`] puts a daemon together, [`daemon`] runs it on the [`reactor`], [`reload`] reads its
+//! * [`startup`] puts a daemon together, [`daemon`] runs it on the [`reactor`], `reload` reads its
 //!   configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine.

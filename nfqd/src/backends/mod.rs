@@ -1,6 +1,6 @@
 //! Observation of backends: their MACs and bridges, and whether they are alive.
 //!
-//! [`neighbours`] finds MACs, [`tcp_check`] connects, [`health`] damps the results.
+//! `neighbours` finds MACs, `tcp_check` connects, [`health`] damps the results.
 
 pub mod health;
 mod neighbours;

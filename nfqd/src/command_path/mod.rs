@@ -1,6 +1,6 @@
 //! The path of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
-//! channel may ask for, [`transaction`] applies it to the policy, has it enforced and saves it in the
-//! [`journal`]; the reply goes back. [`query`] answers `Q`, [`command_file`] applies files.
+//! channel may ask for, `transaction` applies it to the policy, has it enforced and saves it in the
+//! [`journal`]; the reply goes back. `query` answers `Q`, [`command_file`] applies files.
 
 pub mod authorise;
 pub mod channel;

@@ -126,7 +126,7 @@ impl ControlPlane {
     pub fn commit(&mut self, before: Desired) -> Result<(), CommitError> {
         let has_ids = self.sync_slots(&before.policy);
         let changed = self.desired.changed(&before);
-        // Nothing to do if the policy is unchanged, unless the kernel tables are known to be
+        // An unchanged policy needs no transaction, unless the kernel tables are known to be
         // broken.
         if changed.is_empty() && self.enforcer.broken().is_none() {
             return Ok(());

@@ -1,7 +1,7 @@
 //! The enforcer: makes the kernel and the engine enforce the desired state.
 //!
-//! [`reconcile`] sends differences to the kernel and repairs what other programs change, which
-//! [`nft_monitor`] notices. [`counters`] carries counters over changes. [`queue_path`] finds the path
+//! `reconcile` sends differences to the kernel and repairs what other programs change, which
+//! `nft_monitor` notices. `counters` carries counters over changes. [`queue_path`] finds the path
 //! of frames into the queues.
 
 mod counters;

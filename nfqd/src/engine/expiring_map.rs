@@ -10,7 +10,7 @@ const SHARDS: usize = 64;
 const CANDIDATES: usize = 16;
 
 /// A sharded map of bounded size whose entries expire a fixed time after they were inserted. A full
-/// shard evicts, of [`CANDIDATES`] sampled entries, the one closest to expiry; never the entry that
+/// shard evicts, of `CANDIDATES` sampled entries, the one closest to expiry; never the entry that
 /// is being inserted. All workers share the map.
 pub struct ExpiringMap<K, V> {
     hash: RandomState,

@@ -1,8 +1,8 @@
 //! The engine: a packet, a snapshot of the policy, the flows and the time in; a verdict out. No
 //! I/O.
 //!
-//! [`pipeline`] is the path of a packet: filters, ICMP errors, fragments, replies, services.
-//! [`balance`] chooses backends. [`snapshot`] is what a verdict depends on, [`verdict`] what comes
+//! `pipeline` is the path of a packet: filters, ICMP errors, fragments, replies, services.
+//! `balance` chooses backends. [`snapshot`] is what a verdict depends on, [`verdict`] what comes
 //! out, [`flows`] the flow table.
 
 mod balance;

@@ -1,7 +1,7 @@
 //! A worker: the thread that serves one queue.
 //!
 //! The thread receives a batch of packets, has the engine decide on each, and sends the verdicts. The
-//! [`PacketProcessor`] is what happens to one packet, without the queue.
+//! `PacketProcessor` is what happens to one packet, without the queue.
 
 use super::fragments::FragmentQueue;
 use super::inject::Injector;
@@ -241,14 +241,14 @@ struct PacketProcessor {
     snapshot: Arc<Snapshot>,
     now: u32,
     verdicts: VerdictBatch,
-    fragments: FragmentQueue<HeldPacket>,
+    fragments: FragmentQueue<PendingPacket>,
     /// `None` if no frames can be sent.
     injector: Option<Injector>,
     reject_limiter: RateLimiter,
 }
 
 /// The data for the verdict on a packet that is held.
-struct HeldPacket {
+struct PendingPacket {
     id: u32,
     mark: u32,
     length: usize,
@@ -322,26 +322,26 @@ impl PacketProcessor {
     }
 
     fn hold(&mut self, packet: &Packet, queued: &Queued<'_>) {
-        let held = HeldPacket { id: queued.id, mark: queued.mark, length: queued.length };
-        if let Some(evicted) = self.fragments.push(packet, held, self.now) {
+        let pending = PendingPacket { id: queued.id, mark: queued.mark, length: queued.length };
+        if let Some(evicted) = self.fragments.push(packet, pending, self.now) {
             self.verdicts.drop(evicted.id);
         }
     }
 
     fn release_fragments(&mut self, first: &Packet) {
-        for (packet, held) in self.fragments.released_by(first) {
+        for (packet, pending) in self.fragments.released_by(first) {
             let decision = self.decide(&packet);
-            self.counters.count(&packet, &decision, held.length);
-            match decision.verdict.mark(held.mark) {
-                Some(mark) => self.verdicts.accept(held.id, mark),
-                None => self.verdicts.drop(held.id),
+            self.counters.count(&packet, &decision, pending.length);
+            match decision.verdict.mark(pending.mark) {
+                Some(mark) => self.verdicts.accept(pending.id, mark),
+                None => self.verdicts.drop(pending.id),
             }
         }
     }
 
     fn drop_expired_fragments(&mut self) {
-        for held in self.fragments.expired(self.now) {
-            self.verdicts.drop(held.id);
+        for pending in self.fragments.expired(self.now) {
+            self.verdicts.drop(pending.id);
         }
     }
 

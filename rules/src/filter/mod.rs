@@ -84,14 +84,14 @@ impl FilterRule {
     ///
     /// # Errors
     /// If a bit would be on without a value, or the addresses are of two families.
-    pub fn with(&self, set: &FilterUpdate, ip: IpAddr) -> Result<FilterRule, RuleError> {
+    pub fn with(&self, update: &FilterUpdate, ip: IpAddr) -> Result<FilterRule, RuleError> {
         let mut rule = self.clone();
-        *rule.bits_of(set.class) |= set.bits;
-        let kept = self
+        *rule.bits_of(update.class) |= update.bits;
+        let unchanged = self
             .values
             .iter()
-            .filter(|old| set.values.iter().all(|new| new.field() != old.field()));
-        rule.set_values(kept.chain(&set.values).copied());
+            .filter(|old| update.values.iter().all(|new| new.field() != old.field()));
+        rule.set_values(unchanged.chain(&update.values).copied());
         rule.check(ip)?;
         Ok(rule)
     }
@@ -100,11 +100,11 @@ impl FilterRule {
     ///
     /// # Errors
     /// If the remaining bits and values contradict each other.
-    pub fn without(&self, clear: &FilterRemoval, ip: IpAddr) -> Result<FilterRule, RuleError> {
+    pub fn without(&self, removal: &FilterRemoval, ip: IpAddr) -> Result<FilterRule, RuleError> {
         let mut rule = self.clone();
-        *rule.bits_of(clear.class) &= clear.keep;
-        let kept = self.values.iter().filter(|old| !clear.blank.contains(&old.field()));
-        rule.set_values(kept.copied());
+        *rule.bits_of(removal.class) &= removal.keep;
+        let remaining = self.values.iter().filter(|old| !removal.values.contains(&old.field()));
+        rule.set_values(remaining.copied());
         rule.check(ip)?;
         Ok(rule)
     }

@@ -161,7 +161,7 @@ fn ids_found_in_the_kernel_are_kept() {
     let slot = second.get(&key).unwrap();
     assert_eq!((slot.id, slot.mac), (id(7), Some(MacAddr([2; 6]))));
     second.reserve(id(9), now);
-    // The same backend under other options is another version.
+    // A backend under other options is another version.
     second.sync_all(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), &Unobserved, now);
     assert_eq!(second.get(&key).unwrap().id, id(10), "the kernel may carry any number up to 9");
 }

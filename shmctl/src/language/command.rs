@@ -186,8 +186,8 @@ pub struct FilterRemoval {
     pub class: Class,
     /// The bits that stay on, at most [`Class::all`].
     pub keep: u8,
-    /// The fields of the class whose values are cleared, in the order of the bits.
-    pub blank: Vec<Field>,
+    /// The fields of the class whose values are removed, in the order of the bits.
+    pub values: Vec<Field>,
 }
 
 impl Command {
@@ -280,6 +280,6 @@ impl fmt::Display for FilterUpdate {
 impl fmt::Display for FilterRemoval {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.class.letter(), self.keep)?;
-        self.blank.iter().try_for_each(|field| write!(f, " {}", field.letter()))
+        self.values.iter().try_for_each(|field| write!(f, " {}", field.letter()))
     }
 }

@@ -95,7 +95,7 @@ fn removal() -> impl Strategy<Value = FilterRemoval> {
         let may = |field: &Field| {
             blank & field.bit() != 0 && (keep & field.bit() == 0 || field.has_default())
         };
-        FilterRemoval { class, keep, blank: class.fields().iter().copied().filter(may).collect() }
+        FilterRemoval { class, keep, values: class.fields().iter().copied().filter(may).collect() }
     })
 }
 

@@ -1,4 +1,4 @@
-//! One NFQUEUE: packets in, verdicts out. [`message`] is its wire format.
+//! One NFQUEUE: packets in, verdicts out. `message` is its wire format.
 //!
 //! The kernel (linux/netfilter/nfnetlink_queue.h, net/netfilter/nfnetlink_queue.c) asks for this:
 //!

@@ -10,9 +10,9 @@
 //! A packet meets only the shapes of its own middlebox: a map leads to a chain of look-ups, which
 //! middleboxes of equal shapes share.
 //!
-//! [`shape`] finds the shape of a rule, [`interval`] what an interval set can hold, [`placement`]
-//! where each rule of a [`rule_list`] goes. [`chains`] makes the sets and chains of that,
-//! [`transition`] the steps from one rule list to another.
+//! `shape` finds the shape of a rule, `interval` what an interval set can hold, `placement`
+//! where each rule of a `rule_list` goes. `chains` makes the sets and chains of that,
+//! `transition` the steps from one rule list to another.
 
 mod chains;
 mod interval;

@@ -288,9 +288,9 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
         return Ok(Command::DeleteRule { mac, rule });
     }
     let (class, keep) = class_and_bits(words)?;
-    let mut blank = Vec::new();
-    // Clearing a key whose bit stays on would leave a bit on without a value.
-    while let Some((field, word)) = next_key(words, class, &mut blank)? {
+    let mut values = Vec::new();
+    // Removing a key whose bit stays on would leave a bit on without a value.
+    while let Some((field, word)) = next_key(words, class, &mut values)? {
         let bit = field.bit();
         if keep & bit != 0 && !field.has_default() {
             let expected = format!(
@@ -299,11 +299,11 @@ fn delete(words: &mut Words<'_>) -> Result<Command, CommandError> {
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
     }
-    blank.sort();
+    values.sort();
     Ok(Command::Delete {
         mac,
         rule: rule.unwrap_or(RuleId::FIRST),
-        removal: FilterRemoval { class, keep, blank },
+        removal: FilterRemoval { class, keep, values },
     })
 }
 

@@ -16,7 +16,7 @@ use std::io::Write;
 use std::process::{Child, Stdio};
 
 const BACKEND: &str = "10.129.126.17";
-/// The same host by another address, for the plain bridge: a client that talks to a backend by its
+/// Another address of the backend's host, for the plain bridge: a client that talks to a backend by its
 /// own address and through the balancer from one port would have one conversation too many with it.
 const PLAIN: &str = "10.129.126.27";
 /// And by a third, whose answers go back through IPVS.

@@ -165,7 +165,7 @@ fn pairs(
     mut ours: impl FnMut() -> f64,
     mut theirs: impl FnMut() -> f64,
 ) {
-    // What the kernel destroys in the background after a deletion is over by then.
+    // The kernel's destruction of deleted objects, in the background, is over by then.
     let mut ours = || {
         std::thread::sleep(SETTLE_TIME);
         ours()
