@@ -14,8 +14,7 @@
 #
 # Environment: NFQD_TESTS_POLICIES, the number of random policies under which the three oracles are compared, with 60
 # frames each (180; 60 in user-mode Linux); NFQD_TESTS_CONNECTIONS, the connections that a pool holds at once (10000; 500
-# there, 2000 in a user namespace);
-# NFQD_TESTS_SEED, the seed of the randomness (1).
+# there, 2000 in a user namespace); NFQD_TESTS_SEED, the seed of the randomness (1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
