@@ -361,3 +361,36 @@ fn a_full_disk_is_reported_and_the_policy_stays() {
         fixture.daemon.terminate();
     });
 }
+
+/// Sends many requests at once, and returns how many answers have each of two forms.
+fn ask_often(socket: &std::path::Path, count: usize) -> (usize, usize) {
+    use std::io::{BufRead, BufReader, Write};
+    let stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut reader = BufReader::new(&stream);
+    let (mut answered, mut busy) = (0, 0);
+    for _ in 0..count {
+        (&stream).write_all(b"{\"v\":1,\"ask\":\"status\"}\n").unwrap();
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        answered += usize::from(line.contains("\"status\":{"));
+        busy += usize::from(line.contains("\"code\":\"busy\""));
+    }
+    (answered, busy)
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn observers_cannot_keep_the_daemon_busy_and_root_is_answered() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let daemon = Daemon::start(&[]);
+        let observe = daemon.control().with_file_name("observe");
+        // More than a second's share, and than that of the next second, which may have begun.
+        let (answered, busy) = ask_often(&observe, 3000);
+        assert_eq!(answered + busy, 3000);
+        assert!(answered >= 200 && busy > 0, "{answered} answered, {busy} busy");
+        assert_eq!(ask_often(&daemon.control(), 300), (300, 0));
+        daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+    });
+}

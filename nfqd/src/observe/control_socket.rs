@@ -452,6 +452,13 @@ mod tests {
     }
 
     #[test]
+    fn only_a_want_of_descriptors_or_memory_pauses_the_listeners() {
+        let of = |errno: Errno| is_exhaustion(&io::Error::from(errno));
+        assert!(of(Errno::EMFILE) && of(Errno::ENFILE) && of(Errno::ENOMEM));
+        assert!(!of(Errno::EAGAIN) && !of(Errno::ECONNABORTED) && !of(Errno::EINTR));
+    }
+
+    #[test]
     fn clients_are_bounded_for_each_socket() {
         let mut f = Fixture::new();
         let _silent: Vec<_> = (0..MAX_CLIENTS).map(|_| f.connect(Socket::Observe)).collect();
