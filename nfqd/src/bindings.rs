@@ -1,6 +1,7 @@
 //! The bindings of all channels together, and what they allow.
 
 use crate::config::ShmSpec;
+use nfqd_rules::MiddleboxKey;
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -23,7 +24,8 @@ impl<'a> Bindings<'a> {
     }
 
     /// Whether both MACs are bound, and no channel speaks for both.
-    pub fn are_apart(&self, one: MacAddr, other: MacAddr) -> bool {
+    pub fn are_apart(&self, one: MacAddr, middlebox: MiddleboxKey) -> bool {
+        let other = middlebox.mac;
         match (self.channels.get(&one), self.channels.get(&other)) {
             (Some(its), Some(_)) => !its.iter().any(|spec| spec.macs.contains(&other)),
             _ => false,
@@ -32,8 +34,8 @@ impl<'a> Bindings<'a> {
 
     /// Whether a channel that a middlebox is bound to may redirect to an address, or it is bound to
     /// none.
-    pub fn may_redirect_to(&self, middlebox: MacAddr, ip: IpAddr) -> bool {
-        let Some(specs) = self.channels.get(&middlebox) else { return true };
+    pub fn may_redirect_to(&self, middlebox: MiddleboxKey, ip: IpAddr) -> bool {
+        let Some(specs) = self.channels.get(&middlebox.mac) else { return true };
         specs.iter().any(|spec| spec.may_redirect_to(ip))
     }
 }
@@ -53,9 +55,10 @@ mod tests {
         .to_vec();
         let bindings = Bindings::new(specs.iter());
         let mac = |last: u8| MacAddr([2, 0, 0, 0, 0, last]);
-        assert!(!bindings.are_apart(mac(1), mac(2)) && bindings.are_apart(mac(1), mac(3)));
-        assert!(!bindings.are_apart(mac(1), mac(9)), "unbound");
-        let may = |last: u8, ip: [u8; 4]| bindings.may_redirect_to(mac(last), IpAddr::from(ip));
+        let key = |last: u8| MiddleboxKey::anywhere(mac(last));
+        assert!(!bindings.are_apart(mac(1), key(2)) && bindings.are_apart(mac(1), key(3)));
+        assert!(!bindings.are_apart(mac(1), key(9)), "unbound");
+        let may = |last: u8, ip: [u8; 4]| bindings.may_redirect_to(key(last), IpAddr::from(ip));
         assert!(may(2, [10, 0, 0, 1]) && may(2, [10, 1, 0, 1]) && !may(1, [10, 1, 0, 1]));
         assert!(may(3, [10, 9, 9, 9]) && may(9, [10, 9, 9, 9]));
     }

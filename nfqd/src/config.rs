@@ -1,6 +1,7 @@
 //! The configuration: flags, and a file with the same names; flags take precedence.
 
 use clap::Args;
+use nfqd_rules::Network;
 use nfqd_rules::nft::options::FastPath;
 use nfqd_shmctl::{AddressRange, MacAddr};
 use serde::Deserialize;
@@ -18,8 +19,8 @@ pub struct DaemonArgs {
 
     /// An ivshmem-plain region, created (1 MiB) if it does not exist; repeatable, one per VM. mac=
     /// (repeatable) binds it to the MACs it may speak for, to= (repeatable) to the addresses it may
-    /// redirect to
-    #[arg(long, value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...")]
+    /// redirect to, bridge= and vlan= to the network it is on
+    #[arg(long, value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]]")]
     #[serde(default)]
     pub shm: Vec<ShmSpec>,
 
@@ -52,6 +53,11 @@ pub struct DaemonArgs {
     /// The socket for requests that change nothing [default: observe, beside --control]
     #[arg(long, value_name = "PATH")]
     pub observe: Option<PathBuf>,
+
+    /// Serve this bridge only; repeatable [default: all bridges]
+    #[arg(long, value_name = "NAME")]
+    #[serde(default)]
+    pub bridge: Vec<String>,
 
     /// A TOML file with the same names; flags take precedence
     #[arg(long, value_name = "FILE")]
@@ -116,11 +122,17 @@ pub enum ConfigError {
     #[error("'{0}' is not a range of queues; write N or N-M, like 0-3, with at most 64 numbers")]
     Queues(String),
     /// A region without a path.
-    #[error("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...")]
+    #[error("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...[,bridge=NAME[,vlan=ID]]")]
     NoPath,
     /// A word behind the path of a region.
-    #[error("'{0}' behind the path is not a binding; write mac=MAC or to=ADDRESS[/LENGTH]")]
+    #[error(
+        "'{0}' behind the path is not a binding; write mac=MAC, to=ADDRESS[/LENGTH], bridge=NAME, or \
+         vlan=ID from 1 to 4094"
+    )]
     Binding(String),
+    /// A VLAN without its bridge.
+    #[error("'vlan={0}' without a bridge; write bridge=NAME as well")]
+    VlanWithoutBridge(u16),
     /// The file of `--config`.
     #[error("{path}: {message}")]
     File {
@@ -166,6 +178,8 @@ pub struct ShmSpec {
     pub macs: Vec<MacAddr>,
     /// The addresses that it may redirect to.
     pub to: Vec<AddressRange>,
+    /// The network that it is on; wherever its MACs are seen if there is none.
+    pub network: Option<Network>,
 }
 
 impl ShmSpec {
@@ -181,17 +195,43 @@ impl FromStr for ShmSpec {
     fn from_str(text: &str) -> Result<ShmSpec, ConfigError> {
         let mut parts = text.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
-        let mut spec = ShmSpec { path: PathBuf::from(path), macs: Vec::new(), to: Vec::new() };
+        let path = PathBuf::from(path);
+        let mut spec = ShmSpec { path, macs: Vec::new(), to: Vec::new(), network: None };
+        let (mut bridge, mut vlan) = (None, None);
         for part in parts {
             let wrong = || ConfigError::Binding(part.to_string());
             match part.split_once('=') {
                 Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|_| wrong())?),
                 Some(("to", to)) => spec.to.push(to.parse().map_err(|_| wrong())?),
+                Some(("bridge", name)) if bridge.is_none() => {
+                    bridge = Some(bridge_name(name).ok_or_else(wrong)?);
+                }
+                Some(("vlan", id)) if vlan.is_none() => {
+                    vlan = Some(vlan_id(id).ok_or_else(wrong)?);
+                }
                 _ => return Err(wrong()),
             }
         }
+        spec.network = match (bridge, vlan) {
+            (Some(bridge), vlan) => Some(Network { vlan, ..bridge }),
+            (None, Some(vlan)) => return Err(ConfigError::VlanWithoutBridge(vlan)),
+            (None, None) => None,
+        };
         Ok(spec)
     }
+}
+
+/// Parses the name of a bridge.
+fn bridge_name(name: &str) -> Option<Network> {
+    let network: Network = name.parse().ok()?;
+    Some(network).filter(|network| network.vlan.is_none())
+}
+
+/// Parses the id of a VLAN, from 1 to 4094.
+fn vlan_id(text: &str) -> Option<u16> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    let id = if is_number { text.parse().ok() } else { None };
+    id.filter(|id| (1..=4094).contains(id))
 }
 
 impl TryFrom<String> for ShmSpec {
@@ -232,6 +272,8 @@ pub struct Config {
     pub steer: SteerChoice,
     /// The treatment of queued packets without nfqd.
     pub fail: FailChoice,
+    /// The bridges to serve; all if there are none.
+    pub bridges: Vec<String>,
     /// The paths of the sockets.
     pub sockets: SocketPaths,
 }
@@ -261,6 +303,7 @@ impl DaemonArgs {
             fast_path,
             steer: self.steer.or(file.steer).unwrap_or(SteerChoice::Auto),
             fail: self.fail.or(file.fail).unwrap_or(FailChoice::Open),
+            bridges: if self.bridge.is_empty() { file.bridge } else { self.bridge.clone() },
             sockets: socket_paths(control, observe),
         })
     }
@@ -320,6 +363,9 @@ mod tests {
                 && !may("2001:db8::2")
                 && !may("::1")
         );
+        let network = |text: &str| text.parse::<ShmSpec>().unwrap().network.map(|n| n.to_string());
+        assert_eq!(network("/x,vlan=100,bridge=br0").as_deref(), Some("br0 vlan 100"));
+        assert_eq!((network("/x,bridge=br0").as_deref(), network("/x")), (Some("br0"), None));
         for bad in [
             "/x,to=10.0.0.0/33",
             "/x,to=",
@@ -329,6 +375,11 @@ mod tests {
             "/x,mac=",
             "/x,2:0:0:0:0:1",
             "/x,mac=2:0:0:0:0",
+            "/x,vlan=7",
+            "/x,bridge=a/b",
+            "/x,bridge=br0,vlan=0",
+            "/x,bridge=br0,vlan=4095",
+            "/x,bridge=br0,bridge=br1",
         ] {
             assert!(bad.parse::<ShmSpec>().is_err(), "{bad}");
         }

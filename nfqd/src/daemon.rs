@@ -33,6 +33,7 @@ mod token {
     pub(super) const MAILBOXES: u64 = 2;
     pub(super) const NFTABLES: u64 = 3;
     pub(super) const WORKER_ENDED: u64 = 4;
+    pub(super) const NETWORKS: u64 = 5;
     /// The listeners, by their place in `Socket::ALL`.
     pub(super) const LISTENERS: u64 = 16;
     /// The clients, by their number.
@@ -103,6 +104,7 @@ impl Daemon {
         add(self.mailbox_timer.as_fd(), token::MAILBOXES)?;
         add(self.plane.enforcer.monitor_fd(), token::NFTABLES)?;
         add(self.plane.enforcer.ended_fd(), token::WORKER_ENDED)?;
+        add(self.plane.host.as_fd(), token::NETWORKS)?;
         for (socket, fd) in self.control.listeners() {
             add(fd, token::LISTENERS + socket as u64)?;
         }
@@ -149,6 +151,7 @@ impl Daemon {
             }
             token::NFTABLES => self.plane.enforcer.check_tables(),
             token::WORKER_ENDED => self.check_workers()?,
+            token::NETWORKS => self.plane.follow_networks(),
             token if token >= token::CLIENTS => self.serve((token - token::CLIENTS) as ClientId),
             token => {
                 for socket in Socket::ALL {
@@ -301,10 +304,10 @@ impl Daemon {
     }
 
     fn status(&mut self) -> Status {
-        self.plane.enforcer.read_counters();
+        self.plane.enforcer.read_counters(&self.plane.desired);
         let plane = &self.plane;
         let bindings = Bindings::new(plane.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(&plane.desired, &plane.enforcer, &plane.backends, &bindings);
+        let source = StatusSource::new(plane, &bindings);
         let options = plane.enforcer.options();
         Status {
             version: env!("CARGO_PKG_VERSION").to_string(),

@@ -3,6 +3,7 @@
 //! * The path of a packet is [`packet_path`], with the pure [`engine`] in the middle.
 //! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
+//! * [`networks`] knows the bridges and VLANs, [`backends`] what is on them.
 //! * [`startup`] puts a daemon together, [`daemon`] runs it on the [`reactor`], `reload` reads its
 //!   configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
@@ -19,10 +20,12 @@ pub mod config;
 pub mod daemon;
 pub mod enforce;
 pub mod engine;
+pub mod networks;
 pub mod observe;
 pub mod packet_path;
 mod rate_limiter;
 pub mod reactor;
 mod reload;
 pub mod replay;
+mod rtnetlink;
 pub mod startup;

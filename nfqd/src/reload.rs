@@ -32,7 +32,7 @@ pub(crate) fn reload(
     log::info!("reading the configuration again");
     let new = args.resolve()?;
     let before = plane.desired.clone();
-    let applied = apply_startup_commands(&mut plane.desired.policy, new.commands.as_deref());
+    let applied = apply_startup_commands(&mut plane.desired, new.commands.as_deref());
     if let Err(error) = applied {
         plane.desired = before;
         return Err(error.into());

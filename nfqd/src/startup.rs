@@ -1,6 +1,6 @@
 //! Startup: from the configuration to a running daemon.
 
-use crate::backends::Backends;
+use crate::backends::{Backends, recovered_macs};
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
@@ -10,6 +10,7 @@ use crate::enforce::Enforcer;
 use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
 use crate::engine::EngineState;
 use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple};
+use crate::networks::HostNetworks;
 use crate::observe::control_socket::ControlSocket;
 use crate::packet_path::queue::{Queue, QueueError};
 use crate::packet_path::worker::Shared;
@@ -18,14 +19,14 @@ use nfqd_rules::nft::kernel::{CachedReply, Kernel, KernelError};
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_rules::packet::Ports;
-use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{Desired, Policy};
-use nfqd_shmctl::{MacAddr, Protocol, RegionError};
+use nfqd_rules::service::BackendRef;
+use nfqd_rules::slots::{BackendObservation, BackendView};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
+use nfqd_shmctl::{Protocol, RegionError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The number of flows in the flow table.
 const FLOWS: usize = 1 << 20;
@@ -97,11 +98,15 @@ pub struct Started {
 pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let config = args.resolve()?;
     let journal = Journal::open(&config.state)?;
-    let (mut policy, errors) = journal.load()?;
+    let mut kernel = Kernel::open()?;
+    let recovered = kernel.recover()?;
+    // Networks keep their numbers: waiting packets carry them.
+    let mut desired = Desired { networks: recovered.networks, ..Desired::default() };
+    let errors = journal.load(&mut desired)?;
     for error in errors {
         log::error!("{error}; this registration is not restored");
     }
-    apply_startup_commands(&mut policy, config.commands.as_deref())?;
+    apply_startup_commands(&mut desired, config.commands.as_deref())?;
     let channels = config.shm.iter().map(Channel::open).collect::<Result<Vec<_>, _>>()?;
     let control = ControlSocket::open(&config.sockets)
         .map_err(|error| StartError::system("control socket", error))?;
@@ -112,25 +117,29 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         count: config.queues.count,
         bypass: config.fail == FailChoice::Open,
     };
-    let mut kernel = Kernel::open()?;
     let queue_path = detect_queue_path(&mut kernel, config.steer, queues)?;
     let options = RulesetOptions { queue_path, fast_path: config.fast_path, queues };
-    let recovered = kernel.recover()?;
     let shared = Shared::new(FLOWS).map_err(|errno| StartError::system("event", errno))?;
     let shared = Arc::new(shared);
-    for reply in &recovered.replies {
-        restore_flow(&shared.state, reply);
-    }
     // Bound before the ruleset sends packets there, so that none passes without a verdict.
     let mut bound = Vec::new();
     for number in 0..queues.count {
         bound.push(Queue::open(queues.first + number, queues.bypass)?);
     }
-    let backends = Backends::start(found_macs(&policy, &recovered.macs))
-        .map_err(|error| StartError::system("neighbour table and checks", error))?;
+    let mut host = HostNetworks::open(&config.bridges)
+        .map_err(|errno| StartError::system("bridges and their ports", errno))?;
+    host.describe(&mut desired.networks);
+    let middleboxes: Vec<MiddleboxKey> = desired.policy.middleboxes().keys().copied().collect();
+    host.place(middleboxes.into_iter(), &mut desired.networks);
+    desired.slots = recovered.slots;
+    let mut placed = desired.clone();
+    placed.slots.sync_all(&placed.policy, &Places(&host), Instant::now());
+    let backends = Backends::start(recovered_macs(&placed, &recovered.macs))
+        .map_err(|error| StartError::system("checks", error))?;
     let mut plane = ControlPlane {
         channels,
-        desired: Desired { policy, slots: recovered.slots },
+        desired,
+        host,
         backends,
         enforcer: Enforcer::new(kernel, options, shared)?,
         journal,
@@ -139,33 +148,35 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         has_new_backend: false,
     };
     plane.warn_about_binding_violations();
-    plane.backends.refresh(&plane.desired.policy);
     plane.resync_slots();
+    for reply in &recovered.replies {
+        restore_flow(&plane.desired, plane.enforcer.engine_state(), reply);
+    }
     plane.enforcer.begin(&plane.desired)?;
     for queue in bound {
         let what = format!("thread of queue {}", queue.number());
         plane.enforcer.serve(queue).map_err(|error| StartError::system(&what, error))?;
     }
     plane.save();
+    plane.has_new_backend = true;
     Ok(Started { config, plane, control, signals })
 }
 
-/// Returns the MACs that an earlier nfqd had found itself. One that a command gave is valid for its
-/// own service only: whoever may speak for a middlebox must not decide where others find their
-/// backends.
-fn found_macs(policy: &Policy, macs: &BTreeMap<SlotKey, MacAddr>) -> BTreeMap<IpAddr, MacAddr> {
-    let was_found = |key: &SlotKey| {
-        let middlebox = policy.get(key.middlebox);
-        let service = middlebox.and_then(|middlebox| middlebox.service(&key.frontend));
-        let backend = service.and_then(|service| service.backends().get(&key.backend));
-        backend.is_some_and(|backend| backend.mac.is_none())
-    };
-    let found = macs.iter().filter(|(key, _)| was_found(key));
-    found.map(|(key, mac)| (key.backend.ip, *mac)).collect()
+/// A view of the places of middleboxes, before anything is known about backends.
+struct Places<'a>(&'a HostNetworks);
+
+impl BackendView for Places<'_> {
+    fn observe(&self, _: &BackendRef<'_>, _: NetworkId) -> BackendObservation {
+        BackendObservation::UNKNOWN
+    }
+
+    fn network(&self, middlebox: MiddleboxKey) -> NetworkId {
+        self.0.network_of(middlebox)
+    }
 }
 
 /// Restores a flow from its reply direction, which the kernel has cached.
-fn restore_flow(state: &EngineState, cached: &CachedReply) {
+fn restore_flow(desired: &Desired, state: &EngineState, cached: &CachedReply) {
     let CachedReply { source, destination: client, protocol, ports, slot, key, closing } = *cached;
     let frontend_port = key.ports().map_or(ports.source, |(frontend, _)| frontend);
     let original = OriginalTuple {
@@ -180,6 +191,8 @@ fn restore_flow(state: &EngineState, cached: &CachedReply) {
         Protocol::TCP => FlowState::Established,
         _ => FlowState::Datagram,
     };
-    let reply = ReplyTuple { backend: source, client, protocol, ports };
+    // A middlebox that is no longer registered has no flows.
+    let Some(network) = desired.slots.network_of(key.middlebox) else { return };
+    let reply = ReplyTuple { network, backend: source, client, protocol, ports };
     state.flows.insert(original, Some(reply), slot, flow_state, 0);
 }

@@ -5,6 +5,7 @@
 //! * [`filter`], [`service`]: filter rules and load-balanced services of a middlebox.
 //! * [`pool`], [`maglev`]: which backend a new flow goes to.
 //! * [`rewrite`]: the frame as it leaves.
+//! * [`network`]: the networks of a host, which keep their addresses apart.
 //! * [`slots`], [`ids`], [`mark`], [`timeouts`]: what the engine and the kernel share.
 //! * [`netlink`]: framing of netlink messages.
 //! * [`nft`]: the fast path, which decides in the kernel as the policy says.
@@ -19,6 +20,7 @@ pub mod limits;
 pub mod maglev;
 pub mod mark;
 pub mod netlink;
+pub mod network;
 pub mod nft;
 pub mod packet;
 pub mod policy;
@@ -31,4 +33,5 @@ pub mod timeouts;
 pub use counter::Counter;
 pub use desired::Desired;
 pub use ids::{MiddleboxId, SlotId};
+pub use network::{MiddleboxKey, Network, NetworkId, Networks};
 pub use policy::{FilterDecision, Firewall, Middlebox, Policy, PolicyError};

@@ -3,12 +3,13 @@
 //! | bits | content |
 //! |---|---|
 //! | 27–31 | [`Operation`]; the rewriting ones carry [`PORT`] as well when the port changes |
-//! | 8–26 | identifier: a [`MiddleboxId`] on the way to the engine, a [`SlotId`] on the way back |
+//! | 8–26 | identifier: a [`MiddleboxId`] or a [`NetworkId`] on the way to the engine, a [`SlotId`] on the way back |
 //! | 0–7 | not ours: never changed |
 //!
 //! A frame carries our bits only between the two base chains of the bridge's prerouting hook.
 
 use crate::ids::{MAX_ID, MiddleboxId, SlotId};
+use crate::network::NetworkId;
 
 /// The bits of the mark that belong to nfqd.
 pub const OURS: u32 = 0xffff_ff00;
@@ -45,8 +46,11 @@ pub enum Operation {
     RedirectInvalidate = 9 << 27,
 }
 
-/// The bit beside a rewriting operation that has the port rewritten as well.
+/// The bit beside a rewriting operation that has the port rewritten as well. Beside
+/// [`Operation::Upcall`], the identifier is a network's.
 pub const PORT: u32 = 16 << 27;
+/// The bits of [`Operation::Upcall`], whatever its identifier is.
+pub const UPCALL: u32 = OPERATION & !PORT;
 
 impl Operation {
     /// The operations that rewrite.
@@ -71,20 +75,38 @@ pub fn slot_bits(slot: SlotId) -> u32 {
     slot.get() << ID_SHIFT
 }
 
-/// Returns the bits of a packet on its way to the engine; the identifier names its middlebox where
-/// the queue does not show the destination MAC.
-pub fn upcall_bits(middlebox: Option<MiddleboxId>) -> u32 {
-    Operation::Upcall as u32 | middlebox.map_or(0, |id| id.get() << ID_SHIFT)
+/// The origin of a packet on its way to the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// It goes to this middlebox, which the queue does not show otherwise.
+    Middlebox(MiddleboxId),
+    /// It is on this network.
+    Network(NetworkId),
+}
+
+/// Returns the bits of a packet on its way to the engine.
+pub fn upcall_bits(origin: Origin) -> u32 {
+    let upcall = Operation::Upcall as u32;
+    match origin {
+        Origin::Middlebox(id) => upcall | id.get() << ID_SHIFT,
+        Origin::Network(NetworkId::ANY) => upcall,
+        Origin::Network(id) => upcall | PORT | id.get() << ID_SHIFT,
+    }
+}
+
+/// Returns the origin of a packet on its way to the engine.
+pub fn origin(mark: u32) -> Origin {
+    let number = (mark & ID) >> ID_SHIFT;
+    let middlebox = MiddleboxId::new(number).filter(|_| mark & PORT == 0);
+    match middlebox {
+        Some(id) => Origin::Middlebox(id),
+        None => Origin::Network(NetworkId::new(number).unwrap_or(NetworkId::ANY)),
+    }
 }
 
 /// Returns the slot that a mark names.
 pub fn slot(mark: u32) -> Option<SlotId> {
     SlotId::new((mark & ID) >> ID_SHIFT)
-}
-
-/// Returns the middlebox that the mark of a packet on its way to the engine names.
-pub fn middlebox(mark: u32) -> Option<MiddleboxId> {
-    MiddleboxId::new((mark & ID) >> ID_SHIFT)
 }
 
 /// Returns `mark` with our bits set to an operation on a slot; with `port` it rewrites the port as
@@ -111,9 +133,13 @@ mod tests {
             (mark & !OURS, slot(mark), mark & OPERATION),
             (0xef, Some(last), Operation::ReplyInstall as u32 | PORT)
         );
-        assert_eq!((cleared(mark), slot(0xff), middlebox(upcall_bits(None))), (0xef, None, None));
-        let id = MiddleboxId::new(7);
-        assert_eq!(middlebox(upcall_bits(id)), id);
+        assert_eq!((cleared(mark), slot(0xff)), (0xef, None));
+        let network = |number| Origin::Network(NetworkId::new(number).unwrap());
+        let middlebox = Origin::Middlebox(MiddleboxId::new(7).unwrap());
+        for found in [network(0), network(7), network(MAX_ID), middlebox] {
+            let bits = upcall_bits(found);
+            assert_eq!((origin(bits), bits & UPCALL), (found, Operation::Upcall as u32));
+        }
         let rewriting = Operation::REWRITING.iter().flat_map(|op| [op.bits(false), op.bits(true)]);
         let all: std::collections::BTreeSet<u32> =
             rewriting.chain([Operation::Upcall as u32, Operation::Local as u32]).collect();

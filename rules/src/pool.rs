@@ -3,12 +3,13 @@
 use crate::ids::SlotId;
 use crate::limits::MAX_BACKENDS;
 use crate::maglev;
+use crate::network::MiddleboxKey;
 use crate::packet::IpHeader;
 use crate::policy::Middlebox;
 use crate::service::Service;
 use crate::slots::{SlotKey, Slots};
 use imbl::OrdMap;
-use nfqd_shmctl::{BackendName, Frontend, MacAddr, Method};
+use nfqd_shmctl::{BackendName, Frontend, Method};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
@@ -210,26 +211,26 @@ impl Pool {
 /// The pools of all middleboxes. A clone is cheap.
 #[derive(Clone, Debug, Default)]
 pub struct Pools {
-    middleboxes: OrdMap<MacAddr, Arc<BTreeMap<Frontend, Arc<Pool>>>>,
+    middleboxes: OrdMap<MiddleboxKey, Arc<BTreeMap<Frontend, Arc<Pool>>>>,
 }
 
 impl Pools {
     /// Returns the pool of a service.
-    pub fn get(&self, middlebox: MacAddr, frontend: &Frontend) -> Option<&Pool> {
+    pub fn get(&self, middlebox: MiddleboxKey, frontend: &Frontend) -> Option<&Pool> {
         self.middleboxes.get(&middlebox)?.get(frontend).map(Arc::as_ref)
     }
 
     /// Rebuilds the pools of one middlebox from its services. An unchanged pool keeps its state.
-    pub fn update(&mut self, mac: MacAddr, middlebox: Option<&Middlebox>, slots: &Slots) {
+    pub fn update(&mut self, key: MiddleboxKey, middlebox: Option<&Middlebox>, slots: &Slots) {
         let Some(middlebox) = middlebox.filter(|middlebox| !middlebox.services().is_empty()) else {
-            self.middleboxes.remove(&mac);
+            self.middleboxes.remove(&key);
             return;
         };
-        let before = self.middleboxes.get(&mac).cloned();
+        let before = self.middleboxes.get(&key).cloned();
         let pool = |(frontend, service): (&Frontend, &Service)| {
             let member = |(name, backend): (&BackendName, &crate::service::Backend)| {
                 let slot =
-                    slots.get(&SlotKey { middlebox: mac, frontend: *frontend, backend: *name })?;
+                    slots.get(&SlotKey { middlebox: key, frontend: *frontend, backend: *name })?;
                 let usable = slot.mac.is_some() && slot.alive && !backend.draining;
                 usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.id })
             };
@@ -245,13 +246,13 @@ impl Pools {
             )
         };
         let pools = middlebox.services().iter().map(pool).collect();
-        self.middleboxes.insert(mac, Arc::new(pools));
+        self.middleboxes.insert(key, Arc::new(pools));
     }
 
     /// Makes the tables that packets of this middlebox would have to wait for.
-    pub fn prepare(&self, mac: MacAddr) {
+    pub fn prepare(&self, key: MiddleboxKey) {
         self.middleboxes
-            .get(&mac)
+            .get(&key)
             .into_iter()
             .flat_map(|pools| pools.values())
             .for_each(|pool| pool.prepare());

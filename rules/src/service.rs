@@ -1,6 +1,7 @@
 //! Load-balanced services: a service's method, options and backends.
 
 use crate::limits::MAX_BACKENDS;
+use crate::network::MiddleboxKey;
 use crate::packet::IpHeader;
 use nfqd_shmctl::{
     BackendChange, BackendName, Command, Destination, ErrorCode, Fragment, Frontend, MacAddr,
@@ -16,7 +17,7 @@ const A_COMMAND: usize = 12;
 #[derive(Clone, Copy, Debug)]
 pub struct BackendRef<'p> {
     /// The middlebox.
-    pub middlebox: MacAddr,
+    pub middlebox: MiddleboxKey,
     /// The frontend of the service.
     pub frontend: &'p Frontend,
     /// The service.

@@ -16,5 +16,8 @@ pub const UDP_REPLY_TIMEOUT: u32 = 120;
 pub const BYPASS_TIMEOUT: u32 = 90;
 /// Lifetime of a cached flow that is closing; the engine keeps it longer.
 pub const CLOSE_TIMEOUT: u32 = 5;
+/// Lifetime of the note of a backend's own ARP packet or neighbour advertisement: longer than nfqd
+/// reads them.
+pub const NEIGHBOUR_TIMEOUT: u32 = 120;
 /// The longest lifetime of a cache entry.
 pub const LONGEST_TIMEOUT: u32 = TCP_REPLY_TIMEOUT;

@@ -43,9 +43,9 @@ fn policy(lines: &[&str]) -> Policy {
 }
 
 fn ruleset(policy: &Policy, options: &RulesetOptions) -> Ruleset {
-    let mut slots = Slots::default();
-    slots.sync_all(policy, &Unobserved, Instant::now());
-    build(policy, &slots, options)
+    let mut desired = Desired { policy: policy.clone(), ..Desired::default() };
+    desired.slots.sync_all(policy, &Unobserved, Instant::now());
+    build(&desired, options)
 }
 
 /// The queue paths of this kernel: without either, no test here is worth running.
@@ -142,7 +142,9 @@ fn normal(listing: &str) -> Vec<String> {
             let next = |n: usize| words.get(at + n).copied().unwrap_or_default();
             let port = matches!(next(1), "sport" | "dport");
             match word {
-                "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6") => at += 2,
+                "meta" if next(1) == "protocol" && matches!(next(2), "ip" | "ip6" | "arp") => {
+                    at += 2;
+                }
                 "meta"
                     if next(1) == "l4proto"
                         && matches!(next(2), "tcp" | "udp" | "icmp" | "ipv6-icmp") =>
@@ -239,17 +241,17 @@ fn follow(
     let (mut installed, empty) = Installed::new(&state, options);
     kernel.load(&empty).unwrap();
     for (step, policy) in policies.enumerate() {
-        let mut new = Desired { policy, slots: state.slots.clone() };
+        let mut new = Desired { policy, ..state.clone() };
         // A backend whose MAC no command says is found in every other step.
         let mac = (step % 2 == 0).then_some(MacAddr([2, 0, 0, 0, 0, 0x99]));
         let view = |_: &BackendRef<'_>| BackendObservation { mac, ..BackendObservation::UNKNOWN };
         new.slots.sync_all(&new.policy, &view, Instant::now());
         let change = installed.change(&state, &new);
-        kernel.change(&change).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
+        kernel.change(&change, &state).unwrap_or_else(|(error, _)| panic!("{step}: {error}"));
         kernel.finish(&change).unwrap();
         installed.done(change);
         if check(step) {
-            let (by_change, ruleset) = (listed(), build(&new.policy, &new.slots, options));
+            let (by_change, ruleset) = (listed(), build(&new, options));
             assert!(kernel.is_intact(&ruleset).unwrap());
             kernel.load(&ruleset).unwrap();
             assert_eq!(by_change, listed(), "{step}");
@@ -330,7 +332,9 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
             Instant::now(),
         );
         slots.sync_all(&policy, &Unobserved, Instant::now());
-        kernel.load(&build(&policy, &slots, &options)).unwrap();
+        let desired =
+            Desired { policy: policy.clone(), slots: slots.clone(), ..Desired::default() };
+        kernel.load(&build(&desired, &options)).unwrap();
         let recovered = Kernel::open().unwrap().recover().unwrap();
         assert_eq!(recovered.macs.len(), 8, "the MACs of backends, by service");
         let mut found = recovered.slots;
@@ -346,7 +350,7 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
 
         assert!(kernel.remove().unwrap());
         nft(&["add", "table", "bridge", "nfqd"]);
-        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
+        let error = kernel.load(&ruleset(&policy, &options)).unwrap_err();
         assert!(matches!(error, KernelError::Foreign { family: Family::Bridge }), "{error}");
         assert!(error.to_string().contains("nft delete table bridge nfqd"), "{error}");
         assert!(kernel.remove().is_err());
@@ -355,19 +359,19 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
 
         // The table of a newer nfqd is not taken over, but may be removed.
         let newer =
-            "{ comment \"made by nfqd 9.0.0 (layout 3), which repairs what others change\"; }";
+            "{ comment \"made by nfqd 9.0.0 (layout 4), which repairs what others change\"; }";
         nft(&["add", "table", "bridge", "nfqd", newer]);
-        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
-        assert!(matches!(error, KernelError::Newer { layout: 3, .. }), "{error}");
+        let error = kernel.load(&ruleset(&policy, &options)).unwrap_err();
+        assert!(matches!(error, KernelError::Newer { layout: 4, .. }), "{error}");
         assert!(kernel.recover().is_err() && kernel.remove().unwrap());
         let older = "{ comment \"made by nfqd, which repairs what others change here\"; }";
         nft(&["add", "table", "bridge", "nfqd", older]);
-        kernel.load(&build(&policy, &slots, &options)).unwrap();
+        kernel.load(&ruleset(&policy, &options)).unwrap();
         // The comment is still the old one; a chain that loading has made tells the layout.
-        assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_2 {"));
-        nft(&["add", "chain", "bridge", "nfqd", "layout_3"]);
-        let error = kernel.load(&build(&policy, &slots, &options)).unwrap_err();
-        assert!(matches!(error, KernelError::Newer { layout: 3, .. }), "{error}");
+        assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_3 {"));
+        nft(&["add", "chain", "bridge", "nfqd", "layout_4"]);
+        let error = kernel.load(&ruleset(&policy, &options)).unwrap_err();
+        assert!(matches!(error, KernelError::Newer { layout: 4, .. }), "{error}");
         assert!(kernel.remove().unwrap());
     });
 }

@@ -1,8 +1,8 @@
 //! The bodies of the fuzz targets, which plain tests run over the corpus as well.
 
-use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
+use nfqd_rules::{MiddleboxKey, NetworkId, Policy};
 use nfqd_shmctl::{Action, MacAddr, ParsedCommand, Reply, split_lines};
 use std::net::IpAddr;
 use std::sync::OnceLock;
@@ -21,7 +21,7 @@ pub fn command(data: &[u8]) {
                 let printed = parsed.command.to_string();
                 let again = ParsedCommand::parse(&printed).map(|parsed| parsed.command);
                 assert_eq!(again.as_ref(), Ok(&parsed.command), "{printed}");
-                if let Err(error) = policy.apply(&parsed.command) {
+                if let Err(error) = policy.apply(NetworkId::ANY, &parsed.command) {
                     let error = error.locate(&parsed);
                     assert!(error.column >= 1 && error.column <= line.len() + 1, "{line}: {error}");
                     assert!(Reply::from(error).to_string().parse::<Reply>().is_ok(), "{line}");
@@ -34,7 +34,7 @@ pub fn command(data: &[u8]) {
         }
     }
     let mut again = Policy::default();
-    for command in policy.commands() {
+    for (_, command) in policy.commands() {
         let line = command.to_string();
         assert!(again.apply_line(&line).is_ok(), "{line}");
     }
@@ -69,9 +69,9 @@ pub fn packet(data: &[u8]) {
     let Some(mut packet) = Packet::from_cut_frame(frame, length) else { return };
     let policy = rules();
     packet.link.destination = MacAddr([2, 0, 0, 0, 0, 1 + last % 3]);
-    let middlebox = policy.get(packet.link.destination);
+    let middlebox = policy.get(MiddleboxKey::anywhere(packet.link.destination));
     let _ = middlebox.and_then(|middlebox| middlebox.service_for(&packet));
-    let firewall = policy.get(packet.link.destination).and_then(|middlebox| middlebox.firewall());
+    let firewall = middlebox.and_then(|middlebox| middlebox.firewall());
     if let Some(firewall) = firewall {
         let all: Vec<_> = firewall.conditions(packet.link.destination).collect();
         // A packet whose transport header is hidden matches no rule that compares one, and is

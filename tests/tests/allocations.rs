@@ -3,11 +3,11 @@
 
 use nfqd::engine::verdict::Verdict;
 use nfqd::engine::{EngineState, FilterScope, Snapshot, decide};
-use nfqd_rules::Desired;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{Slots, Unobserved};
+use nfqd_rules::{Desired, NetworkId};
 use nfqd_tests::captures;
 use nfqd_tests::counting::{Counting, allocations};
 use std::time::Instant;
@@ -32,7 +32,7 @@ fn a_packet_costs_no_allocation() {
     for (mac, middlebox) in policy.middleboxes() {
         pools.update(*mac, Some(middlebox), &slots);
     }
-    let mut snapshot = Snapshot::new(Desired { policy, slots }, pools);
+    let mut snapshot = Snapshot::new(Desired { policy, slots, ..Desired::default() }, pools);
     snapshot.filter_scope = FilterScope::All;
     let memory = EngineState::new(1 << 12);
     let frames: Vec<Vec<u8>> = captures::all().into_iter().flat_map(|(_, frames)| frames).collect();
@@ -40,7 +40,8 @@ fn a_packet_costs_no_allocation() {
     let mut judge_all = || {
         for frame in &frames {
             let Some(packet) = Packet::from_frame(frame) else { continue };
-            let decision = decide(&snapshot, &memory, &packet, 0).decision().unwrap();
+            let decision =
+                decide(&snapshot, &memory, NetworkId::ANY, &packet, 0).decision().unwrap();
             let _ = decision.verdict.mark(0);
             verdicts[match decision.verdict {
                 Verdict::Drop(_) | Verdict::Reject(_) | Verdict::AwaitFirstFragment => 0,
@@ -71,7 +72,7 @@ fn a_new_flow_costs_no_allocation() {
         for (mac, middlebox) in policy.middleboxes() {
             pools.update(*mac, Some(middlebox), &slots);
         }
-        let snapshot = Snapshot::new(Desired { policy, slots }, pools);
+        let snapshot = Snapshot::new(Desired { policy, slots, ..Desired::default() }, pools);
         let memory = EngineState::new(1 << 12);
         // More flows than there is room for, so that old ones are evicted; clients come back with
         // other ports.
@@ -86,7 +87,8 @@ fn a_new_flow_costs_no_allocation() {
                 frame.extend([0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0]);
                 let packet = Packet::from_frame(&frame).unwrap();
                 let before = allocations();
-                let decision = decide(&snapshot, &memory, &packet, 0).decision().unwrap();
+                let decision =
+                    decide(&snapshot, &memory, NetworkId::ANY, &packet, 0).decision().unwrap();
                 assert!(matches!(decision.verdict, Verdict::Redirect(_)), "{decision:?}");
                 if from != 0 {
                     assert_eq!(allocations() - before, 0, "{method} {option}, port {port}");

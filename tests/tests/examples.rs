@@ -1,7 +1,7 @@
 //! The files in `examples/`: each is valid, and does what its comments say.
 #![allow(clippy::unwrap_used)]
 
-use nfqd::command_path::command_file::read_policy;
+use nfqd::command_path::command_file::read_commands;
 use nfqd::config::{DaemonArgs, FailChoice};
 use nfqd_rules::packet::Packet;
 use nfqd_shmctl::Action;
@@ -42,7 +42,7 @@ fn syn(source: [u8; 4], port: u16) -> Packet {
 
 #[test]
 fn the_firewall_lets_in_what_it_says() {
-    let policy = read_policy(&examples().join("firewall.commands")).unwrap();
+    let policy = read_commands(&examples().join("firewall.commands")).unwrap().policy;
     let (mac, middlebox) = policy.middleboxes().iter().next().unwrap();
     let firewall = middlebox.firewall().unwrap();
     assert_eq!(mac.to_string(), "12:13:14:15:16:17");
@@ -60,7 +60,7 @@ fn the_firewall_lets_in_what_it_says() {
 
 #[test]
 fn the_balancer_has_its_services() {
-    let policy = read_policy(&examples().join("balancer.commands")).unwrap();
+    let policy = read_commands(&examples().join("balancer.commands")).unwrap().policy;
     let (_, middlebox) = policy.middleboxes().iter().next().unwrap();
     let services: Vec<(String, usize, usize)> = middlebox
         .services()

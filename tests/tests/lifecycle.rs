@@ -2,7 +2,7 @@
 //! read again, another program interferes, or the disk is full.
 #![allow(clippy::unwrap_used)]
 
-use nfqd::api::Status;
+use nfqd::api::{BackendState, Status};
 use nfqd_tests::daemon::{Daemon, NFQD, program};
 use nfqd_tests::fixture::{Fixture, STATIC};
 use nfqd_tests::netns::{in_netns, run};
@@ -99,8 +99,8 @@ fn another_program_changes_our_tables() {
         for (number, interference) in [
             "nft delete table bridge nfqd",
             "nft flush chain bridge nfqd steer",
-            "nft flush set bridge nfqd middleboxes",
-            "nft add rule bridge nfqd balance drop",
+            "nft flush set bridge nfqd br0/middleboxes",
+            "nft add rule bridge nfqd br0/balance drop",
         ]
         .into_iter()
         .enumerate()
@@ -144,9 +144,7 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
         let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
         connection.send(b"x");
         fixture.daemon.kill();
-        // The neighbour entry is gone: the backend's MAC is known from the kernel's map until it
-        // answers again.
-        run("ip neigh flush dev br0");
+        // The backend's MAC is known from the kernel's map until it answers again.
         fixture.daemon.restart();
         assert_eq!(index(), before);
         assert_eq!(
@@ -163,15 +161,17 @@ fn a_restart_takes_over_what_the_kernel_remembers() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
-fn an_administrators_neighbours_are_left_alone() {
+fn backends_are_found_without_the_hosts_neighbour_table() {
     in_netns(|| {
         let fixture = Fixture::new(&[]);
         run("ip neigh replace 10.129.126.200 lladdr 02:00:00:00:00:c8 dev br0 nud permanent");
-        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.200");
-        wait_for("its MAC", || {
-            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
-        });
-        assert!(run("ip neigh show 10.129.126.200").contains("PERMANENT"));
+        let before = run("ip neigh show");
+        let pool = "R L 12:13:14:15:16:17 10.129.126.15 rr 10.129.126.17 10.129.126.200";
+        fixture.daemon.must(&format!("{pool} check=arp"));
+        let backends = || fixture.daemon.status().middleboxes[0].services[0].backends.clone();
+        wait_for("its MAC", || backends()[0].mac.as_deref() == Some("02:00:00:00:00:17"));
+        wait_for("the end of the other", || backends()[1].state == BackendState::Dead);
+        assert_eq!(run("ip neigh show"), before);
     });
 }
 

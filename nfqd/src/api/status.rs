@@ -76,6 +76,12 @@ pub struct QueueStatus {
 pub struct MiddleboxStatus {
     /// The MAC.
     pub mac: String,
+    /// The network that it is on, as `BRIDGE` or `BRIDGE vlan ID`; `None` if that is not known.
+    #[serde(default)]
+    pub network: Option<String>,
+    /// The reason its network is not certain, or the middlebox is not enforced.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub network_problem: Option<String>,
     /// The address of the firewall service.
     pub firewall: Option<String>,
     /// Packets to it.
@@ -140,6 +146,9 @@ pub struct BackendStatus {
     /// The reason the host cannot check whether it is alive.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub health_unknown_reason: Option<String>,
+    /// The reason packets do not reach it on the middlebox' network, or not from everybody.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub network_problem: Option<String>,
 }
 
 /// The state of a backend.

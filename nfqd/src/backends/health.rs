@@ -3,6 +3,7 @@
 //! A backend is dead after some checks in a row that failed, and alive after some that succeeded.
 //! A flapping backend stays dead longer each time.
 
+use nfqd_rules::NetworkId;
 use nfqd_rules::service::{Backend, Service};
 use nfqd_shmctl::{BackendName, Check};
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,42 +14,41 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Probe {
     /// ARP or neighbour discovery.
-    Neighbour(IpAddr),
+    Neighbour(NetworkId, IpAddr),
     /// A TCP connection.
-    Tcp(IpAddr, u16),
+    Tcp(NetworkId, IpAddr, u16),
 }
 
 impl Probe {
-    /// Returns the check of a backend of a service; `None` if it is always considered alive.
-    pub fn of(service: &Service, name: &BackendName, backend: &Backend) -> Option<Probe> {
+    /// Returns the check of a backend of a service on a network; `None` if it is always considered
+    /// alive.
+    pub fn of(
+        network: NetworkId,
+        service: &Service,
+        name: &BackendName,
+        backend: &Backend,
+    ) -> Option<Probe> {
         match service.options().check {
             Check::None => None,
             Check::Default if backend.mac.is_some() => None,
-            Check::Default | Check::Neighbour => Some(Probe::Neighbour(name.ip)),
+            Check::Default | Check::Neighbour => Some(Probe::Neighbour(network, name.ip)),
             Check::Tcp(port) => match port.or(name.port) {
-                Some(port) => Some(Probe::Tcp(name.ip, port)),
-                None => Some(Probe::Neighbour(name.ip)),
+                Some(port) => Some(Probe::Tcp(network, name.ip, port)),
+                None => Some(Probe::Neighbour(network, name.ip)),
             },
         }
     }
 
-    /// Returns how many checks must fail in a row before a backend is dead. The kernel has asked
-    /// three times before it reports that a neighbour does not answer.
-    fn fall(self) -> u32 {
+    /// Returns the network and the backend's address.
+    pub fn address(self) -> (NetworkId, IpAddr) {
         match self {
-            Probe::Neighbour(_) => 1,
-            Probe::Tcp(..) => 3,
-        }
-    }
-
-    /// Returns the backend's address.
-    pub fn ip(self) -> IpAddr {
-        match self {
-            Probe::Neighbour(ip) | Probe::Tcp(ip, _) => ip,
+            Probe::Neighbour(network, ip) | Probe::Tcp(network, ip, _) => (network, ip),
         }
     }
 }
 
+/// Checks that must fail in a row before a backend is dead.
+const FALL: u32 = 3;
 /// Checks that must fail in a row before a backend is dead that has never passed one: it is not
 /// worth waiting for.
 const FALL_UNPROVEN: u32 = 2;
@@ -103,7 +103,7 @@ impl Health {
         }
         health.contradicting += 1;
         let age = now.saturating_duration_since(health.since);
-        let fall = if health.has_passed { probe.fall() } else { probe.fall().min(FALL_UNPROVEN) };
+        let fall = if health.has_passed { FALL } else { FALL_UNPROVEN };
         let changes = if health.alive {
             health.contradicting >= fall
         } else {
@@ -152,7 +152,7 @@ impl Health {
 mod tests {
     use super::*;
 
-    const PROBE: Probe = Probe::Tcp(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
+    const PROBE: Probe = Probe::Tcp(NetworkId::ANY, IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
 
     #[test]
     fn several_checks_decide_about_death_and_recovery() {

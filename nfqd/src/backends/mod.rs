@@ -1,226 +1,195 @@
-//! Observation of backends: their MACs and bridges, and whether they are alive.
+//! Observation of backends: their MACs, and whether they are alive.
 //!
-//! `neighbours` finds MACs, `tcp_check` connects, [`health`] damps the results.
+//! `neighbours` finds MACs with the questions of `probe`, `tcp_check` connects, [`health`] damps the
+//! results. Equal addresses on two networks are two backends.
 
 pub mod health;
 mod neighbours;
+mod probe;
 mod tcp_check;
 
 use crate::bindings::Bindings;
+use crate::networks::HostNetworks;
 use health::{Health, Probe};
-use neighbours::{Found, Neighbours};
-use nfqd_rules::Policy;
-use nfqd_rules::service::BackendRef;
-use nfqd_rules::service::{Backend, Service};
-use nfqd_rules::slots::{BackendObservation, BackendView};
+use neighbours::{Address, Neighbours};
+use nfqd_rules::nft::kernel::Neighbour;
+use nfqd_rules::service::{Backend, BackendRef, Service};
+use nfqd_rules::slots::{BackendObservation, BackendView, SlotKey};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Networks};
 use nfqd_shmctl::{BackendName, MacAddr};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
-use tcp_check::{Outcome, TcpChecks};
+use std::time::Instant;
+use tcp_check::{Outcome, Target, TcpChecks};
 
-/// The host's view of backends, as far as bindings let a middlebox use it.
+/// The host's view of backends and middleboxes, as far as bindings let a middlebox use it.
 pub struct HostView<'a> {
-    /// The observations.
+    /// The observations of backends.
     pub backends: &'a Backends,
+    /// Where MACs are.
+    pub host: &'a HostNetworks,
+    /// The names of networks.
+    pub networks: &'a Networks,
     /// The bindings of the channels.
     pub bindings: &'a Bindings<'a>,
 }
 
-impl BackendView for HostView<'_> {
-    /// Returns what is observed of a backend. A MAC that another channel speaks for is left out:
-    /// whoever has the address, it is not a backend of this middlebox.
-    fn observe(&self, backend: &BackendRef<'_>) -> BackendObservation {
-        let mac = self.backends.mac(backend.name.ip);
-        BackendObservation {
-            mac: mac.filter(|mac| !self.bindings.are_apart(*mac, backend.middlebox)),
-            alive: self.backends.is_alive(backend.service, backend.name, backend.backend),
+impl HostView<'_> {
+    /// Returns why nothing is redirected to a MAC that a command gave.
+    pub fn misplaced_reason(&self, mac: MacAddr, network: NetworkId) -> Option<&'static str> {
+        match self.networks.name(network) {
+            None => Some("the middlebox has not been seen on any network yet"),
+            Some(name) if self.host.is_elsewhere(mac, name) => {
+                Some("the backend's MAC is on another network than the middlebox")
+            }
+            Some(_) => None,
         }
     }
 }
 
-/// The interval at which neighbours are probed.
-const PROBE_INTERVAL: Duration = Duration::from_secs(3);
+impl BackendView for HostView<'_> {
+    /// Returns what is observed of a backend. A MAC that another channel speaks for is left out:
+    /// whoever has the address, it is not a backend of this middlebox. So is one that is on another
+    /// network: frames to it would be flooded.
+    fn observe(&self, backend: &BackendRef<'_>, network: NetworkId) -> BackendObservation {
+        let mac = match backend.backend.mac {
+            Some(given) => Some(given).filter(|mac| self.misplaced_reason(*mac, network).is_none()),
+            None => {
+                let found = self.backends.mac((network, backend.name.ip));
+                found.filter(|mac| !self.bindings.are_apart(*mac, backend.middlebox))
+            }
+        };
+        let alive = self.backends.is_alive(network, backend.service, backend.name, backend.backend);
+        BackendObservation { mac, alive }
+    }
+
+    fn network(&self, middlebox: MiddleboxKey) -> NetworkId {
+        self.host.network_of(middlebox)
+    }
+}
 
 /// The backends that a policy names, as the host observes them.
 pub struct Backends {
-    macs: BTreeMap<IpAddr, MacAddr>,
-    bridges: BTreeMap<IpAddr, String>,
-    /// Addresses that are on two bridges, with two MACs.
-    ambiguous: BTreeSet<IpAddr>,
     neighbours: Neighbours,
     tcp_checks: TcpChecks,
     health: Health,
     /// Checks that the host cannot make, and why.
-    impossible: BTreeMap<(IpAddr, u16), Errno>,
-    last_probe: Instant,
+    impossible: BTreeMap<Target, Errno>,
 }
 
 impl Backends {
     /// The backends, with MACs that were known before.
     ///
     /// # Errors
-    /// If the neighbour table cannot be read, or there is no thread for checks.
-    pub fn start(macs: BTreeMap<IpAddr, MacAddr>) -> io::Result<Backends> {
+    /// If there is no thread for checks.
+    pub fn start(macs: BTreeMap<Address, MacAddr>) -> io::Result<Backends> {
         Ok(Backends {
-            macs,
-            bridges: BTreeMap::new(),
-            ambiguous: BTreeSet::new(),
-            neighbours: Neighbours::open()?,
+            neighbours: Neighbours::new(macs, Instant::now()),
             tcp_checks: TcpChecks::start()?,
             health: Health::default(),
             impossible: BTreeMap::new(),
-            last_probe: Instant::now(),
         })
     }
 
-    /// Returns the MAC that answers for an address.
-    pub fn mac(&self, ip: IpAddr) -> Option<MacAddr> {
-        self.macs.get(&ip).copied()
+    /// Returns the MAC that answers for an address on a network.
+    pub fn mac(&self, address: (NetworkId, IpAddr)) -> Option<MacAddr> {
+        self.neighbours.mac(address)
     }
 
     /// Whether a backend of a service is considered alive. Only those of pools are checked.
-    pub fn is_alive(&self, service: &Service, name: &BackendName, backend: &Backend) -> bool {
-        let probe = Probe::of(service, name, backend).filter(|_| service.method().is_pool());
+    pub fn is_alive(
+        &self,
+        network: NetworkId,
+        service: &Service,
+        name: &BackendName,
+        backend: &Backend,
+    ) -> bool {
+        let probe = Probe::of(network, service, name, backend);
+        let probe = probe.filter(|_| service.method().is_pool());
         probe.is_none_or(|probe| self.health.is_alive(probe))
     }
 
     /// Returns why the host cannot check a backend, if it cannot.
     pub fn health_unknown_reason(
         &self,
+        network: NetworkId,
         service: &Service,
         name: &BackendName,
         backend: &Backend,
     ) -> Option<&'static str> {
-        let Some(Probe::Tcp(ip, port)) = Probe::of(service, name, backend) else { return None };
-        self.impossible.get(&(ip, port)).map(|errno| match errno {
-            Errno::EADDRNOTAVAIL => "the host has no address on the backend's bridge",
+        let Some(Probe::Tcp(network, ip, port)) = Probe::of(network, service, name, backend) else {
+            return None;
+        };
+        self.impossible.get(&(network, ip, port)).map(|errno| match errno {
+            Errno::EADDRNOTAVAIL | Errno::ENODEV => {
+                "the host has no address on the backend's network"
+            }
             errno => errno.desc(),
         })
     }
 
-    /// Asks the kernel for the MACs of backends that no command gave one, and collects the results
-    /// of checks. Returns whether anything has changed.
-    pub fn refresh(&mut self, policy: &Policy) -> bool {
+    /// Takes what the kernel has noted, asks for the MACs of backends that no command gave one, and
+    /// collects the results of checks. Returns whether anything has changed.
+    pub fn refresh(
+        &mut self,
+        desired: &Desired,
+        host: &HostNetworks,
+        noted: &[(NetworkId, Neighbour)],
+    ) -> bool {
         let now = Instant::now();
-        let (mut unknown, mut probes) = (BTreeSet::new(), BTreeSet::new());
-        for reference in policy.backends() {
-            if reference.backend.mac.is_none() {
-                unknown.insert(reference.name.ip);
+        let (mut wanted, mut probes) = (BTreeSet::new(), BTreeSet::new());
+        for reference in desired.policy.backends() {
+            let BackendRef { service, name, backend, .. } = reference;
+            let Some(network) = desired.slots.network_of(reference.middlebox) else { continue };
+            let probe = Probe::of(network, service, name, backend);
+            let probe = probe.filter(|_| service.method().is_pool());
+            // Nobody can be asked where nobody knows the way.
+            if network == NetworkId::ANY {
+                continue;
             }
-            if reference.service.method().is_pool() {
-                probes.extend(Probe::of(reference.service, reference.name, reference.backend));
+            if backend.mac.is_none() || matches!(probe, Some(Probe::Neighbour(..))) {
+                wanted.insert((network, name.ip));
             }
+            probes.extend(probe);
         }
         self.health.track(&probes, now);
-        let neighbours = self.refresh_neighbours(unknown, &probes, now);
-        let checked = self.collect_checks(now);
-        neighbours | checked
+        let events = self.neighbours.refresh(&wanted, noted, host, &desired.networks, now);
+        let mut changed = !events.moved.is_empty();
+        for ((_, ip), mac) in events.moved {
+            log::info!("backend {ip} is at {mac}");
+        }
+        for ((network, ip), answered) in events.answers {
+            changed |= self.record_check(Probe::Neighbour(network, ip), answered, now);
+            // A backend that does not answer ARP accepts no connection.
+            let tcp = Probe::Tcp(network, ip, 0)..=Probe::Tcp(network, ip, u16::MAX);
+            for probe in probes.range(tcp).filter(|_| !answered) {
+                changed |= self.record_check(*probe, false, now);
+            }
+        }
+        let checked = self.collect_checks(host, &desired.networks, now);
+        changed | checked
     }
 
-    fn refresh_neighbours(
-        &mut self,
-        unknown: BTreeSet<IpAddr>,
-        probes: &BTreeSet<Probe>,
-        now: Instant,
-    ) -> bool {
-        // The bridge of a neighbour tells where a TCP check goes.
-        let checked = probes.iter().map(|probe| probe.ip());
-        let wanted: BTreeSet<IpAddr> = unknown.into_iter().chain(checked).collect();
-        if wanted.is_empty() {
-            self.macs.clear();
-            self.bridges.clear();
-            return false;
-        }
-        let is_due = now.duration_since(self.last_probe) >= PROBE_INTERVAL;
-        let mut probed = BTreeSet::new();
-        if is_due {
-            self.last_probe = now;
-            let by_arp = probes.iter().filter(|probe| matches!(probe, Probe::Neighbour(_)));
-            probed.extend(by_arp.map(|probe| probe.ip()));
-        }
-        let found = match self.neighbours.resolve(&wanted, &probed) {
-            Ok(found) => found,
-            Err(errno) => {
-                log::warn!("neighbour table: {errno}");
-                return false;
-            }
-        };
-        // A MAC that is not observed any more is kept: the backend may just be silent, and its
-        // flows have no better place.
-        self.macs.retain(|ip, _| wanted.contains(ip));
-        self.bridges.retain(|ip, _| wanted.contains(ip));
-        self.ambiguous.retain(|ip| wanted.contains(ip));
-        let mut changed = false;
-        for (ip, found) in found {
-            changed |= self.record_neighbour(ip, found, probes, now);
-        }
-        changed
-    }
-
-    fn record_neighbour(
-        &mut self,
-        ip: IpAddr,
-        found: Found,
-        probes: &BTreeSet<Probe>,
-        now: Instant,
-    ) -> bool {
-        let probe = Probe::Neighbour(ip);
-        let mut changed = false;
-        match found {
-            Found::At { mac, answers, bridge } => {
-                if self.macs.insert(ip, mac) != Some(mac) {
-                    log::info!("backend {ip} is at {mac}");
-                    changed = true;
-                }
-                self.bridges.insert(ip, bridge);
-                self.ambiguous.remove(&ip);
-                if answers {
-                    changed |= self.record_check(probe, true, now);
-                }
-            }
-            Found::Silent => {
-                self.bridges.remove(&ip);
-                changed |= self.record_check(probe, false, now);
-                // A backend that does not answer ARP accepts no connection.
-                for probe in probes {
-                    if matches!(probe, Probe::Tcp(other, _) if *other == ip) {
-                        changed |= self.record_check(*probe, false, now);
-                    }
-                }
-            }
-            Found::Ambiguous => {
-                changed |= self.macs.remove(&ip).is_some();
-                if self.ambiguous.insert(ip) {
-                    log::warn!(
-                        "{ip} is on two bridges, with two MACs; nothing is redirected to it without \
-                         ip@mac"
-                    );
-                }
-                self.bridges.remove(&ip);
-            }
-        }
-        changed
-    }
-
-    fn collect_checks(&mut self, now: Instant) -> bool {
+    fn collect_checks(&mut self, host: &HostNetworks, networks: &Networks, now: Instant) -> bool {
+        let mut devices: BTreeMap<NetworkId, Option<String>> = BTreeMap::new();
         let mut targets = BTreeMap::new();
         for probe in self.health.probes() {
-            if let Probe::Tcp(ip, port) = probe {
-                targets.insert((ip, port), self.bridges.get(&ip).cloned());
+            if let Probe::Tcp(network, ip, port) = probe {
+                let device = devices.entry(network).or_insert_with(|| {
+                    networks.name(network).and_then(|name| host.host_device(name))
+                });
+                targets.insert((network, ip, port), device.clone());
             }
         }
         self.impossible.retain(|target, _| targets.contains_key(target));
         let mut changed = false;
-        for ((ip, port), outcome) in self.tcp_checks.exchange(targets) {
-            let probe = Probe::Tcp(ip, port);
+        for ((network, ip, port), outcome) in self.tcp_checks.exchange(targets) {
+            let (probe, target) = (Probe::Tcp(network, ip, port), (network, ip, port));
             match outcome {
-                // The backend has not been found yet, or is on two bridges: nothing is known.
-                Outcome::Impossible(Errno::ENODEV) => {}
                 Outcome::Impossible(errno) => {
-                    if self.impossible.insert((ip, port), errno).is_none() {
+                    if self.impossible.insert(target, errno).is_none() {
                         log::debug!(
                             "the host cannot check {ip} port {port}: {errno}; it is considered alive"
                         );
@@ -228,7 +197,7 @@ impl Backends {
                     }
                 }
                 Outcome::Answered | Outcome::Failed => {
-                    self.impossible.remove(&(ip, port));
+                    self.impossible.remove(&target);
                     changed |= self.record_check(probe, outcome == Outcome::Answered, now);
                 }
             }
@@ -241,14 +210,30 @@ impl Backends {
         if changed {
             let state = if succeeded { "alive again" } else { "dead" };
             match probe {
-                Probe::Neighbour(ip) => {
+                Probe::Neighbour(_, ip) => {
                     log::warn!("backend {ip} is {state} (check: ARP or neighbour discovery)");
                 }
-                Probe::Tcp(ip, port) => {
+                Probe::Tcp(_, ip, port) => {
                     log::warn!("backend {ip} is {state} (check: TCP port {port})");
                 }
             }
         }
         changed
     }
+}
+
+/// Returns the MACs that an earlier nfqd had found itself. One that a command gave is valid for its
+/// own service only: whoever may speak for a middlebox must not decide where others find their
+/// backends.
+pub fn recovered_macs(
+    desired: &Desired,
+    macs: &BTreeMap<SlotKey, MacAddr>,
+) -> BTreeMap<(NetworkId, IpAddr), MacAddr> {
+    let address = |(key, mac): (&SlotKey, &MacAddr)| {
+        let middlebox = desired.policy.get(key.middlebox)?;
+        let backend = middlebox.service(&key.frontend)?.backends().get(&key.backend)?;
+        let network = desired.slots.network_of(key.middlebox)?;
+        backend.mac.is_none().then_some(((network, key.backend.ip), *mac))
+    };
+    macs.iter().filter_map(address).collect()
 }

@@ -1,300 +1,176 @@
-//! The MACs of backends, from the host's neighbour table, which the kernel is asked to fill.
+//! The MACs of backends: asked for on their networks, and read from what passes.
 //!
-//! An entry with `NTF_USE` makes the kernel resolve an address on a bridge with its own timers and
-//! retries, by ARP or neighbour discovery. That needs no address of the host on the bridge (the ARP
-//! request then comes from 0.0.0.0) and no packet socket; the loopback device must be up, for
-//! without it the kernel takes every IPv4 address for a broadcast one.
+//! The questions leave by the ports of the network, whatever VLAN that is and whether or not the host
+//! has an address there; the host's neighbour table has no part in it. The answers, and every other
+//! ARP packet or neighbour advertisement of a backend, are noted by the kernel's tables
+//! (`neighbours4` and `neighbours6` in `nft list ruleset`).
 
-use nfqd_rules::netlink::{
-    HEADER, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, attributes, bytes_at, finish,
-    messages, put,
-};
+use super::probe::{Asker, question};
+use crate::networks::HostNetworks;
+use crate::packet_path::inject::Injector;
+use nfqd_rules::nft::kernel::Neighbour;
+use nfqd_rules::{Network, NetworkId, Networks};
 use nfqd_shmctl::MacAddr;
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send,
-    setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use nix::ifaddrs::getifaddrs;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
 
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
-const RTM_NEWNEIGH: u16 = 28;
-const RTM_GETNEIGH: u16 = 30;
+/// An address on a network.
+pub(super) type Address = (NetworkId, IpAddr);
 
-const IFLA_IFNAME: u16 = 3;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
-const NDA_DST: u16 = 1;
-const NDA_LLADDR: u16 = 2;
+/// The interval at which a backend that answers is asked.
+const ASK_INTERVAL: Duration = Duration::from_secs(2);
+/// The time that an answer may take. A backend that has not answered is asked again then.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// The interval at which an address is asked for that has never answered: doubled each time, from
+/// the first to the second.
+const RESOLVE_INTERVALS: (Duration, Duration) = (Duration::from_millis(100), ASK_INTERVAL);
+/// A packet that was noted so short a time before a question counts as its answer: the kernel's
+/// clock is coarser.
+const CLOCK_GRAIN: Duration = Duration::from_millis(50);
+/// The questions in a row without an answer after which the MAC is asked of everybody: the address
+/// may have moved.
+const ASK_ALL_AFTER: u32 = 1;
 
-/// Bytes of `struct ifinfomsg` and `struct ndmsg`.
-const LINK_HEADER: usize = 16;
-const NEIGHBOUR_HEADER: usize = 12;
-
-/// States in which the MAC of an entry is valid, or was until recently: reachable, stale, delay,
-/// probe, permanent.
-const KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
-/// States in which the neighbour has answered recently, or need not: reachable, permanent.
-const ANSWERS: u16 = 0x02 | 0x80;
-/// States in which a neighbour may be probed: all that neither an administrator has set nor the
-/// kernel is probing.
-const PROBABLE: u16 = 0x02 | 0x04 | 0x08;
-/// The state in which the kernel probes the neighbour: three times, a second apart, before it gives
-/// up.
-const PROBE: u16 = 0x10;
-/// Flags of entries that other programs maintain: `NTF_EXT_LEARNED`, `NTF_STICKY`.
-const FOREIGN: u8 = 0x10 | 0x40;
-/// The state in which the kernel has given up; it may be asked again.
-const FAILED: u16 = 0x20;
-const NTF_USE: u8 = 1;
-/// The most addresses that are asked for in one call. Guests name them, and the kernel's table is
-/// bounded.
-const MAX_PER_CALL: usize = 64;
-const NLM_F_CREATE: u16 = 0x400;
-const NLM_F_REPLACE: u16 = 0x100;
-
-/// The state of a neighbour, as the kernel knows it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Found {
-    /// The MAC is known.
-    At {
-        /// The MAC.
-        mac: MacAddr,
-        /// Whether it has answered recently; the kernel may be probing it just now.
-        answers: bool,
-        /// The bridge.
-        bridge: String,
-    },
-    /// The neighbour has not answered.
-    Silent,
-    /// Two bridges have it, with different MACs.
-    Ambiguous,
+/// The events of a call of [`Neighbours::refresh`].
+#[derive(Debug, Default)]
+pub(super) struct Events {
+    /// Addresses that are at another MAC than before.
+    pub moved: Vec<(Address, MacAddr)>,
+    /// Whether an address has answered a question, or not.
+    pub answers: Vec<(Address, bool)>,
 }
 
-/// The host's neighbour table, over one socket.
+/// The neighbours that are watched.
 pub(super) struct Neighbours {
-    socket: OwnedFd,
-    /// The position at which the next round of resolving starts.
-    next_to_resolve: usize,
-    /// The position at which the next round of probing starts.
-    next_to_probe: usize,
+    watched: BTreeMap<Address, Watched>,
+    /// `None` if no frames can be sent.
+    injector: Option<Injector>,
+}
+
+#[derive(Clone, Debug)]
+struct Watched {
+    mac: Option<MacAddr>,
+    /// The question that waits for an answer.
+    asked: Option<Instant>,
+    next: Instant,
+    interval: Duration,
+    /// Questions in a row without an answer.
+    unanswered: u32,
 }
 
 impl Neighbours {
-    /// Opens the socket.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub(super) fn open() -> Result<Neighbours, Errno> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkRoute,
-        )?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Neighbours { socket, next_to_resolve: 0, next_to_probe: 0 })
+    /// Neighbours with MACs that were known before.
+    pub(super) fn new(macs: BTreeMap<Address, MacAddr>, now: Instant) -> Neighbours {
+        let injector = Injector::open();
+        if let Err(errno) = &injector {
+            log::warn!("packet socket: {errno}; backends are found by their own ARP packets only");
+        }
+        let watched = |mac| Watched { mac: Some(mac), ..Watched::new(now) };
+        let watched = macs.into_iter().map(|(address, mac)| (address, watched(mac))).collect();
+        Neighbours { watched, injector: injector.ok() }
     }
 
-    /// Returns what the kernel knows on bridges about these addresses. It is asked to resolve those
-    /// that it does not know, and to probe those in `probe`: a few at a time, each in its turn.
-    /// Entries of other programs are not touched.
-    ///
-    /// # Errors
-    /// If the kernel cannot be asked.
-    pub(super) fn resolve(
+    /// Returns the MAC of an address.
+    pub(super) fn mac(&self, address: Address) -> Option<MacAddr> {
+        self.watched.get(&address).and_then(|watched| watched.mac)
+    }
+
+    /// Takes what the kernel has noted, and asks for the addresses that are due.
+    pub(super) fn refresh(
         &mut self,
-        wanted: &BTreeSet<IpAddr>,
-        probe: &BTreeSet<IpAddr>,
-    ) -> Result<HashMap<IpAddr, Found>, Errno> {
-        let bridges = self.bridges()?;
-        let mut entries: HashMap<IpAddr, Vec<Neighbour>> = HashMap::new();
-        self.request(&dump(RTM_GETNEIGH, NEIGHBOUR_HEADER), |kind, message| {
-            let entry = (kind == RTM_NEWNEIGH).then(|| neighbour(message)).flatten();
-            let entry = entry.filter(|n| bridges.contains_key(&n.link) && wanted.contains(&n.ip));
-            entry.into_iter().for_each(|entry| entries.entry(entry.ip).or_default().push(entry));
-        })?;
-        let mut found = HashMap::new();
-        for (ip, entries) in &entries {
-            let known: Vec<(&Neighbour, MacAddr)> = entries
-                .iter()
-                .filter(|n| n.state & KNOWN != 0)
-                .filter_map(|n| Some((n, n.mac.filter(|mac| mac.is_station())?)))
-                .collect();
-            let one = known.first().filter(|(_, mac)| known.iter().all(|(_, other)| other == mac));
-            let silent = entries.iter().all(|n| n.state & FAILED != 0);
-            match one {
-                Some((n, mac)) => {
-                    let bridge = bridges.get(&n.link).cloned().unwrap_or_default();
-                    let answers = n.state & ANSWERS != 0;
-                    found.insert(*ip, Found::At { mac: *mac, answers, bridge });
-                }
-                // Two hosts on two bridges have it: there is no telling which is meant.
-                None if !known.is_empty() => drop(found.insert(*ip, Found::Ambiguous)),
-                None if silent => drop(found.insert(*ip, Found::Silent)),
-                None => {}
+        wanted: &BTreeSet<Address>,
+        noted: &[(NetworkId, Neighbour)],
+        host: &HostNetworks,
+        networks: &Networks,
+        now: Instant,
+    ) -> Events {
+        self.watched.retain(|address, _| wanted.contains(address));
+        for address in wanted {
+            self.watched.entry(*address).or_insert_with(|| Watched::new(now));
+        }
+        let mut events = Events::default();
+        for (network, Neighbour { ip, mac, age }) in noted {
+            let address = (*network, *ip);
+            let Some(watched) = self.watched.get_mut(&address) else { continue };
+            let seen = now.checked_sub(*age).unwrap_or(now);
+            if watched.mac != Some(*mac) {
+                watched.mac = Some(*mac);
+                events.moved.push((address, *mac));
+            }
+            if watched.asked.is_some_and(|asked| seen + CLOCK_GRAIN >= asked) {
+                watched.answered(now);
+                events.answers.push((address, true));
             }
         }
-        let asked = |bridge: i32, ip: &IpAddr| {
-            let entries = entries.get(ip).into_iter().flatten();
-            entries.into_iter().any(|n| n.link == bridge && n.state & FAILED == 0)
-        };
-        let unknown: Vec<IpAddr> = wanted
-            .iter()
-            .filter(|ip| !matches!(found.get(*ip), Some(Found::At { .. } | Found::Ambiguous)))
-            .filter(|ip| bridges.keys().any(|bridge| !asked(*bridge, ip)))
-            .copied()
-            .collect();
-        for ip in some_of(&unknown, &mut self.next_to_resolve) {
-            for &bridge in bridges.keys().filter(|bridge| !asked(**bridge, &ip)) {
-                // A failure on this bridge does not matter for the others.
-                let _ = self.request(&use_message(bridge, ip), |_, _| {});
+        for (address, watched) in &mut self.watched {
+            if watched.asked.is_some_and(|asked| now >= asked + ANSWER_TIMEOUT) {
+                watched.asked = None;
+                watched.unanswered += 1;
+                events.answers.push((*address, false));
             }
         }
-        let unsure: Vec<IpAddr> =
-            probe.iter().filter(|ip| entries.contains_key(*ip)).copied().collect();
-        for ip in some_of(&unsure, &mut self.next_to_probe) {
-            for n in entries.get(&ip).into_iter().flatten() {
-                if let Some(mac) =
-                    n.mac.filter(|_| n.state & PROBABLE != 0 && n.flags & FOREIGN == 0)
-                {
-                    let _ = self.request(&state_message(n.link, ip, mac), |_, _| {});
-                }
-            }
-        }
-        Ok(found)
+        self.ask(host, networks, now);
+        events
     }
 
-    /// Returns the bridges of this network namespace: interface index and name.
-    ///
-    /// # Errors
-    /// If the kernel cannot be asked.
-    pub(super) fn bridges(&self) -> Result<BTreeMap<i32, String>, Errno> {
-        let mut out = BTreeMap::new();
-        self.request(&dump(RTM_GETLINK, LINK_HEADER), |kind, message| {
-            out.extend((kind == RTM_NEWLINK).then(|| bridge(message)).flatten());
-        })?;
-        Ok(out)
-    }
-
-    /// Sends a request and passes each message of the answer to `each`, until its end.
-    fn request(&self, message: &[u8], mut each: impl FnMut(u16, &[u8])) -> Result<(), Errno> {
-        send(self.socket.as_raw_fd(), message, MsgFlags::empty())?;
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            let len = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Err(Errno::EINTR) => continue,
-                other => other?,
-            };
-            for message in messages(buffer.get(..len).unwrap_or_default()) {
-                if message.kind == NLMSG_DONE {
-                    return Ok(());
-                }
-                match message.result() {
-                    Some(result) => return result,
-                    None => each(message.kind, message.bytes),
-                }
+    fn ask(&mut self, host: &HostNetworks, networks: &Networks, now: Instant) {
+        let Some(injector) = &self.injector else { return };
+        let mut askers: BTreeMap<NetworkId, Option<(Network, Asker)>> = BTreeMap::new();
+        for (&(id, ip), watched) in &mut self.watched {
+            if now < watched.next {
+                continue;
+            }
+            let known = watched.mac.filter(|_| watched.unanswered < ASK_ALL_AFTER);
+            watched.ask(now);
+            let asker = askers.entry(id).or_insert_with(|| {
+                let network = networks.name(id)?.clone();
+                let asker = asker(host, &network)?;
+                Some((network, asker))
+            });
+            let Some((network, asker)) = asker else { continue };
+            for exit in host.exits(network, known) {
+                // A port that is down just now does not matter for the others.
+                let _ = injector.send(exit.port, &question(*asker, ip, known, exit.tag));
             }
         }
     }
 }
 
-/// Returns some of all addresses, from `next` on, and moves `next` behind them.
-fn some_of(all: &[IpAddr], next: &mut usize) -> Vec<IpAddr> {
-    let start = next.checked_rem(all.len()).unwrap_or(0);
-    let count = all.len().min(MAX_PER_CALL);
-    *next = start + count;
-    all.iter().cycle().skip(start).take(count).copied().collect()
-}
-
-fn begin(kind: u16, flags: u16) -> Vec<u8> {
-    let mut out = vec![0; 4];
-    out.extend(kind.to_ne_bytes());
-    out.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-    out.extend([0; 8]);
-    out
-}
-
-fn dump(kind: u16, header: usize) -> Vec<u8> {
-    let mut out = begin(kind, NLM_F_DUMP);
-    out.resize(out.len() + header, 0);
-    finish(&mut out, 0);
-    out
-}
-
-/// Returns a message that makes the kernel resolve an address.
-fn use_message(link: i32, ip: IpAddr) -> Vec<u8> {
-    let mut out = entry_message(NLM_F_ACK | NLM_F_CREATE, link, ip, 0, NTF_USE);
-    finish(&mut out, 0);
-    out
-}
-
-/// Returns a message that makes the kernel probe a neighbour.
-fn state_message(link: i32, ip: IpAddr, mac: MacAddr) -> Vec<u8> {
-    let mut out = entry_message(NLM_F_ACK | NLM_F_REPLACE, link, ip, PROBE, 0);
-    put(&mut out, NDA_LLADDR, &mac.0);
-    finish(&mut out, 0);
-    out
-}
-
-fn entry_message(flags: u16, link: i32, ip: IpAddr, state: u16, entry_flags: u8) -> Vec<u8> {
-    const AF_INET: u8 = 2;
-    const AF_INET6: u8 = 10;
-    let mut out = begin(RTM_NEWNEIGH, flags);
-    out.extend([if ip.is_ipv4() { AF_INET } else { AF_INET6 }, 0, 0, 0]);
-    out.extend(link.to_ne_bytes());
-    out.extend(state.to_ne_bytes());
-    out.extend([entry_flags, 0]);
-    match ip {
-        IpAddr::V4(ip) => put(&mut out, NDA_DST, &ip.octets()),
-        IpAddr::V6(ip) => put(&mut out, NDA_DST, &ip.octets()),
+impl Watched {
+    fn new(now: Instant) -> Watched {
+        let interval = RESOLVE_INTERVALS.0;
+        Watched { mac: None, asked: None, next: now, interval, unanswered: 0 }
     }
-    out
-}
 
-/// Reads the interface index and name of a link message, if the link is a bridge.
-fn bridge(message: &[u8]) -> Option<(i32, String)> {
-    let index = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
-    let (_, info) = attributes(message.get(HEADER + LINK_HEADER..)?)
-        .find(|(kind, _)| *kind == IFLA_LINKINFO)?;
-    let (_, name) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND)?;
-    if name.split(|&byte| byte == 0).next() != Some(b"bridge") {
-        return None;
+    fn ask(&mut self, now: Instant) {
+        // The first question that is not answered counts from its own time on.
+        self.asked.get_or_insert(now);
+        self.next = now + self.interval;
+        let longest = if self.mac.is_some() { ANSWER_TIMEOUT } else { RESOLVE_INTERVALS.1 };
+        self.interval = (self.interval * 2).min(longest);
     }
-    let (_, name) =
-        attributes(message.get(HEADER + LINK_HEADER..)?).find(|(kind, _)| *kind == IFLA_IFNAME)?;
-    let name = name.split(|&byte| byte == 0).next()?;
-    Some((index, String::from_utf8_lossy(name).into_owned()))
-}
 
-/// An entry of the neighbour table.
-struct Neighbour {
-    link: i32,
-    ip: IpAddr,
-    state: u16,
-    flags: u8,
-    mac: Option<MacAddr>,
-}
-
-fn neighbour(message: &[u8]) -> Option<Neighbour> {
-    let link = i32::from_ne_bytes(bytes_at(message, HEADER + 4)?);
-    let state = u16::from_ne_bytes(bytes_at(message, HEADER + 8)?);
-    let [flags] = bytes_at(message, HEADER + 10)?;
-    let (mut ip, mut mac) = (None, None);
-    for (kind, value) in attributes(message.get(HEADER + NEIGHBOUR_HEADER..)?) {
-        match (kind, value.len()) {
-            (NDA_DST, 4) => ip = bytes_at::<4>(value, 0).map(IpAddr::from),
-            (NDA_DST, 16) => ip = bytes_at::<16>(value, 0).map(IpAddr::from),
-            (NDA_LLADDR, 6) => mac = bytes_at(value, 0).map(MacAddr),
-            _ => {}
-        }
+    fn answered(&mut self, now: Instant) {
+        (self.asked, self.unanswered) = (None, 0);
+        self.next = now + ASK_INTERVAL;
+        self.interval = ANSWER_TIMEOUT;
     }
-    Some(Neighbour { link, ip: ip?, state, flags, mac })
+}
+
+/// Returns the sender of questions on a network; `None` if its bridge is gone.
+fn asker(host: &HostNetworks, network: &Network) -> Option<Asker> {
+    let (_, mac) = host.bridge(network)?;
+    let device = host.host_device(network);
+    let ip = device.and_then(|device| own_address(&device));
+    Some(Asker { mac, ip })
+}
+
+/// Returns an IPv4 address of a device.
+fn own_address(device: &str) -> Option<Ipv4Addr> {
+    let mut all = getifaddrs().ok()?.filter(|one| one.interface_name == device);
+    all.find_map(|one| Some(one.address?.as_sockaddr_in()?.ip()))
 }
 
 #[cfg(test)]
@@ -302,16 +178,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_address_gets_its_turn() {
-        for count in [1, 63, 64, 96, 128, 200, 256] {
-            let all: Vec<IpAddr> =
-                (0..count).map(|n: u32| IpAddr::from((0x0a00_0000 + n).to_be_bytes())).collect();
-            let mut next = 0;
-            let rounds = (count as usize).div_ceil(MAX_PER_CALL);
-            let asked: BTreeSet<IpAddr> =
-                (0..rounds).flat_map(|_| some_of(&all, &mut next)).collect();
-            assert_eq!(asked.len(), all.len(), "{count}");
+    fn who_does_not_answer_is_asked_again_soon() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut watched = Watched::new(start);
+        let mut asked = Vec::new();
+        for ms in (0..8000).step_by(50) {
+            if at(ms) >= watched.next {
+                watched.ask(at(ms));
+                asked.push(ms);
+            }
         }
-        assert!(some_of(&[], &mut 7).is_empty());
+        assert_eq!(asked, [0, 100, 300, 700, 1500, 3100, 5100, 7100]);
+        watched.answered(at(8000));
+        watched.mac = Some(MacAddr([2; 6]));
+        assert_eq!(watched.next, at(10_000));
+        watched.ask(at(10_000));
+        assert_eq!(watched.next, at(11_000), "no answer within a second");
     }
 }

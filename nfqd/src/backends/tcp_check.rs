@@ -1,5 +1,6 @@
 //! TCP checks: connections from the host to backends, which are closed again at once.
 
+use nfqd_rules::NetworkId;
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,8 +21,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The most connections at a time. If there are more backends, all are checked less often.
 const MAX_CONNECTIONS: usize = 512;
 
-/// A backend's address and port.
-pub(super) type Target = (IpAddr, u16);
+/// The network, the address and the port of a backend.
+pub(super) type Target = (NetworkId, IpAddr, u16);
 
 /// The result of a check.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,7 +38,8 @@ pub(super) enum Outcome {
 /// The state that the checking thread shares with its owner.
 #[derive(Default)]
 struct CheckExchange {
-    /// The backends to check, each with its bridge; without one it cannot be checked.
+    /// The backends to check, each with the device by which the host is on its network; without one
+    /// it cannot be checked.
     targets: BTreeMap<Target, Option<String>>,
     outcomes: BTreeMap<Target, Outcome>,
     stop: bool,
@@ -67,7 +69,7 @@ impl TcpChecks {
         Ok(TcpChecks { exchange, thread: Some(thread) })
     }
 
-    /// Has these backends checked from now on, each through its bridge and no other. Returns the
+    /// Has these backends checked from now on, each through its device and no other. Returns the
     /// results since the last call.
     pub(super) fn exchange(
         &self,
@@ -193,7 +195,7 @@ fn on_bridge(ip: IpAddr, kind: SockType, bridge: &str) -> Result<OwnedFd, Errno>
 /// bridge: without an address there, IPv4 would ask from the address of another interface, or from
 /// none (`inet_select_addr` in net/ipv4/devinet.c), and hear nothing.
 fn begin(
-    (ip, port): Target,
+    (_, ip, port): Target,
     bridge: &str,
     own: &BTreeSet<(String, IpAddr)>,
 ) -> Result<Option<OwnedFd>, Errno> {
@@ -223,9 +225,10 @@ mod tests {
     #[test]
     fn a_listener_differs_from_a_closed_port() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
+        let open =
+            (NetworkId::ANY, IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
         let gone = TcpListener::bind("127.0.0.1:0").unwrap();
-        let closed = (open.0, gone.local_addr().unwrap().port());
+        let closed = (open.0, open.1, gone.local_addr().unwrap().port());
         drop(gone);
         let lo = || Some("lo".to_string());
         let found: BTreeMap<_, _> =
@@ -241,7 +244,8 @@ mod tests {
     #[test]
     fn the_thread_checks_its_targets() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let open = (IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
+        let open =
+            (NetworkId::ANY, IpAddr::from([127, 0, 0, 1]), listener.local_addr().unwrap().port());
         let checks = TcpChecks::start().unwrap();
         let targets = || BTreeMap::from([(open, Some("lo".to_string()))]);
         checks.exchange(targets());

@@ -4,7 +4,7 @@
 
 pub mod status;
 
-use crate::command_path::command_file::{CommandFileError, read_policy};
+use crate::command_path::command_file::{CommandFileError, read_commands};
 use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice};
 use crate::daemon::Daemon;
 use crate::startup::StartError;
@@ -14,7 +14,7 @@ use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
-use nfqd_rules::slots::{Slots, Unobserved};
+use nfqd_rules::slots::Unobserved;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -137,7 +137,7 @@ fn run(args: &DaemonArgs) -> Result<(), Failure> {
 /// Prints what is wrong with a file of commands. That is the output of this job, so it goes to
 /// standard output.
 fn check(file: &Path) -> Result<(), Failure> {
-    match read_policy(file) {
+    match read_commands(file) {
         Ok(_) => Ok(()),
         Err(error) => {
             print(|out| writeln!(out, "{error}"))?;
@@ -147,16 +147,15 @@ fn check(file: &Path) -> Result<(), Failure> {
 }
 
 fn rules(args: &RulesArgs) -> Result<(), Failure> {
-    let policy = args.commands.as_deref().map(read_policy).transpose()?.unwrap_or_default();
-    let mut slots = Slots::default();
-    slots.sync_all(&policy, &Unobserved, Instant::now());
+    let mut desired = args.commands.as_deref().map(read_commands).transpose()?.unwrap_or_default();
+    desired.slots.sync_all(&desired.policy, &Unobserved, Instant::now());
     let queues = Queues { first: args.queue.first, count: args.queue.count, bypass: true };
     let queue_path = match args.steer {
         SteerChoice::BrNetfilter => QueuePath::BrNetfilter,
         SteerChoice::Auto | SteerChoice::Native => QueuePath::Native,
     };
     let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues };
-    let tables = build::build(&policy, &slots, &options);
+    let tables = build::build(&desired, &options);
     let text: String = tables.values().map(ToString::to_string).collect();
     print(|out| out.write_all(text.as_bytes()))
 }
@@ -167,7 +166,7 @@ fn replay_capture(
     json: bool,
     write: Option<&Path>,
 ) -> Result<(), Failure> {
-    let policy = read_policy(commands)?;
+    let policy = read_commands(commands)?.policy;
     let mut out = BufWriter::new(io::stdout().lock());
     let result = replay::replay(capture, &policy, json, write, &mut out);
     let flushed = out.flush();

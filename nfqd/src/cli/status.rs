@@ -30,10 +30,15 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         writeln!(out, "channel {}: may speak for {macs}{error}", channel.path)?;
     }
     for middlebox in &status.middleboxes {
+        let network = middlebox.network.as_ref().map(|name| format!(" on {name}"));
+        let problem = suffix("NETWORK", middlebox.network_problem.as_deref());
         writeln!(
             out,
-            "middlebox {}: {} packets, {} bytes to it",
-            middlebox.mac, middlebox.packets, middlebox.bytes
+            "middlebox {}{}: {} packets, {} bytes to it{problem}",
+            middlebox.mac,
+            network.unwrap_or_default(),
+            middlebox.packets,
+            middlebox.bytes
         )?;
         for command in &middlebox.commands {
             writeln!(out, "    {command}")?;
@@ -109,14 +114,15 @@ fn write_backend(out: &mut String, frontend: &str, backend: &BackendStatus) -> f
         BackendState::Draining => "DRAINING: gets no new flows",
         BackendState::Dead => "DEAD: does not answer checks",
         BackendState::Unresolved => {
-            "MAC UNKNOWN: gets nothing until it answers on a bridge, or the command has ip@mac"
+            "MAC UNKNOWN: gets nothing until it answers on the middlebox' network, or the command has ip@mac"
         }
     };
     let unchecked = suffix("NOT CHECKED", backend.health_unknown_reason.as_deref());
+    let problem = suffix("NETWORK", backend.network_problem.as_deref());
     writeln!(
         out,
         "    {frontend} -> {}{mac} {state}, weight {}, {} flows, {} packets {} bytes sent, {} packets {} \
-         bytes received{unchecked}",
+         bytes received{unchecked}{problem}",
         backend.backend,
         backend.weight,
         backend.flows,
@@ -145,6 +151,7 @@ mod tests {
             reply_packets: 3,
             reply_bytes: 4,
             health_unknown_reason: Some("no address".to_string()),
+            network_problem: Some("elsewhere".to_string()),
         };
         let status = Status {
             channels: vec![ChannelStatus {
@@ -154,6 +161,8 @@ mod tests {
             }],
             middleboxes: vec![MiddleboxStatus {
                 mac: "m".to_string(),
+                network: Some("br0 vlan 7".to_string()),
+                network_problem: Some("twice".to_string()),
                 firewall: None,
                 packets: 0,
                 bytes: 0,
@@ -179,6 +188,7 @@ mod tests {
         let text = text(&status);
         for line in [
             "channel /r: may speak for every MAC - NOT READ: cut",
+            "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",
             "NOT ENFORCED: gone",
@@ -187,7 +197,8 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
         assert!(
-            text.contains("MAC UNKNOWN") && text.contains("- NOT CHECKED: no address"),
+            text.contains("MAC UNKNOWN")
+                && text.contains("- NOT CHECKED: no address - NETWORK: elsewhere"),
             "{text}"
         );
     }

@@ -55,6 +55,15 @@ impl Channel {
         &self.spec
     }
 
+    /// Whether the guests of two channels may be on one network.
+    pub fn may_meet(&self, other: &Channel) -> bool {
+        let (Some(one), Some(other)) = (&self.spec.network, &other.spec.network) else {
+            return true;
+        };
+        let is_one_vlan = one.vlan.is_none() || other.vlan.is_none() || one.vlan == other.vlan;
+        one.bridge == other.bridge && is_one_vlan
+    }
+
     /// Returns why the region is not read any more.
     pub fn error(&self) -> Option<&RegionError> {
         self.region.as_ref().err()

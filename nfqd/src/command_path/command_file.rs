@@ -1,7 +1,11 @@
-//! Files of commands: one command a line, `#` comments.
+//! Files of commands: one command a line, `#` comments. A line may begin with the network of its
+//! middlebox, as in `[kvmbr0 vlan 100] R F 02:00:00:00:00:01 10.0.0.1`; without it the middlebox is
+//! where its MAC is seen.
 
-use nfqd_rules::Policy;
-use nfqd_shmctl::{BackendChange, Command, CommandError, ErrorCode, ParsedCommand, split_lines};
+use nfqd_rules::{Desired, MiddleboxKey, Network, NetworkId, Networks, Policy};
+use nfqd_shmctl::{
+    BackendChange, Command, CommandError, ErrorCode, MacAddr, ParsedCommand, split_lines,
+};
 use std::path::{Path, PathBuf};
 
 /// The reason a file of commands is not applied.
@@ -20,19 +24,19 @@ pub enum CommandFileError {
     Commands(String),
 }
 
-/// Applies all commands of a text to a policy, but for those that `skip` returns true for. Returns
-/// the errors as `FILE:LINE:COLUMN: message`; the commands without one are applied.
+/// Applies all commands of a text to a desired state, but for those that `skip` returns true for.
+/// Returns the errors as `FILE:LINE:COLUMN: message`; the commands without one are applied.
 pub fn apply_text(
-    policy: &mut Policy,
+    desired: &mut Desired,
     path: &Path,
     text: &str,
-    skip: impl Fn(&Policy, &Command) -> bool,
+    skip: impl Fn(&Policy, NetworkId, &Command) -> bool,
 ) -> Vec<String> {
     let mut errors = Vec::new();
     // Some editors begin a file with a byte order mark.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (number, line) in split_lines(text) {
-        if let Err(error) = apply_line(policy, line, &skip) {
+        if let Err(error) = apply_line(desired, line, &skip) {
             let CommandError { column, message, .. } = error;
             errors.push(format!("{}:{number}:{column}: {message}", path.display()));
         }
@@ -41,70 +45,106 @@ pub fn apply_text(
 }
 
 fn apply_line(
-    policy: &mut Policy,
+    Desired { policy, networks, .. }: &mut Desired,
     line: &str,
-    skip: impl Fn(&Policy, &Command) -> bool,
+    skip: impl Fn(&Policy, NetworkId, &Command) -> bool,
 ) -> Result<(), CommandError> {
-    let parsed = ParsedCommand::parse(line)?;
-    if skip(policy, &parsed.command) {
+    let (network, line, offset) = split_network(line)?;
+    let moved = |error: CommandError| CommandError { column: error.column + offset, ..error };
+    let parsed = ParsedCommand::parse(line).map_err(moved)?;
+    let id = network.as_ref().map_or(Some(NetworkId::ANY), |network| networks.intern(network));
+    let id = id.unwrap_or(NetworkId::ANY);
+    if skip(policy, id, &parsed.command) {
         return Ok(());
     }
-    policy.apply(&parsed.command).map_err(|error| error.locate(&parsed))
+    policy.apply(id, &parsed.command).map_err(|error| moved(error.locate(&parsed)))
 }
 
-/// Returns the policy that a file of commands makes.
+/// Splits a line into the network that it begins with, if it does, and the command, with the offset
+/// of that in columns.
+fn split_network(line: &str) -> Result<(Option<Network>, &str, usize), CommandError> {
+    let text = line.trim_start();
+    let Some(rest) = text.strip_prefix('[') else { return Ok((None, line, 0)) };
+    let blanks = line.len() - text.len();
+    let error = || CommandError {
+        code: ErrorCode::Syntax,
+        column: blanks + 1,
+        message: format!(
+            "'{}': not a network; write [BRIDGE] or [BRIDGE vlan ID] before the command",
+            text.split_whitespace().next().unwrap_or_default().escape_default()
+        ),
+    };
+    let (name, command) = rest.split_once(']').ok_or_else(error)?;
+    let network: Network = name.parse().map_err(|_| error())?;
+    if network.vlan.is_some_and(|vlan| !(1..=4094).contains(&vlan)) {
+        return Err(error());
+    }
+    Ok((Some(network), command, line.len() - command.len()))
+}
+
+/// Writes a command as a line of a file.
+pub fn line_of(networks: &Networks, network: NetworkId, command: &Command) -> String {
+    match networks.name(network) {
+        Some(name) => format!("[{name}] {command}"),
+        None => command.to_string(),
+    }
+}
+
+/// Returns the desired state that a file of commands makes, without slots.
 ///
 /// # Errors
 /// If the file cannot be read, or any of its commands is wrong.
-pub fn read_policy(path: &Path) -> Result<Policy, CommandFileError> {
+pub fn read_commands(path: &Path) -> Result<Desired, CommandFileError> {
     let io = |source| CommandFileError::Io { path: path.to_path_buf(), source };
     let bytes = std::fs::read(path).map_err(io)?;
-    let mut policy = Policy::default();
-    let errors = apply_text(&mut policy, path, &String::from_utf8_lossy(&bytes), |_, _| false);
-    if errors.is_empty() { Ok(policy) } else { Err(CommandFileError::Commands(errors.join("\n"))) }
+    let mut desired = Desired::default();
+    let text = String::from_utf8_lossy(&bytes);
+    let errors = apply_text(&mut desired, path, &text, |_, _, _| false);
+    if errors.is_empty() { Ok(desired) } else { Err(CommandFileError::Commands(errors.join("\n"))) }
 }
 
-/// Applies the file of `--commands` to a policy, as a whole or not at all. What is registered
+/// Applies the file of `--commands` to a desired state, as a whole or not at all. What is registered
 /// already as the file has it stays as it is, with what guests have added since.
 ///
 /// # Errors
 /// If the file cannot be read, or any of its commands is wrong.
 pub fn apply_startup_commands(
-    policy: &mut Policy,
+    desired: &mut Desired,
     path: Option<&Path>,
 ) -> Result<(), CommandFileError> {
     let Some(path) = path else { return Ok(()) };
     let io = |source| CommandFileError::Io { path: path.to_path_buf(), source };
     let text = std::fs::read_to_string(path).map_err(io)?;
-    let mut changed = policy.clone();
+    let mut changed = desired.clone();
     let errors = apply_text(&mut changed, path, &text, is_in_effect);
     if !errors.is_empty() {
         return Err(CommandFileError::Commands(errors.join("\n")));
     }
-    *policy = changed;
+    *desired = changed;
     Ok(())
 }
 
 /// Whether a startup command changes nothing but would undo what was changed since: the rules of a
 /// firewall that is registered with the same address and default, and the backends of a pool that
 /// is registered with the same method and options.
-fn is_in_effect(policy: &Policy, command: &Command) -> bool {
+fn is_in_effect(policy: &Policy, network: NetworkId, command: &Command) -> bool {
+    let get = |mac: &MacAddr| policy.get(MiddleboxKey { network, mac: *mac });
     match command {
         Command::RegisterFirewall { mac, ip, default } => {
-            let firewall = policy.get(*mac).and_then(|middlebox| middlebox.firewall());
+            let firewall = get(mac).and_then(|middlebox| middlebox.firewall());
             firewall.is_some_and(|firewall| {
                 firewall.ip() == *ip && firewall.default_action() == *default
             })
         }
         Command::RegisterService { mac, frontend, spec } if spec.method.is_pool() => {
-            let service = policy.get(*mac).and_then(|middlebox| middlebox.service(frontend));
+            let service = get(mac).and_then(|middlebox| middlebox.service(frontend));
             service.is_some_and(|service| {
                 service.method() == spec.method && *service.options() == spec.options
             })
         }
         // The backend to remove has been removed.
         Command::ChangeBackends { change: BackendChange::Remove(_), .. } => {
-            let result = policy.clone().apply(command);
+            let result = policy.clone().apply(network, command);
             result.is_err_and(|error| error.code == ErrorCode::UnknownBackend)
         }
         _ => false,

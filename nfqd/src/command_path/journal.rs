@@ -7,8 +7,8 @@
 //! its command was never answered and is not restored. If the disk is full, the policy stays in
 //! effect in memory and in the kernel; the daemon reports it and tries again.
 
-use super::command_file::apply_text;
-use nfqd_rules::Policy;
+use super::command_file::{apply_text, line_of};
+use nfqd_rules::{Desired, NetworkId};
 use nfqd_shmctl::Command;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
@@ -72,25 +72,24 @@ impl Journal {
         self.directory.join("commands")
     }
 
-    /// Returns the saved policy, an empty one at first, and the errors of lines that are not
+    /// Restores the saved registrations, none at first. Returns the errors of lines that are not
     /// restored. If there are any, the file is copied to `commands.rejected` first, so that nothing
     /// is lost, and one wrong line does not affect the others.
     ///
     /// # Errors
     /// If the file cannot be read or copied.
-    pub fn load(&self) -> Result<(Policy, Vec<String>), JournalError> {
+    pub fn load(&self, desired: &mut Desired) -> Result<Vec<String>, JournalError> {
         let path = self.path();
         let text = match fs::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok((Policy::default(), Vec::new()));
+                return Ok(Vec::new());
             }
             Err(source) => return Err(JournalError::Io { path, source }),
         };
-        let mut policy = Policy::default();
         let complete = text.rfind('\n').map_or(0, |at| at + 1);
         let (text, rest) = text.split_at(complete);
-        let mut errors = apply_text(&mut policy, &path, text, |_, _| false);
+        let mut errors = apply_text(desired, &path, text, |_, _, _| false);
         if !rest.is_empty() {
             let (path, line) = (path.display(), text.lines().count() + 1);
             errors.push(format!(
@@ -102,30 +101,30 @@ impl Journal {
             let copy = self.directory.join("commands.rejected");
             fs::copy(&path, &copy).map_err(|source| JournalError::Io { path: copy, source })?;
         }
-        Ok((policy, errors))
+        Ok(errors)
     }
 
-    /// Saves a policy: writes the file as a whole.
+    /// Saves all registrations: writes the file as a whole.
     ///
     /// # Errors
     /// If it cannot be written; the old file stays then.
-    pub fn save(&mut self, policy: &Policy) -> Result<(), JournalError> {
+    pub fn save(&mut self, desired: &Desired) -> Result<(), JournalError> {
         // Until the new file is in place, nothing may be appended to the old one.
         self.file = None;
         let (file, lines) =
-            self.write(policy).map_err(|source| JournalError::Io { path: self.path(), source })?;
+            self.write(desired).map_err(|source| JournalError::Io { path: self.path(), source })?;
         self.file = Some(file);
         (self.lines, self.lines_at_save) = (lines, lines);
         Ok(())
     }
 
-    fn write(&self, policy: &Policy) -> io::Result<(File, usize)> {
+    fn write(&self, desired: &Desired) -> io::Result<(File, usize)> {
         let new = self.directory.join("commands.new");
         let mut file = BufWriter::new(File::create(&new)?);
         file.write_all(b"# Registrations of nfqd, written by it; edit while it is stopped.\n")?;
         let mut lines = 0;
-        for command in policy.commands() {
-            writeln!(file, "{command}")?;
+        for (network, command) in desired.policy.commands() {
+            writeln!(file, "{}", line_of(&desired.networks, network, &command))?;
             lines += 1;
         }
         let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -135,16 +134,22 @@ impl Journal {
         Ok((file, lines))
     }
 
-    /// Saves commands, which have been applied to `policy`.
+    /// Saves commands about a network, which have been applied to `desired`.
     ///
     /// # Errors
     /// If they cannot be written. The next [`Journal::save`] writes the file as a whole.
-    pub fn append(&mut self, commands: &[Command], policy: &Policy) -> Result<(), JournalError> {
+    pub fn append(
+        &mut self,
+        network: NetworkId,
+        commands: &[Command],
+        desired: &Desired,
+    ) -> Result<(), JournalError> {
         if self.lines > 2 * self.lines_at_save + SPARE_LINES {
-            return self.save(policy);
+            return self.save(desired);
         }
-        let Some(file) = self.file.as_mut() else { return self.save(policy) };
-        let text: String = commands.iter().map(|command| format!("{command}\n")).collect();
+        let Some(file) = self.file.as_mut() else { return self.save(desired) };
+        let line = |command| line_of(&desired.networks, network, command) + "\n";
+        let text: String = commands.iter().map(line).collect();
         let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
         if let Err(source) = written {
             self.file = None;
@@ -158,6 +163,17 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nfqd_rules::Policy;
+
+    fn loaded(journal: &Journal) -> (Policy, Vec<String>) {
+        let mut desired = Desired::default();
+        let errors = journal.load(&mut desired).unwrap();
+        (desired.policy, errors)
+    }
+
+    fn desired(policy: &Policy) -> Desired {
+        Desired { policy: policy.clone(), ..Desired::default() }
+    }
 
     #[test]
     fn a_saved_policy_is_restored_and_one_daemon_has_the_directory() {
@@ -167,11 +183,11 @@ mod tests {
         policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
         {
             let mut journal = Journal::open(dir.path()).unwrap();
-            assert_eq!(journal.load().unwrap(), (Policy::default(), Vec::new()));
-            journal.save(&policy).unwrap();
+            assert_eq!(loaded(&journal), (Policy::default(), Vec::new()));
+            journal.save(&desired(&policy)).unwrap();
             assert!(matches!(Journal::open(dir.path()), Err(JournalError::Locked { .. })));
         }
-        assert_eq!(Journal::open(dir.path()).unwrap().load().unwrap(), (policy, Vec::new()));
+        assert_eq!(loaded(&Journal::open(dir.path()).unwrap()), (policy, Vec::new()));
     }
 
     #[test]
@@ -183,12 +199,12 @@ mod tests {
             b"R F 2:0:0:0:0:1 10.0.0.1\n\nA 2:0:0:0:0:1 I 99\n\xff\nA 2:0:0:0:0:1 I 2\n",
         )
         .unwrap();
-        let (policy, errors) = journal.load().unwrap();
+        let (policy, errors) = loaded(&journal);
         assert_eq!(policy.commands().count(), 2);
         let expected =
             "commands:3:17: '99': not a bit value of this class; write a number from 0 to 15";
         assert!(errors[0].ends_with(expected) && errors.len() == 2, "{errors:?}");
-        journal.save(&policy).unwrap();
+        journal.save(&desired(&policy)).unwrap();
         let rejected = fs::read(dir.path().join("commands.rejected")).unwrap();
         assert!(rejected.windows(4).any(|word| word == b"I 99"));
     }
@@ -200,9 +216,9 @@ mod tests {
         let mut policy = Policy::default();
         let mut change = |journal: &mut Journal, line: &str| {
             let command = policy.apply_line(line).unwrap();
-            journal.append(&[command], &policy).unwrap();
+            journal.append(NetworkId::ANY, &[command], &desired(&policy)).unwrap();
             if line.len().is_multiple_of(7) {
-                assert_eq!(journal.load().unwrap(), (policy.clone(), Vec::new()));
+                assert_eq!(loaded(journal), (policy.clone(), Vec::new()));
             }
             fs::read_to_string(journal.path()).unwrap().lines().count()
         };
@@ -220,7 +236,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
         fs::write(journal.path(), b"R F 2:0:0:0:0:1 10.0.0.1\nA 2:0:0:0:0:1 T 2 d 8").unwrap();
-        let (policy, errors) = journal.load().unwrap();
+        let (policy, errors) = loaded(&journal);
         assert_eq!(policy.commands().count(), 1);
         assert!(
             errors[0].ends_with(
@@ -234,11 +250,31 @@ mod tests {
     fn a_file_that_cannot_be_written_leaves_the_old_one() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.save(&Policy::default()).unwrap();
+        journal.save(&Desired::default()).unwrap();
         let before = fs::read(journal.path()).unwrap();
         // A directory in the way of the new file fails as a full disk does.
         fs::create_dir(dir.path().join("commands.new")).unwrap();
-        assert!(matches!(journal.save(&Policy::default()), Err(JournalError::Io { .. })));
+        assert!(matches!(journal.save(&Desired::default()), Err(JournalError::Io { .. })));
         assert_eq!(fs::read(journal.path()).unwrap(), before);
+    }
+
+    #[test]
+    fn registrations_keep_their_network() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        let line = "[kvmbr0 vlan 100] R F 02:00:00:00:00:01 10.0.0.1\n";
+        fs::write(journal.path(), [line, "R F 2:0:0:0:0:1 10.0.0.2\n", "[a/b] Q\n"].concat())
+            .unwrap();
+        let mut found = Desired::default();
+        let errors = journal.load(&mut found).unwrap();
+        assert_eq!((errors.len(), found.policy.middleboxes().len()), (1, 2));
+        assert!(errors[0].contains("commands:3:1: '[a/b]': not a network"), "{errors:?}");
+        journal.save(&found).unwrap();
+        assert!(fs::read_to_string(journal.path()).unwrap().contains(line));
+        let mut again = Desired::default();
+        assert_eq!(journal.load(&mut again).unwrap(), Vec::<String>::new());
+        assert_eq!((again.policy, again.networks), (found.policy, found.networks));
+        fs::write(journal.path(), "[br0] A 2:0:0:0:0:1 I 99\n").unwrap();
+        assert!(journal.load(&mut Desired::default()).unwrap()[0].contains(":1:23: '99'"));
     }
 }

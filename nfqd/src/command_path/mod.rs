@@ -12,9 +12,11 @@ mod transaction;
 use crate::backends::{Backends, HostView};
 use crate::bindings::Bindings;
 use crate::enforce::Enforcer;
+use crate::networks::HostNetworks;
 use channel::Channel;
 use journal::{Journal, JournalError};
-use nfqd_rules::Desired;
+use nfqd_rules::service::BackendRef;
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
 use std::time::Instant;
 
 /// The control plane: everything that commands change, and the means to enforce and save it.
@@ -23,6 +25,8 @@ pub struct ControlPlane {
     pub channels: Vec<Channel>,
     /// The desired state.
     pub desired: Desired,
+    /// The bridges and VLANs of the host.
+    pub host: HostNetworks,
     /// The observed state of backends.
     pub backends: Backends,
     /// The kernel and the engine.
@@ -42,8 +46,9 @@ impl ControlPlane {
     /// observed of backends has changed.
     pub fn resync_slots(&mut self) {
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let view = HostView { backends: &self.backends, bindings: &bindings };
-        let Desired { policy, slots } = &mut self.desired;
+        let Desired { policy, slots, networks } = &mut self.desired;
+        let (backends, host) = (&self.backends, &self.host);
+        let view = HostView { backends, host, networks, bindings: &bindings };
         let is_enough = slots.sync_all(policy, &view, Instant::now());
         if !is_enough && !self.lacks_ids {
             log::error!(
@@ -57,11 +62,9 @@ impl ControlPlane {
     /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves
     /// what could not be saved.
     pub fn tick(&mut self) {
-        if self.backends.refresh(&self.desired.policy) || self.lacks_ids {
-            // The counters of slots that are removed now are carried over from this reading.
-            self.enforcer.read_counters();
-            self.resync_slots();
-            self.enforcer.mark_stale();
+        let noted = self.enforcer.neighbours(&self.desired);
+        if self.backends.refresh(&self.desired, &self.host, &noted) || self.lacks_ids {
+            self.follow_observations();
         }
         self.enforcer.expire_flows();
         self.enforcer.tick(&self.desired);
@@ -70,9 +73,55 @@ impl ControlPlane {
         }
     }
 
+    /// Gives slots anew, because observations have changed; the kernel follows at the next tick.
+    fn follow_observations(&mut self) {
+        // The counters of slots that are removed now are carried over from this reading.
+        self.enforcer.read_counters(&self.desired);
+        self.resync_slots();
+        self.enforcer.mark_stale();
+    }
+
+    /// Follows changes of the host's networks: ports, bridges, VLANs, and where MACs are seen.
+    pub fn follow_networks(&mut self) {
+        let changes = match self.host.follow() {
+            Ok(changes) => changes,
+            Err(errno) => {
+                log::error!("bridges and their ports cannot be read: {errno}");
+                return;
+            }
+        };
+        if changes.is_empty() {
+            return;
+        }
+        let policy = &self.desired.policy;
+        let middleboxes: Vec<MiddleboxKey> = policy.middleboxes().keys().copied().collect();
+        let concerns = |key: &MiddleboxKey| changes.concern(key.mac);
+        let given = |backend: BackendRef<'_>| backend.backend.mac;
+        let is_concerned = middleboxes.iter().any(concerns)
+            || policy.backends().filter_map(given).any(|mac| changes.concern(mac));
+        let before = self.desired.networks.clone();
+        self.host.describe(&mut self.desired.networks);
+        if !is_concerned {
+            return;
+        }
+        let is_moved = self.host.place(middleboxes.into_iter(), &mut self.desired.networks);
+        self.follow_observations();
+        if is_moved || !before.is_same(&self.desired.networks) {
+            // A new port must not wait; a failure is logged and tried again.
+            self.enforcer.tick(&self.desired);
+        }
+    }
+
+    /// Returns the network that a channel is bound to.
+    pub fn network_of_channel(&mut self, channel: usize) -> NetworkId {
+        let network = self.channels.get(channel).and_then(|channel| channel.spec().network.clone());
+        let id = network.and_then(|network| self.desired.networks.intern(&network));
+        id.unwrap_or(NetworkId::ANY)
+    }
+
     /// Saves all registrations.
     pub fn save(&mut self) {
-        let result = self.journal.save(&self.desired.policy);
+        let result = self.journal.save(&self.desired);
         self.record_saved(result);
     }
 
@@ -93,8 +142,9 @@ impl ControlPlane {
     pub fn warn_about_binding_violations(&self) {
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
         for backend in self.desired.policy.backends() {
-            let (mac, frontend, name) = (backend.middlebox, backend.frontend, backend.name);
-            if !bindings.may_redirect_to(mac, name.ip) {
+            let (key, frontend, name) = (backend.middlebox, backend.frontend, backend.name);
+            let mac = key.mac;
+            if !bindings.may_redirect_to(key, name.ip) {
                 log::warn!(
                     "{mac} {frontend} -> {name}: the channel of {mac} may not redirect there; what was \
                      registered before stays, 'X {mac} L {frontend}' ends it"

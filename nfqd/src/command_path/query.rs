@@ -5,6 +5,7 @@ use super::channel::Channel;
 use crate::api::{BackendStatus, MiddleboxStatus};
 use crate::bindings::Bindings;
 use crate::observe::status::StatusSource;
+use nfqd_rules::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::{MacAddr, Reply};
 
 /// The longest text of the reply; the mailbox has room for little more.
@@ -13,20 +14,30 @@ const MAX_TEXT: usize = 1897;
 impl ControlPlane {
     /// Returns the reply to a query: each registration as a command, with its counters, in one
     /// line. Without a MAC it is about all middleboxes that the channel may speak for.
-    pub(super) fn query_reply(&mut self, channel: usize, mac: Option<MacAddr>) -> Reply {
-        self.enforcer.read_counters();
+    pub(super) fn query_reply(
+        &mut self,
+        channel: usize,
+        network: NetworkId,
+        mac: Option<MacAddr>,
+    ) -> Reply {
+        self.enforcer.read_counters(&self.desired);
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone());
-        let wanted: Vec<MacAddr> = match (mac, bound) {
-            (Some(mac), _) => vec![mac],
-            (None, Some(bound)) if !bound.is_empty() => bound,
-            // More than fit into the reply.
-            _ => self.desired.policy.middleboxes().keys().copied().take(MAX_TEXT).collect(),
+        let here = |mac: MacAddr| MiddleboxKey { network, mac };
+        let wanted: Vec<MiddleboxKey> = match (mac, bound) {
+            (Some(mac), _) => vec![here(mac)],
+            (None, Some(bound)) if !bound.is_empty() => bound.into_iter().map(here).collect(),
+            // More than fit into the reply. A channel that is bound to a network sees no other.
+            _ => {
+                let all = self.desired.policy.middleboxes().keys().copied();
+                let own = all.filter(|key| network == NetworkId::ANY || key.network == network);
+                own.take(MAX_TEXT).collect()
+            }
         };
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(&self.desired, &self.enforcer, &self.backends, &bindings);
+        let source = StatusSource::new(self, &bindings);
         let mut text = String::new();
-        for mac in wanted {
-            let Some(status) = source.middlebox(mac) else { continue };
+        for key in wanted {
+            let Some(status) = source.middlebox(key) else { continue };
             for part in parts(&status) {
                 if !text.is_empty() {
                     text.push_str("; ");

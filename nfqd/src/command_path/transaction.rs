@@ -5,7 +5,7 @@ use super::authorise::authorise;
 use super::channel::Channel;
 use crate::backends::HostView;
 use crate::bindings::Bindings;
-use nfqd_rules::{Desired, Policy};
+use nfqd_rules::{Desired, NetworkId, Policy};
 use nfqd_shmctl::mailbox::MailboxMessage;
 use nfqd_shmctl::{Command, ErrorCode, ParsedCommand, Reply};
 use nix::time::{ClockId, clock_gettime};
@@ -85,10 +85,11 @@ impl ControlPlane {
         messages: &[MailboxMessage],
     ) -> Result<Vec<Reply>, CommitError> {
         let before = self.desired.clone();
+        let network = self.network_of_channel(channel);
         let (mut replies, mut applied) = (Vec::new(), Vec::new());
         for message in messages {
-            replies.push(match self.apply_message(channel, message) {
-                Ok(Command::Query { mac }) => self.query_reply(channel, mac),
+            replies.push(match self.apply_message(channel, network, message) {
+                Ok(Command::Query { mac }) => self.query_reply(channel, network, mac),
                 Ok(command) => {
                     let reply = Reply::ok(&command.to_string());
                     applied.push(command);
@@ -99,7 +100,7 @@ impl ControlPlane {
         }
         if !applied.is_empty() {
             self.commit(before)?;
-            let result = self.journal.append(&applied, &self.desired.policy);
+            let result = self.journal.append(network, &applied, &self.desired);
             self.record_saved(result);
         }
         Ok(replies)
@@ -109,13 +110,17 @@ impl ControlPlane {
     fn apply_message(
         &mut self,
         channel: usize,
+        network: NetworkId,
         message: &MailboxMessage,
     ) -> Result<Command, Reply> {
         let line = message.text.as_ref();
         let line = line.map_err(|error| Reply::error(ErrorCode::Syntax, &error.to_string()))?;
         let parsed = ParsedCommand::parse(line)?;
-        authorise(&self.channels, channel, &self.desired.policy, &parsed)?;
-        self.desired.policy.apply(&parsed.command).map_err(|error| error.locate(&parsed))?;
+        authorise(&self.channels, channel, &self.desired, network, &parsed)?;
+        self.desired
+            .policy
+            .apply(network, &parsed.command)
+            .map_err(|error| error.locate(&parsed))?;
         Ok(parsed.command)
     }
 
@@ -138,7 +143,7 @@ impl ControlPlane {
         };
         match &result {
             Ok(()) => {
-                let mut slots = changed.iter().flat_map(|mac| self.desired.slots.of(*mac));
+                let mut slots = changed.iter().flat_map(|key| self.desired.slots.of(*key));
                 self.has_new_backend |= slots.any(|(_, slot)| slot.mac.is_none());
             }
             Err(error) => {
@@ -156,13 +161,16 @@ impl ControlPlane {
     /// Gives the middleboxes that differ from `before` their slots. Returns false if there are not
     /// enough identifiers.
     fn sync_slots(&mut self, before: &Policy) -> bool {
-        let Desired { policy, slots } = &mut self.desired;
+        let Desired { policy, slots, networks } = &mut self.desired;
+        let changed = policy.changed(before);
+        changed.iter().for_each(|key| self.host.place_one(*key, networks));
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let view = HostView { backends: &self.backends, bindings: &bindings };
+        let (backends, host) = (&self.backends, &self.host);
+        let view = HostView { backends, host, networks, bindings: &bindings };
         let now = Instant::now();
         let mut is_enough = true;
-        for mac in policy.changed(before) {
-            is_enough &= slots.sync(mac, policy.get(mac), &view, now);
+        for key in changed {
+            is_enough &= slots.sync(key, policy.get(key), &view, now);
         }
         is_enough
     }

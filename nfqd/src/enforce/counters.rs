@@ -7,8 +7,8 @@ use super::Enforcer;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::kernel::{BackendCounters, Counters, Kernel};
 use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{Counter, Desired, Policy};
-use nfqd_shmctl::{MacAddr, RuleId};
+use nfqd_rules::{Counter, Desired, MiddleboxKey, Policy};
+use nfqd_shmctl::RuleId;
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ const MIN_READ_INTERVAL: Duration = Duration::from_secs(1);
 const READ_SHARE: u32 = 20;
 
 /// The counters of the kernel, with what was carried over.
+#[derive(Default)]
 pub(super) struct CarriedCounters {
     carried_counters: Counters,
     /// The last reading.
@@ -37,8 +38,8 @@ impl CarriedCounters {
     /// Forgets the counters of everything that a policy does not have.
     pub(super) fn retain(&mut self, policy: &Policy) {
         let carried = &mut self.carried_counters;
-        carried.middleboxes.retain(|mac, _| policy.get(*mac).is_some());
-        carried.rules.retain(|(mac, rule), _| has_rule(policy, *mac, *rule));
+        carried.middleboxes.retain(|key, _| policy.get(*key).is_some());
+        carried.rules.retain(|(key, rule), _| has_rule(policy, *key, *rule));
         carried.backends.retain(|key, _| has_backend(policy, key));
     }
 
@@ -52,8 +53,8 @@ impl CarriedCounters {
     /// Carries over the counters of slots that are being replaced, because a new slot starts at
     /// zero. They are those of the last reading: the kernel could only be asked for all of them.
     pub(super) fn carry_removed_slots(&mut self, old: &Desired, new: &Desired) {
-        for mac in new.changed(old) {
-            for (key, slot) in old.slots.of(mac) {
+        for middlebox in new.changed(old) {
+            for (key, slot) in old.slots.of(middlebox) {
                 let is_removed = new.slots.get(&key).is_none_or(|now| now.id != slot.id);
                 if is_removed && let Some(counters) = self.kernel_counters.backends.remove(&key) {
                     self.carried_counters.backends.entry(key).or_default().add(counters);
@@ -70,33 +71,36 @@ impl CarriedCounters {
 
     /// Forgets the counters of rules, middleboxes and backends that a change has removed.
     pub(super) fn forget_removed(&mut self, before: &Policy, now: &Policy, workers: &[Worker]) {
-        for mac in now.changed(before) {
-            let Some(old) = before.get(mac) else { continue };
+        for middlebox in now.changed(before) {
+            let Some(old) = before.get(middlebox) else { continue };
             let both = [&mut self.carried_counters, &mut self.kernel_counters];
             for counters in both {
-                if now.get(mac).is_none() {
-                    counters.middleboxes.remove(&mac);
+                if now.get(middlebox).is_none() {
+                    counters.middleboxes.remove(&middlebox);
                 }
-                counters.backends.retain(|key, _| key.middlebox != mac || has_backend(now, key));
-                for rule in old.rules_and_default().filter(|rule| !has_rule(now, mac, *rule)) {
-                    counters.rules.remove(&(mac, rule));
+                let stays = |key: &SlotKey| key.middlebox != middlebox || has_backend(now, key);
+                counters.backends.retain(|key, _| stays(key));
+                let gone = |rule: &Option<RuleId>| !has_rule(now, middlebox, *rule);
+                for rule in old.rules_and_default().filter(gone) {
+                    counters.rules.remove(&(middlebox, rule));
                 }
             }
-            for rule in old.rules_and_default().filter(|rule| !has_rule(now, mac, *rule)) {
+            let gone = |rule: &Option<RuleId>| !has_rule(now, middlebox, *rule);
+            for rule in old.rules_and_default().filter(gone) {
                 for worker in workers {
                     let rules = worker.counters.rules.lock();
-                    rules.unwrap_or_else(PoisonError::into_inner).remove(&(mac, rule));
+                    rules.unwrap_or_else(PoisonError::into_inner).remove(&(middlebox, rule));
                 }
             }
         }
     }
 
-    fn read(&mut self, kernel: &mut Kernel) {
+    fn read(&mut self, kernel: &mut Kernel, desired: &Desired) {
         let start = Instant::now();
         if self.next_read.is_some_and(|next| start < next) {
             return;
         }
-        match kernel.counters() {
+        match kernel.counters(desired) {
             Ok(counters) => self.kernel_counters = counters,
             Err(error) => log::warn!("counters: {error}"),
         }
@@ -107,14 +111,14 @@ impl CarriedCounters {
 
 impl Enforcer {
     /// Reads the kernel's counters, unless they were read recently.
-    pub fn read_counters(&mut self) {
-        self.counters.read(&mut self.kernel);
+    pub fn read_counters(&mut self, desired: &Desired) {
+        self.counters.read(&mut self.kernel, desired);
     }
 
     /// Returns what went to a middlebox, as of the last reading.
-    pub fn middlebox_counter(&self, mac: MacAddr) -> Counter {
+    pub fn middlebox_counter(&self, middlebox: MiddleboxKey) -> Counter {
         let all = [&self.counters.carried_counters, &self.counters.kernel_counters];
-        all.iter().filter_map(|counters| counters.middleboxes.get(&mac)).copied().sum()
+        all.iter().filter_map(|counters| counters.middleboxes.get(&middlebox)).copied().sum()
     }
 
     /// Returns what went to a backend of a service and came from it, as of the last reading.
@@ -134,8 +138,8 @@ impl Enforcer {
 
     /// Returns what a rule has matched: in the kernel as of the last reading, in the engine until
     /// now. `None` stands for the default.
-    pub fn rule_counter(&self, mac: MacAddr, rule: Option<RuleId>) -> Counter {
-        let key = (mac, rule);
+    pub fn rule_counter(&self, middlebox: MiddleboxKey, rule: Option<RuleId>) -> Counter {
+        let key = (middlebox, rule);
         let kernel = [&self.counters.carried_counters, &self.counters.kernel_counters];
         let kernel: Counter =
             kernel.iter().filter_map(|counters| counters.rules.get(&key)).copied().sum();
@@ -153,6 +157,6 @@ fn has_backend(policy: &Policy, key: &SlotKey) -> bool {
     service.is_some_and(|service| service.backends().contains_key(&key.backend))
 }
 
-fn has_rule(policy: &Policy, mac: MacAddr, rule: Option<RuleId>) -> bool {
-    policy.get(mac).is_some_and(|middlebox| middlebox.has_rule(rule))
+fn has_rule(policy: &Policy, key: MiddleboxKey, rule: Option<RuleId>) -> bool {
+    policy.get(key).is_some_and(|middlebox| middlebox.has_rule(rule))
 }

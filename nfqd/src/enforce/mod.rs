@@ -9,15 +9,16 @@ mod nft_monitor;
 pub mod queue_path;
 mod reconcile;
 
+use crate::engine::EngineState;
 use crate::engine::flows::FlowTable;
 use crate::packet_path::queue::Queue;
 use crate::packet_path::worker::{Shared, Worker};
 use counters::CarriedCounters;
-use nfqd_rules::Desired;
 use nfqd_rules::nft::delta::Installed;
-use nfqd_rules::nft::kernel::{Kernel, KernelError};
+use nfqd_rules::nft::kernel::{Kernel, KernelError, Neighbour};
 use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_rules::pool::Pools;
+use nfqd_rules::{Desired, NetworkId};
 use nft_monitor::NftMonitor;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -48,13 +49,12 @@ impl Enforcer {
     /// An enforcer for a kernel that may have the tables of an earlier nfqd.
     ///
     /// # Errors
-    /// If the kernel cannot be asked what its rules have counted.
+    /// If there are no more file descriptors.
     pub fn new(
-        mut kernel: Kernel,
+        kernel: Kernel,
         options: RulesetOptions,
         shared: Arc<Shared>,
     ) -> Result<Enforcer, KernelError> {
-        let counters = CarriedCounters::new(kernel.counters()?);
         let monitor = NftMonitor::new(kernel.port());
         Ok(Enforcer {
             monitor: monitor.map_err(|errno| KernelError::Io(errno.into()))?,
@@ -69,7 +69,7 @@ impl Enforcer {
             is_stale: false,
             broken: None,
             repairs: 0,
-            counters,
+            counters: CarriedCounters::default(),
         })
     }
 
@@ -78,9 +78,23 @@ impl Enforcer {
     /// # Errors
     /// If the kernel refuses; its tables are as they were before.
     pub fn begin(&mut self, desired: &Desired) -> Result<(), KernelError> {
+        self.counters = CarriedCounters::new(self.kernel.counters(desired)?);
         self.counters.retain(&desired.policy);
         self.publish(desired);
         self.load(desired)
+    }
+
+    /// Returns what packets have told the kernel about backends, by network.
+    pub fn neighbours(&mut self, desired: &Desired) -> Vec<(NetworkId, Neighbour)> {
+        let mut out = Vec::new();
+        for network in desired.slots.inhabited() {
+            let prefix = desired.networks.prefix(network);
+            match self.kernel.neighbours(&prefix) {
+                Ok(found) => out.extend(found.into_iter().map(|found| (network, found))),
+                Err(error) => log::warn!("neighbours: {error}"),
+            }
+        }
+        out
     }
 
     /// Starts a worker for a queue.
@@ -110,6 +124,11 @@ impl Enforcer {
     /// Returns the flow table.
     pub fn flows(&self) -> &FlowTable {
         &self.shared.state.flows
+    }
+
+    /// Returns the engine's state between packets.
+    pub fn engine_state(&self) -> &EngineState {
+        &self.shared.state
     }
 
     /// Removes expired flows.

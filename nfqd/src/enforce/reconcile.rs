@@ -74,7 +74,7 @@ impl Enforcer {
 
     fn change(&mut self, desired: &Desired) -> Result<(), KernelError> {
         let change = self.installed.change(&self.desired_in_kernel, desired);
-        let replaced = match self.kernel.change(&change) {
+        let replaced = match self.kernel.change(&change, &self.desired_in_kernel) {
             Ok(replaced) => replaced,
             Err((error, _)) if is_foreign_change(&error) => {
                 log::warn!(
@@ -112,11 +112,11 @@ impl Enforcer {
     /// Gives the engine the desired state.
     pub(super) fn publish(&mut self, desired: &Desired) {
         let changed = desired.changed(&self.desired_in_engine);
-        for mac in &changed {
-            self.pools.update(*mac, desired.policy.get(*mac), &desired.slots);
+        for key in &changed {
+            self.pools.update(*key, desired.policy.get(*key), &desired.slots);
             // Prepared here, where it counts against the budget of the guest that asked for it, and
             // not by the worker that first needs it.
-            self.pools.prepare(*mac);
+            self.pools.prepare(*key);
         }
         let mut snapshot = Snapshot::new(desired.clone(), self.pools.clone());
         snapshot.cache_flows = self.options.fast_path == FastPath::Full;
@@ -126,10 +126,10 @@ impl Enforcer {
             (FastPath::Off, QueuePath::Native) => FilterScope::All,
         };
         if snapshot.filter_scope != FilterScope::None {
-            for mac in changed {
-                let middlebox = desired.policy.get(mac);
+            for key in changed {
+                let middlebox = desired.policy.get(key);
                 if let Some(firewall) = middlebox.and_then(Middlebox::firewall) {
-                    firewall.prepare(mac);
+                    firewall.prepare(key.mac);
                 }
             }
         }
@@ -164,7 +164,7 @@ impl Enforcer {
 
     /// Loads tables that are not as we left them, and carries over what they have counted.
     fn repair(&mut self, desired: &Desired) -> Result<(), KernelError> {
-        let counters = self.kernel.counters();
+        let counters = self.kernel.counters(&self.desired_in_kernel);
         let loaded = counters.and_then(|counters| self.load(desired).map(|()| counters));
         match loaded {
             Ok(counters) => {

@@ -5,11 +5,11 @@ use super::pipeline::{
     NO_PORTS, PacketContext, SnapshotOutdated, cache_action, client_event, reversed,
 };
 use super::verdict::{AcceptReason, CacheAction, DropReason, Verdict};
-use nfqd_rules::SlotId;
 use nfqd_rules::packet::{IpHeader, Ports};
 use nfqd_rules::pool::{Member, can_serve};
 use nfqd_rules::service::Service;
 use nfqd_rules::slots::SlotKey;
+use nfqd_rules::{MiddleboxKey, SlotId};
 use nfqd_shmctl::{Fragment, Frontend, Method, OnDead, OnEmpty, Protocol};
 
 /// Returns the state of a flow that begins with this packet.
@@ -22,27 +22,40 @@ fn initial_state(ip: &IpHeader, event: FlowEvent) -> FlowState {
     }
 }
 
+/// Returns the original direction of the flow of a packet to a middlebox.
+fn original_tuple(middlebox: MiddleboxKey, ip: &IpHeader) -> OriginalTuple {
+    OriginalTuple {
+        middlebox,
+        client: ip.source,
+        frontend: ip.destination,
+        protocol: ip.protocol,
+        ports: ip.ports.unwrap_or(NO_PORTS),
+    }
+}
+
 impl PacketContext<'_> {
     /// Sends the packet where its service sends it; `None` if no service takes it.
     pub(super) fn redirect(&self, ip: &IpHeader) -> Result<Option<Verdict>, SnapshotOutdated> {
-        let service = self.middlebox.and_then(|middlebox| middlebox.service_for(self.packet));
-        match service {
+        let Some((middlebox, its)) = self.middlebox else { return Ok(None) };
+        match its.service_for(self.packet) {
             None => Ok(None),
             Some((frontend, service)) if service.method().is_pool() => {
-                self.balance(frontend, service, ip).map(Some)
+                self.balance(middlebox, frontend, service, ip).map(Some)
             }
-            Some((frontend, service)) => Ok(self.redirect_to_only(frontend, service, ip)),
+            Some((frontend, service)) => {
+                Ok(self.redirect_to_only(middlebox, frontend, service, ip))
+            }
         }
     }
 
     /// Sends the packet to the one backend of a service with method static or source.
     fn redirect_to_only(
         &self,
+        middlebox: MiddleboxKey,
         frontend: Frontend,
         service: &Service,
         ip: &IpHeader,
     ) -> Option<Verdict> {
-        let middlebox = self.packet.link.destination;
         let key = SlotKey { middlebox, frontend, backend: service.only_backend()? };
         let slot = self.snapshot.desired().slots.get(&key)?.id;
         if !self.snapshot.is_reachable(&key) {
@@ -57,7 +70,7 @@ impl PacketContext<'_> {
 
     /// Records a packet to the one backend of a service, which may begin a flow.
     fn record_only(&self, key: &SlotKey, slot: SlotId, ip: &IpHeader) -> CacheAction {
-        let (event, tuple) = (client_event(ip), self.original_tuple(ip));
+        let (event, tuple) = (client_event(ip), original_tuple(key.middlebox, ip));
         let slots = &self.snapshot.desired().slots;
         let found =
             self.state.flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
@@ -66,16 +79,6 @@ impl PacketContext<'_> {
                 if found.may_install { cache_action(found.state, event) } else { CacheAction::None }
             }
             _ => self.begin_flow(key, slot, ip, event),
-        }
-    }
-
-    fn original_tuple(&self, ip: &IpHeader) -> OriginalTuple {
-        OriginalTuple {
-            middlebox: self.packet.link.destination,
-            client: ip.source,
-            frontend: ip.destination,
-            protocol: ip.protocol,
-            ports: ip.ports.unwrap_or(NO_PORTS),
         }
     }
 
@@ -88,6 +91,7 @@ impl PacketContext<'_> {
         let ports = reversed(ip.ports.unwrap_or(NO_PORTS));
         let source = key.ports().map_or(ports.source, |(_, backend)| backend);
         Some(ReplyTuple {
+            network: self.network,
             backend: key.backend.ip,
             client: ip.source,
             protocol: ip.protocol,
@@ -104,7 +108,8 @@ impl PacketContext<'_> {
         event: FlowEvent,
     ) -> CacheAction {
         let state = initial_state(ip, event);
-        let (original, reply) = (self.original_tuple(ip), self.reply_tuple(key, ip));
+        let original = original_tuple(key.middlebox, ip);
+        let reply = self.reply_tuple(key, ip);
         let flows = &self.state.flows;
         // The replies of a flow of another middlebox look the same: it stays, here and in the
         // kernel.
@@ -119,20 +124,21 @@ impl PacketContext<'_> {
     /// Sends a packet that a pool takes to the backend of its flow, or to one that is chosen.
     fn balance(
         &self,
+        middlebox: MiddleboxKey,
         frontend: Frontend,
         service: &Service,
         ip: &IpHeader,
     ) -> Result<Verdict, SnapshotOutdated> {
-        let (event, tuple) = (client_event(ip), self.original_tuple(ip));
+        let (event, tuple) = (client_event(ip), original_tuple(middlebox, ip));
         let flows = &self.state.flows;
         let slots = &self.snapshot.desired().slots;
         let found = flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
         let Some(found) = found else {
             // A connection from before the service, or one that nobody knows any more.
             if ip.protocol == Protocol::TCP && event != FlowEvent::Syn {
-                return Ok(self.local(frontend, event));
+                return Ok(self.local(middlebox, frontend, event));
             }
-            return Ok(self.choose(frontend, service, ip, event));
+            return Ok(self.choose(middlebox, frontend, service, ip, event));
         };
         if found.current.is_none() && self.snapshot.is_unknown(found.slot) {
             return Err(SnapshotOutdated);
@@ -156,12 +162,12 @@ impl PacketContext<'_> {
                 }
             }
         }
-        Ok(self.choose(frontend, service, ip, event))
+        Ok(self.choose(middlebox, frontend, service, ip, event))
     }
 
     /// Accepts a packet of a connection of the middlebox itself.
-    fn local(&self, frontend: Frontend, event: FlowEvent) -> Verdict {
-        let key = SlotKey::local(self.packet.link.destination, frontend);
+    fn local(&self, middlebox: MiddleboxKey, frontend: Frontend, event: FlowEvent) -> Verdict {
+        let key = SlotKey::local(middlebox, frontend);
         match self.snapshot.desired().slots.get(&key) {
             Some(slot) if self.is_cacheable() && !event.ends() => Verdict::Local(slot.id),
             _ => Verdict::Accept(AcceptReason::NoMatch),
@@ -171,13 +177,13 @@ impl PacketContext<'_> {
     /// Chooses a backend for a new flow.
     fn choose(
         &self,
+        middlebox: MiddleboxKey,
         frontend: Frontend,
         service: &Service,
         ip: &IpHeader,
         event: FlowEvent,
     ) -> Verdict {
-        let middlebox = self.packet.link.destination;
-        let (flows, original) = (&self.state.flows, self.original_tuple(ip));
+        let (flows, original) = (&self.state.flows, original_tuple(middlebox, ip));
         let Some(pool) = self.snapshot.pools().get(middlebox, &frontend) else {
             return Verdict::Accept(AcceptReason::NoMatch);
         };
@@ -197,7 +203,7 @@ impl PacketContext<'_> {
         });
         let chosen = preferred.or_else(|| pool.choose(ip, |slot| flows.live(slot), fits));
         let Some(member) = chosen else {
-            return self.without_backend(frontend, service, pool.members(), ip);
+            return self.without_backend(middlebox, frontend, service, pool.members(), ip);
         };
         if has_affinity {
             self.state.affinity.insert(client, member.slot, self.now);
@@ -209,12 +215,12 @@ impl PacketContext<'_> {
 
     fn without_backend(
         &self,
+        middlebox: MiddleboxKey,
         frontend: Frontend,
         service: &Service,
         members: &[Member],
         ip: &IpHeader,
     ) -> Verdict {
-        let middlebox = self.packet.link.destination;
         let slots = &self.snapshot.desired().slots;
         let is_unresolved = service.backends().iter().any(|(name, backend)| {
             let slot = slots.get(&SlotKey { middlebox, frontend, backend: *name });

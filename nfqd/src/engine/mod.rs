@@ -19,7 +19,7 @@ pub use snapshot::{FilterScope, Snapshot};
 
 use expiring_map::ExpiringMap;
 use flows::FlowTable;
-use nfqd_rules::SlotId;
+use nfqd_rules::{MiddleboxKey, NetworkId, SlotId};
 use nfqd_shmctl::{Frontend, MacAddr, Protocol};
 use std::net::IpAddr;
 use verdict::Decision;
@@ -31,7 +31,7 @@ pub struct EngineState {
     /// The route of the first fragment of a datagram.
     fragments: ExpiringMap<FragmentKey, FragmentRoute>,
     /// The slot that the flows of a client go to, for services with affinity.
-    affinity: ExpiringMap<(MacAddr, Frontend, IpAddr), SlotId>,
+    affinity: ExpiringMap<(MiddleboxKey, Frontend, IpAddr), SlotId>,
 }
 
 /// Seconds that the route of a first fragment is remembered (RFC 791, reassembly: 15 s and up).
@@ -53,6 +53,7 @@ impl EngineState {
 /// The datagram that a fragment belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct FragmentKey {
+    network: NetworkId,
     destination_mac: MacAddr,
     source: IpAddr,
     destination: IpAddr,

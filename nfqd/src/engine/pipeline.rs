@@ -8,21 +8,31 @@ use super::{EngineResult, EngineState, FragmentKey, FragmentRoute, Snapshot};
 use nfqd_rules::packet::{IPV6_LEN, IpHeader, Packet, Ports};
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{FilterDecision, Middlebox, SlotId};
+use nfqd_rules::{FilterDecision, Middlebox, MiddleboxKey, NetworkId, SlotId};
 use nfqd_shmctl::{Action, Fragment, Protocol};
+use std::net::IpAddr;
 
-/// Decides on a packet, and records the flow of one that it sends to a backend. `now` is in seconds
-/// of the engine's clock.
-pub fn decide(snapshot: &Snapshot, state: &EngineState, packet: &Packet, now: u32) -> EngineResult {
+/// Decides on a packet on a network, and records the flow of one that it sends to a backend. `now` is
+/// in seconds of the engine's clock.
+pub fn decide(
+    snapshot: &Snapshot,
+    state: &EngineState,
+    network: NetworkId,
+    packet: &Packet,
+    now: u32,
+) -> EngineResult {
     let mac = packet.link.destination;
-    let middlebox = snapshot.policy().get(mac);
-    let filtered = match middlebox.filter(|middlebox| snapshot.filters(mac, middlebox)) {
-        Some(middlebox) => middlebox.filter(packet),
+    let key = snapshot.middlebox_at(network, mac);
+    let middlebox = key.and_then(|key| Some((key, snapshot.policy().get(key)?)));
+    let filtered = match middlebox.filter(|(_, middlebox)| snapshot.filters(mac, middlebox)) {
+        Some((_, middlebox)) => middlebox.filter(packet),
         None => FilterDecision::ALLOW,
     };
     let verdict = match filtered.action {
         Action::Deny => Ok(Verdict::Drop(DropReason::Filtered)),
-        Action::Allow => PacketContext { snapshot, state, middlebox, packet, now }.forward(),
+        Action::Allow => {
+            PacketContext { snapshot, state, network, middlebox, packet, now }.forward()
+        }
     };
     match verdict {
         Ok(verdict) => EngineResult::Decided(Decision { verdict, rule: filtered.rule }),
@@ -88,7 +98,8 @@ pub(super) fn cache_action(state: FlowState, event: FlowEvent) -> CacheAction {
 pub(super) struct PacketContext<'a> {
     pub snapshot: &'a Snapshot,
     pub state: &'a EngineState,
-    pub middlebox: Option<&'a Middlebox>,
+    pub network: NetworkId,
+    pub middlebox: Option<(MiddleboxKey, &'a Middlebox)>,
     pub packet: &'a Packet,
     pub now: u32,
 }
@@ -98,8 +109,9 @@ impl PacketContext<'_> {
         let Some(ip) = self.packet.ip.filter(|ip| ip.translatable) else {
             return Ok(self.unchanged(false));
         };
-        let from_backend = self.snapshot.desired().slots.is_backend(ip.source);
-        let balanced = self.middlebox.is_some_and(|middlebox| !middlebox.services().is_empty());
+        let from_backend = self.is_backend(ip.source);
+        let balanced =
+            self.middlebox.is_some_and(|(_, middlebox)| !middlebox.services().is_empty());
         if let Some(verdict) = self.icmp_error(&ip) {
             return Ok(verdict);
         }
@@ -124,6 +136,11 @@ impl PacketContext<'_> {
             self.state.fragments.insert(self.fragment_key(&ip), route, self.now);
         }
         Ok(verdict)
+    }
+
+    /// Whether an address on the packet's network is a backend's.
+    fn is_backend(&self, ip: IpAddr) -> bool {
+        self.snapshot.desired().slots.is_backend(self.network, ip)
     }
 
     /// Returns the verdict on a packet that nothing else takes.
@@ -173,6 +190,7 @@ impl PacketContext<'_> {
 
     fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
         FragmentKey {
+            network: self.network,
             destination_mac: self.packet.link.destination,
             source: ip.source,
             destination: ip.destination,
@@ -196,8 +214,7 @@ impl PacketContext<'_> {
             Some(FragmentRoute::Unchanged) => Some(self.unchanged(false)),
             Some(FragmentRoute::Dropped) => Some(Verdict::Drop(DropReason::FirstFragmentDropped)),
             None => {
-                let waits = self.snapshot.desired().slots.is_backend(ip.source)
-                    || self.depends_on_ports(ip);
+                let waits = self.is_backend(ip.source) || self.depends_on_ports(ip);
                 waits.then_some(Verdict::AwaitFirstFragment)
             }
         }
@@ -205,7 +222,7 @@ impl PacketContext<'_> {
 
     /// Whether the services of the middlebox tell packets to this address apart by their ports.
     fn depends_on_ports(&self, ip: &IpHeader) -> bool {
-        let Some(middlebox) = self.middlebox else { return false };
+        let Some((_, middlebox)) = self.middlebox else { return false };
         middlebox.services().iter().any(|(frontend, service)| {
             frontend.ip == ip.destination && (frontend.port.is_some() || service.method().is_pool())
         })
@@ -214,6 +231,7 @@ impl PacketContext<'_> {
     /// Translates a packet from a backend's address if it is a reply of a flow.
     fn reply(&self, ip: &IpHeader) -> Result<Option<Verdict>, SnapshotOutdated> {
         let tuple = ReplyTuple {
+            network: self.network,
             backend: ip.source,
             client: ip.destination,
             protocol: ip.protocol,
@@ -258,9 +276,9 @@ impl PacketContext<'_> {
         let ports = quoted.ports.unwrap_or(NO_PORTS);
         let (flows, now) = (&self.state.flows, self.now);
         // From the client's side: about what the backend sent, as the client saw it.
-        if self.middlebox.is_some() {
+        if let Some((middlebox, _)) = self.middlebox {
             let tuple = OriginalTuple {
-                middlebox: self.packet.link.destination,
+                middlebox,
                 client: quoted.destination,
                 frontend: quoted.source,
                 protocol: quoted.protocol,
@@ -279,6 +297,7 @@ impl PacketContext<'_> {
         }
         // From the backend's side: about what the client sent, as the backend saw it.
         let tuple = ReplyTuple {
+            network: self.network,
             backend: quoted.destination,
             client: quoted.source,
             protocol: quoted.protocol,

@@ -1,8 +1,9 @@
 //! The snapshot of the policy that the engine decides by.
 
+use nfqd_rules::mark::{self, Origin};
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{BackendView, SlotKey};
-use nfqd_rules::{Desired, Middlebox, Policy, SlotId, mark};
+use nfqd_rules::{Desired, Middlebox, MiddleboxKey, NetworkId, Policy, SlotId};
 use nfqd_shmctl::MacAddr;
 use std::time::Instant;
 
@@ -46,7 +47,7 @@ impl Snapshot {
     /// Returns the snapshot of a policy that follows this one: slots and pools stay as far as their
     /// services do. `view` is the observed state of backends.
     pub fn successor(&self, policy: Policy, view: &impl BackendView) -> Snapshot {
-        let mut desired = Desired { policy, slots: self.desired.slots.clone() };
+        let mut desired = Desired { policy, ..self.desired.clone() };
         desired.slots.sync_all(&desired.policy, view, Instant::now());
         let mut pools = self.pools.clone();
         for mac in desired.changed(&self.desired) {
@@ -70,10 +71,23 @@ impl Snapshot {
         &self.pools
     }
 
-    /// Returns the middlebox that a mark names, on a packet's way to the engine through
-    /// br_netfilter.
-    pub fn middlebox_of(&self, mark: u32) -> Option<MacAddr> {
-        self.desired.slots.middlebox(mark::middlebox(mark)?)
+    /// Returns the network that a packet is on by its mark, and the MAC of the middlebox that it goes
+    /// to, if the mark names that.
+    pub fn origin_of(&self, mark: u32) -> (NetworkId, Option<MacAddr>) {
+        let slots = &self.desired.slots;
+        match mark::origin(mark) {
+            Origin::Network(network) => (network, None),
+            Origin::Middlebox(id) => {
+                let key = slots.middlebox(id);
+                let network = key.and_then(|key| slots.network_of(key));
+                (network.unwrap_or(NetworkId::ANY), key.map(|key| key.mac))
+            }
+        }
+    }
+
+    /// Returns the middlebox with this MAC on a network.
+    pub fn middlebox_at(&self, network: NetworkId, mac: MacAddr) -> Option<MiddleboxKey> {
+        self.desired.slots.middlebox_at(network, mac)
     }
 
     /// Returns the MAC of a slot's backend, if it is known.

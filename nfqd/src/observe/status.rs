@@ -4,8 +4,9 @@ use crate::api::{
     BackendState, BackendStatus, FlowTableStatus, MiddleboxStatus, QueueStatus, RuleStatus,
     ServiceStatus,
 };
-use crate::backends::{Backends, HostView};
+use crate::backends::HostView;
 use crate::bindings::Bindings;
+use crate::command_path::ControlPlane;
 use crate::enforce::Enforcer;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::filters::linear_rules;
@@ -13,8 +14,8 @@ use nfqd_rules::nft::options::FastPath;
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::service::Service;
 use nfqd_rules::slots::{BackendView, SlotKey};
-use nfqd_rules::{Desired, Middlebox};
-use nfqd_shmctl::{Frontend, MacAddr, RuleId};
+use nfqd_rules::{Desired, Middlebox, MiddleboxKey, NetworkId};
+use nfqd_shmctl::{Frontend, RuleId};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -27,13 +28,10 @@ pub struct StatusSource<'a> {
 
 impl<'a> StatusSource<'a> {
     /// The sources.
-    pub fn new(
-        desired: &'a Desired,
-        enforcer: &'a Enforcer,
-        backends: &'a Backends,
-        bindings: &'a Bindings<'a>,
-    ) -> StatusSource<'a> {
-        StatusSource { desired, enforcer, view: HostView { backends, bindings } }
+    pub fn new(plane: &'a ControlPlane, bindings: &'a Bindings<'a>) -> StatusSource<'a> {
+        let ControlPlane { desired, enforcer, host, backends, .. } = plane;
+        let view = HostView { backends, host, networks: &desired.networks, bindings };
+        StatusSource { desired, enforcer, view }
     }
 
     /// Returns the status of the queues.
@@ -56,36 +54,57 @@ impl<'a> StatusSource<'a> {
 
     /// Returns the status of all middleboxes.
     pub fn middleboxes(&self) -> Vec<MiddleboxStatus> {
-        let macs = self.desired.policy.middleboxes().keys();
-        macs.filter_map(|mac| self.middlebox(*mac)).collect()
+        let keys = self.desired.policy.middleboxes().keys();
+        keys.filter_map(|key| self.middlebox(*key)).collect()
     }
 
     /// Returns the status of a middlebox, if it is registered.
-    pub fn middlebox(&self, mac: MacAddr) -> Option<MiddleboxStatus> {
-        let middlebox = self.desired.policy.get(mac)?;
-        let counter = self.enforcer.middlebox_counter(mac);
+    pub fn middlebox(&self, key: MiddleboxKey) -> Option<MiddleboxStatus> {
+        let middlebox = self.desired.policy.get(key)?;
+        let counter = self.enforcer.middlebox_counter(key);
+        let network = self.desired.slots.network_of(key);
+        let name = network.and_then(|network| self.desired.networks.name(network));
         let services = middlebox.services().iter();
         Some(MiddleboxStatus {
-            mac: mac.to_string(),
+            mac: key.mac.to_string(),
+            network: name.map(ToString::to_string),
+            network_problem: self.network_problem(key, network),
             firewall: middlebox.firewall().map(|firewall| firewall.ip().to_string()),
             packets: counter.packets,
             bytes: counter.bytes,
-            commands: middlebox.commands(mac).iter().map(ToString::to_string).collect(),
-            rules: self.rules(mac, middlebox),
-            services: services.map(|(frontend, its)| self.service(mac, frontend, its)).collect(),
+            commands: middlebox.commands(key.mac).iter().map(ToString::to_string).collect(),
+            rules: self.rules(key, middlebox),
+            services: services.map(|(frontend, its)| self.service(key, frontend, its)).collect(),
         })
     }
 
-    fn rules(&self, mac: MacAddr, middlebox: &Middlebox) -> Vec<RuleStatus> {
+    /// Returns what is wrong with the network of a middlebox.
+    fn network_problem(&self, key: MiddleboxKey, network: Option<NetworkId>) -> Option<String> {
+        let others: Vec<String> = self.view.host.also_on(key).map(ToString::to_string).collect();
+        match network {
+            None => Some("another channel has registered this MAC on the same network".to_string()),
+            Some(NetworkId::ANY) => Some(
+                "not seen on any network yet: filtered on all, and nothing is redirected"
+                    .to_string(),
+            ),
+            Some(_) if !others.is_empty() => Some(format!(
+                "its MAC is seen on {} as well; bind its channel with bridge= and vlan=",
+                others.join(", ")
+            )),
+            Some(_) => None,
+        }
+    }
+
+    fn rules(&self, key: MiddleboxKey, middlebox: &Middlebox) -> Vec<RuleStatus> {
         let mut reasons: BTreeMap<RuleId, String> = BTreeMap::new();
         if self.enforcer.options().fast_path == FastPath::Full {
-            for (rule, reason) in linear_rules(mac, middlebox) {
+            for (rule, reason) in linear_rules(key.mac, middlebox) {
                 reasons.insert(rule, reason.to_string());
             }
         }
         let mut out = Vec::new();
         for rule in middlebox.rules_and_default() {
-            let counter = self.enforcer.rule_counter(mac, rule);
+            let counter = self.enforcer.rule_counter(key, rule);
             out.push(RuleStatus {
                 rule: rule.map_or("default".to_string(), |rule| rule.to_string()),
                 packets: counter.packets,
@@ -96,7 +115,12 @@ impl<'a> StatusSource<'a> {
         out
     }
 
-    fn service(&self, middlebox: MacAddr, frontend: &Frontend, service: &Service) -> ServiceStatus {
+    fn service(
+        &self,
+        middlebox: MiddleboxKey,
+        frontend: &Frontend,
+        service: &Service,
+    ) -> ServiceStatus {
         let mut backends = Vec::new();
         for (name, backend) in service.backends() {
             let reference = BackendRef { middlebox, frontend, service, name, backend };
@@ -109,9 +133,10 @@ impl<'a> StatusSource<'a> {
         let BackendRef { middlebox, frontend, service, name, backend } = *reference;
         let key = SlotKey { middlebox, frontend: *frontend, backend: *name };
         let slot = self.desired.slots.get(&key);
-        let observed = self.view.observe(reference);
+        let network = self.desired.slots.network_of(middlebox).unwrap_or(NetworkId::ANY);
+        let observed = self.view.observe(reference, network);
         let counters = self.enforcer.backend_counters(&key);
-        let mac = backend.mac.or(observed.mac);
+        let mac = observed.mac;
         let state = if !observed.alive && service.method().is_pool() {
             BackendState::Dead
         } else if mac.is_none() {
@@ -121,7 +146,13 @@ impl<'a> StatusSource<'a> {
         } else {
             BackendState::Up
         };
-        let unknown = self.view.backends.health_unknown_reason(service, name, backend);
+        let given = backend.mac.filter(|_| mac.is_none());
+        let misplaced = given.and_then(|given| self.view.misplaced_reason(given, network));
+        let isolated = mac
+            .zip(self.desired.networks.name(network))
+            .filter(|(mac, network)| self.view.host.is_isolated(network, *mac));
+        let problem = misplaced.or(isolated.map(|_| ISOLATED));
+        let unknown = self.view.backends.health_unknown_reason(network, service, name, backend);
         BackendStatus {
             backend: name.to_string(),
             mac: mac.map(|mac| mac.to_string()),
@@ -133,9 +164,13 @@ impl<'a> StatusSource<'a> {
             reply_packets: counters.received.packets,
             reply_bytes: counters.received.bytes,
             health_unknown_reason: unknown.map(str::to_string),
+            network_problem: problem.map(str::to_string),
         }
     }
 }
+
+/// The note about a backend behind an isolated port.
+const ISOLATED: &str = "its port is isolated: clients behind isolated ports cannot reach it (bridge link set isolated)";
 
 fn queue_status(worker: &Worker) -> QueueStatus {
     let counters = &worker.counters;

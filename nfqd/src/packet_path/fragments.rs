@@ -1,5 +1,6 @@
 //! Later fragments of datagrams that arrived before the first one, which decides where they go.
 
+use nfqd_rules::NetworkId;
 use nfqd_rules::packet::Packet;
 use nfqd_shmctl::Fragment;
 use std::collections::VecDeque;
@@ -16,6 +17,7 @@ pub struct FragmentQueue<T> {
 
 struct PendingFragment<T> {
     since: u32,
+    network: NetworkId,
     packet: Packet,
     release: T,
 }
@@ -28,21 +30,22 @@ impl<T> Default for FragmentQueue<T> {
 
 impl<T> FragmentQueue<T> {
     /// Holds a fragment. Returns the one that is evicted for it, if there are too many.
-    pub fn push(&mut self, packet: &Packet, release: T, now: u32) -> Option<T> {
+    pub fn push(&mut self, network: NetworkId, packet: &Packet, release: T, now: u32) -> Option<T> {
         let is_full = self.pending.len() >= MAX_PENDING;
         let evicted = if is_full { self.pending.pop_front() } else { None };
-        self.pending.push_back(PendingFragment { since: now, packet: *packet, release });
+        self.pending.push_back(PendingFragment { since: now, network, packet: *packet, release });
         evicted.map(|fragment| fragment.release)
     }
 
     /// Returns the fragments that waited for this first fragment, in the order of their arrival.
-    pub fn released_by(&mut self, first: &Packet) -> Vec<(Packet, T)> {
+    pub fn released_by(&mut self, network: NetworkId, first: &Packet) -> Vec<(Packet, T)> {
         let Some(ip) = first.ip.filter(|ip| ip.fragment == Fragment::First) else {
             return Vec::new();
         };
         let datagram = (ip.source, ip.destination, ip.protocol, ip.id);
         let released = self.take(|fragment| {
-            let same_link = fragment.packet.link.destination == first.link.destination;
+            let same_link = fragment.network == network
+                && fragment.packet.link.destination == first.link.destination;
             let same_datagram = fragment
                 .packet
                 .ip

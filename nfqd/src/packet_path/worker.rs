@@ -13,8 +13,8 @@ use crate::rate_limiter::RateLimiter;
 use arc_swap::ArcSwap;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::translate_quoted;
-use nfqd_rules::{Counter, mark};
-use nfqd_shmctl::{Fragment, MacAddr, RuleId};
+use nfqd_rules::{Counter, MiddleboxKey, NetworkId, mark};
+use nfqd_shmctl::{Fragment, RuleId};
 use nix::errno::Errno;
 use nix::poll::PollTimeout;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -84,17 +84,22 @@ pub struct QueueCounters {
     /// The number of times the receive buffer overran, so that the kernel lost messages.
     pub overruns: AtomicU64,
     /// The counter of each rule; `None` stands for the default of a middlebox.
-    pub rules: Mutex<HashMap<(MacAddr, Option<RuleId>), Counter>>,
+    pub rules: Mutex<HashMap<(MiddleboxKey, Option<RuleId>), Counter>>,
     /// Odd from the first decision of a batch until its verdicts have been sent.
     batch_epoch: AtomicU64,
 }
 
 impl QueueCounters {
-    fn count(&self, packet: &Packet, Decision { verdict, rule }: &Decision, length: usize) {
-        if rule.is_some() || *verdict == Verdict::Drop(DropReason::Filtered) {
+    fn count(
+        &self,
+        middlebox: Option<MiddleboxKey>,
+        Decision { verdict, rule }: &Decision,
+        length: usize,
+    ) {
+        let matched = rule.is_some() || *verdict == Verdict::Drop(DropReason::Filtered);
+        if let Some(middlebox) = middlebox.filter(|_| matched) {
             let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
-            *rules.entry((packet.link.destination, *rule)).or_default() +=
-                Counter::of_packet(length);
+            *rules.entry((middlebox, *rule)).or_default() += Counter::of_packet(length);
         }
         let counter = match verdict {
             Verdict::Drop(_) | Verdict::Reject(_) => &self.dropped,
@@ -289,9 +294,16 @@ impl PacketProcessor {
 
     /// Has the engine decide on a packet. If it asks for a newer snapshot, that one is used for the
     /// rest of the batch, because fragments that the packet releases have the same flow.
-    fn decide(&mut self, packet: &Packet) -> Decision {
+    fn decide(&mut self, network: NetworkId, packet: &Packet, length: usize) -> Decision {
+        let decision = self.decide_by_snapshot(network, packet);
+        let middlebox = self.snapshot.middlebox_at(network, packet.link.destination);
+        self.counters.count(middlebox, &decision, length);
+        decision
+    }
+
+    fn decide_by_snapshot(&mut self, network: NetworkId, packet: &Packet) -> Decision {
         for _ in 0..2 {
-            match decide(&self.snapshot, &self.shared.state, packet, self.now) {
+            match decide(&self.snapshot, &self.shared.state, network, packet, self.now) {
                 EngineResult::Decided(decision) => return decision,
                 EngineResult::RetryWithNewerSnapshot => {
                     self.snapshot = self.shared.snapshot.load_full();
@@ -305,11 +317,10 @@ impl PacketProcessor {
 
     fn process(&mut self, queued: &Queued<'_>) {
         self.counters.packets.fetch_add(1, Relaxed);
-        let packet = with_middlebox(&self.snapshot, queued);
-        let decision = self.decide(&packet);
-        self.counters.count(&packet, &decision, queued.length);
+        let (network, packet) = with_origin(&self.snapshot, queued);
+        let decision = self.decide(network, &packet, queued.length);
         match decision.verdict {
-            Verdict::AwaitFirstFragment => self.hold(&packet, queued),
+            Verdict::AwaitFirstFragment => self.hold(network, &packet, queued),
             Verdict::Reject(_) => {
                 self.answer_sender(&packet, queued);
                 self.verdicts.drop(queued.id);
@@ -317,21 +328,20 @@ impl PacketProcessor {
             verdict => give(&verdict, &packet, queued, &mut self.verdicts),
         }
         if packet.ip.is_some_and(|ip| ip.fragment == Fragment::First) {
-            self.release_fragments(&packet);
+            self.release_fragments(network, &packet);
         }
     }
 
-    fn hold(&mut self, packet: &Packet, queued: &Queued<'_>) {
+    fn hold(&mut self, network: NetworkId, packet: &Packet, queued: &Queued<'_>) {
         let pending = PendingPacket { id: queued.id, mark: queued.mark, length: queued.length };
-        if let Some(evicted) = self.fragments.push(packet, pending, self.now) {
+        if let Some(evicted) = self.fragments.push(network, packet, pending, self.now) {
             self.verdicts.drop(evicted.id);
         }
     }
 
-    fn release_fragments(&mut self, first: &Packet) {
-        for (packet, pending) in self.fragments.released_by(first) {
-            let decision = self.decide(&packet);
-            self.counters.count(&packet, &decision, pending.length);
+    fn release_fragments(&mut self, network: NetworkId, first: &Packet) {
+        for (packet, pending) in self.fragments.released_by(network, first) {
+            let decision = self.decide(network, &packet, pending.length);
             match decision.verdict.mark(pending.mark) {
                 Some(mark) => self.verdicts.accept(pending.id, mark),
                 None => self.verdicts.drop(pending.id),
@@ -377,16 +387,15 @@ fn give(verdict: &Verdict, packet: &Packet, queued: &Queued<'_>, verdicts: &mut 
     }
 }
 
-/// Returns the packet with its destination MAC. By br_netfilter the Ethernet header is not in the
-/// message; the mark names the middlebox.
-fn with_middlebox(snapshot: &Snapshot, queued: &Queued<'_>) -> Packet {
+/// Returns the network of a packet, and the packet with its destination MAC. By br_netfilter the
+/// Ethernet header is not in the message; the mark names the middlebox.
+fn with_origin(snapshot: &Snapshot, queued: &Queued<'_>) -> (NetworkId, Packet) {
     let mut packet = queued.packet;
-    if !queued.has_link
-        && let Some(mac) = snapshot.middlebox_of(queued.mark)
-    {
+    let (network, mac) = snapshot.origin_of(queued.mark);
+    if let Some(mac) = mac.filter(|_| !queued.has_link) {
         packet.link.destination = mac;
     }
-    packet
+    (network, packet)
 }
 
 #[cfg(test)]
@@ -424,7 +433,7 @@ mod tests {
         policy.apply_line(POOL).unwrap();
         let new = old.successor(policy, &Unobserved);
         // Another worker begins the flow.
-        let result = decide(&new, &shared.state, &fragment(true), 0);
+        let result = decide(&new, &shared.state, NetworkId::ANY, &fragment(true), 0);
         let Some(Verdict::Redirect(to)) = result.decision().map(|decision| decision.verdict) else {
             panic!("{result:?}");
         };

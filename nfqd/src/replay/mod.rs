@@ -10,11 +10,11 @@ pub use capture::{Captured, read_capture};
 use crate::engine::verdict::{AcceptReason, Decision, DropReason, Translation, Verdict};
 use crate::engine::{EngineState, Snapshot, decide};
 use crate::packet_path::fragments::FragmentQueue;
-use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::BackendObservation;
+use nfqd_rules::{NetworkId, Policy};
 use nfqd_shmctl::{MacAddr, RuleId};
 use pcap_file::pcap::{PcapHeader, PcapPacket, PcapWriter};
 use pcap_file::{DataLink, PcapError, TsResolution};
@@ -156,11 +156,12 @@ impl Replay {
         match self.decide(line.clone(), &packet, frame, now) {
             Some(outcome) => out.push(outcome),
             None => {
-                let evicted = self.fragments.push(&packet, (line, frame.to_vec()), now);
+                let evicted =
+                    self.fragments.push(NetworkId::ANY, &packet, (line, frame.to_vec()), now);
                 out.extend(evicted.map(|(line, _)| lost(line)));
             }
         }
-        for (fragment, (line, frame)) in self.fragments.released_by(&packet) {
+        for (fragment, (line, frame)) in self.fragments.released_by(NetworkId::ANY, &packet) {
             let outcome = self.decide(line.clone(), &fragment, &frame, now);
             out.push(outcome.unwrap_or_else(|| lost(line)));
         }
@@ -176,11 +177,11 @@ impl Replay {
     fn decide(&self, mut line: Line, packet: &Packet, frame: &[u8], now: u32) -> Option<Outcome> {
         let mut out = frame.to_vec();
         let destination = packet.link.destination;
-        let is_registered = self.snapshot.policy().get(destination).is_some();
+        let is_registered = self.snapshot.middlebox_at(NetworkId::ANY, destination).is_some();
         line.middlebox = is_registered.then(|| destination.to_string());
         // There is one snapshot, so no flow can have a newer one.
         let Decision { verdict, rule } =
-            decide(&self.snapshot, &self.state, packet, now).decision()?;
+            decide(&self.snapshot, &self.state, NetworkId::ANY, packet, now).decision()?;
         match verdict {
             Verdict::Accept(reason) => line.reason = accept_reason(reason).to_string(),
             Verdict::Bypass => line.reason = "a backend's own traffic".to_string(),

@@ -395,7 +395,7 @@ mod tests {
                 let _ = policy.apply_line(&line);
             }
             let mac = "2:0:0:0:0:2".parse().unwrap();
-            let firewall = policy.get(mac).and_then(|middlebox| middlebox.firewall()).unwrap();
+            let firewall = policy.get(crate::MiddleboxKey::anywhere(mac)).and_then(|middlebox| middlebox.firewall()).unwrap();
             for packet in packets {
                 let mut rules = firewall.conditions(mac);
                 let expected = rules.find(|(_, wanted)| wanted.match_packet(&packet)).map(|(id, _)| id);

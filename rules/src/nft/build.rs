@@ -1,34 +1,44 @@
-//! The ruleset that a policy needs: the base table, and what each middlebox adds to it.
+//! The ruleset that a desired state needs: the base table, the part of each network that has
+//! middleboxes, and the part of each middlebox.
 
+use super::dispatch::dispatch;
+use super::field::Value;
 use super::middlebox::MiddleboxPart;
-use super::model::{Family, Table};
+use super::model::{Element, Family, Set, Table};
+use super::names::NETWORKS;
 use super::options::{QueuePath, RulesetOptions};
-use super::table::{base_table, queueing_table};
-use crate::policy::Policy;
-use crate::slots::Slots;
-use std::collections::BTreeMap;
+use super::table::{base_table, network_table, queueing_table};
+use crate::desired::Desired;
+use crate::mark::{self, Origin};
+use crate::network::{Network, NetworkId, Networks};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All tables, by family.
 pub type Ruleset = BTreeMap<Family, Table>;
 
-/// Returns the ruleset that a policy needs.
-pub fn build(policy: &Policy, slots: &Slots, options: &RulesetOptions) -> Ruleset {
-    build_visiting(policy, slots, options, |_| {})
+/// Returns the ruleset that a desired state needs.
+pub fn build(desired: &Desired, options: &RulesetOptions) -> Ruleset {
+    build_visiting(desired, options, |_| {})
 }
 
-/// Returns the ruleset that a policy needs, and shows the part of each middlebox to `visit`.
+/// Returns the ruleset that a desired state needs, and shows the part of each middlebox to `visit`.
 pub(super) fn build_visiting(
-    policy: &Policy,
-    slots: &Slots,
+    desired: &Desired,
     options: &RulesetOptions,
     mut visit: impl FnMut(&MiddleboxPart),
 ) -> Ruleset {
-    let mut table = base_table(options);
-    for (mac, middlebox) in policy.middleboxes() {
-        let part = MiddleboxPart::new(*mac, middlebox, slots, options);
+    let mut table = base_table();
+    let mut inhabited = BTreeSet::new();
+    for key in desired.policy.middleboxes().keys() {
+        let Some(part) = MiddleboxPart::new(*key, desired, options) else { continue };
         visit(&part);
+        if inhabited.insert(part.network) {
+            table.merge(network_part(part.network, &part.prefix, options));
+        }
         table.add(part);
     }
+    table.merge(dispatch(&desired.networks, &desired.slots));
+    table.merge(network_names(&desired.networks));
     let mut out = Ruleset::from([(Family::Bridge, table)]);
     if options.queue_path == QueuePath::BrNetfilter {
         for family in [Family::Ip, Family::Ip6] {
@@ -38,17 +48,41 @@ pub(super) fn build_visiting(
     out
 }
 
+/// Returns the part of a network.
+pub(super) fn network_part(network: NetworkId, prefix: &str, options: &RulesetOptions) -> Table {
+    network_table(network, options).with_prefix(prefix)
+}
+
+/// Returns the set that tells the numbers of networks.
+pub(super) fn network_names(networks: &Networks) -> Table {
+    let mut out = Table::new(Family::Bridge);
+    let element = |(id, name): (NetworkId, &Network)| {
+        let comment = Some(name.to_string());
+        let key = vec![Value::Mark(mark::upcall_bits(Origin::Network(id)))];
+        (key, Element { comment, ..Element::default() })
+    };
+    let elements = networks.names().map(element).collect();
+    out.sets.insert(NETWORKS.to_string(), Set { elements, ..Set::default() });
+    out
+}
+
 impl Table {
     /// Adds the part of a middlebox.
     pub(super) fn add(&mut self, part: MiddleboxPart) {
-        for (name, set) in part.sets {
-            self.sets.entry(name).or_insert_with(|| set.empty()).elements.extend(set.elements);
-        }
-        for (name, elements) in part.elements {
+        let MiddleboxPart { elements, sets, chains, .. } = part;
+        self.merge(Table { family: self.family, sets, chains });
+        for (name, elements) in elements {
             if let Some(set) = self.sets.get_mut(&name) {
                 set.elements.extend(elements);
             }
         }
-        self.chains.extend(part.chains);
+    }
+
+    /// Adds the sets, elements and chains of another table.
+    pub(super) fn merge(&mut self, other: Table) {
+        for (name, set) in other.sets {
+            self.sets.entry(name).or_insert_with(|| set.empty()).elements.extend(set.elements);
+        }
+        self.chains.extend(other.chains);
     }
 }

@@ -1,25 +1,29 @@
 //! Incremental changes of the ruleset, found from the changed middleboxes alone.
 
-use super::build::{Ruleset, build_visiting};
+use super::build::{Ruleset, build_visiting, network_names, network_part};
+use super::dispatch::dispatch;
 use super::field::Value;
 use super::filters::RuleList;
 use super::middlebox::MiddleboxPart;
-use super::model::{Element, Family, Table};
-use super::names::SLOT_MAPS;
+use super::model::{Element, Family, Set, Table};
+use super::names::{SLOT_MAPS, split_prefix};
 use super::options::RulesetOptions;
 use super::table::base_table;
 use crate::desired::Desired;
+use crate::network::{MiddleboxKey, NetworkId};
 use crate::slots::Slots;
-use nfqd_shmctl::MacAddr;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
 
 /// The state that stands in the kernel: not the ruleset itself, only what a change depends on.
 #[derive(Debug)]
 pub struct Installed {
     options: RulesetOptions,
-    /// The part of the ruleset that does not depend on the policy.
-    base: Table,
-    /// The number of middleboxes that use each set and chain that comes and goes.
+    /// The sets that all networks share.
+    shared: BTreeMap<String, Set>,
+    /// The number of middleboxes that use each set and chain that comes and goes, and each network,
+    /// by its prefix.
     users: HashMap<String, usize>,
 }
 
@@ -62,55 +66,62 @@ impl Transition {
     }
 }
 
-/// The parts of the changed middleboxes at one step of a change.
+/// The changed parts at one step of a change.
 struct Stage<'a> {
     parts: Vec<MiddleboxPart>,
+    /// The dispatch to networks; `None` if it does not change.
+    dispatch: Option<Arc<Table>>,
     slots: &'a Slots,
+}
+
+impl Stage<'_> {
+    /// Returns the prefixes of the networks of the parts.
+    fn networks(&self) -> BTreeMap<&str, NetworkId> {
+        self.parts.iter().map(|part| (part.prefix.as_str(), part.network)).collect()
+    }
 }
 
 impl Installed {
     /// Returns the ruleset to be loaded, and the state that then stands.
     pub fn new(state: &Desired, options: &RulesetOptions) -> (Installed, Ruleset) {
         let mut users: HashMap<String, usize> = HashMap::new();
-        let ruleset = build_visiting(&state.policy, &state.slots, options, |part| {
-            for name in part.sets.keys().chain(part.chains.keys()) {
+        let ruleset = build_visiting(state, options, |part| {
+            for name in used_names(part) {
                 match users.get_mut(name) {
                     Some(count) => *count += 1,
                     None => drop(users.insert(name.clone(), 1)),
                 }
             }
         });
-        let base = base_table(options);
-        (Installed { options: *options, base, users }, ruleset)
+        let shared = base_table().sets;
+        (Installed { options: *options, shared, users }, ruleset)
     }
 
     /// Returns the change from the standing state to the desired one.
     pub fn change(&self, old: &Desired, new: &Desired) -> Transition {
         let mut stages = self.stages(old, new).into_iter();
-        let mut before = stages.next().unwrap_or(Stage { parts: Vec::new(), slots: &old.slots });
-        let names = |part: &MiddleboxPart| {
-            part.sets.keys().chain(part.chains.keys()).cloned().collect::<Vec<_>>()
-        };
+        let empty = Stage { parts: Vec::new(), dispatch: None, slots: &old.slots };
+        let mut before = stages.next().unwrap_or(empty);
         let (mut steps, mut users) = (Vec::new(), BTreeMap::new());
         for after in stages {
-            if after.parts == before.parts {
+            if after.parts == before.parts && after.dispatch == before.dispatch {
                 continue;
             }
-            let touched = before.parts.iter().chain(&after.parts).flat_map(names);
+            let touched = before.parts.iter().chain(&after.parts).flat_map(used_names);
             for name in touched {
-                let count = || self.users.get(&name).copied().unwrap_or(0);
+                let count = || self.users.get(name).copied().unwrap_or(0);
                 users.entry(name.clone()).or_insert_with(count);
             }
             let used_before = users.clone();
             let mut count = |parts: &[MiddleboxPart], by: fn(usize, usize) -> usize| {
-                for name in parts.iter().flat_map(names) {
-                    users.entry(name).and_modify(|count| *count = by(*count, 1));
+                for name in parts.iter().flat_map(used_names) {
+                    users.entry(name.clone()).and_modify(|count| *count = by(*count, 1));
                 }
             };
             count(&after.parts, usize::saturating_add);
             count(&before.parts, usize::saturating_sub);
-            let old = self.table(&before, &after.parts, &used_before);
-            let new = self.table(&after, &before.parts, &users);
+            let old = self.table(&before, &after, &used_before);
+            let new = self.table(&after, &before, &users);
             steps.push(Step { old, new });
             before = after;
         }
@@ -121,41 +132,50 @@ impl Installed {
     /// desired one.
     fn stages<'a>(&self, old: &'a Desired, new: &'a Desired) -> Vec<Stage<'a>> {
         let changed = new.changed(old);
-        let rules = |desired: &Desired, mac: MacAddr| {
-            desired
-                .policy
-                .get(mac)
-                .map_or_else(RuleList::default, |middlebox| RuleList::new(mac, middlebox))
+        let rules = |desired: &Desired, key: MiddleboxKey| {
+            let middlebox = desired.policy.get(key);
+            middlebox.map_or_else(RuleList::default, |middlebox| RuleList::new(key.mac, middlebox))
         };
-        let lists: Vec<(MacAddr, RuleList, Vec<RuleList>)> = changed
+        let dispatches = changed_dispatch(old, new, &changed);
+        let lists: Vec<(MiddleboxKey, RuleList, Vec<RuleList>)> = changed
             .into_iter()
-            .map(|mac| (mac, rules(old, mac), rules(new, mac)))
-            .map(|(mac, before, after)| (mac, before.clone(), before.transition_to(&after)))
+            .map(|key| (key, rules(old, key), rules(new, key)))
+            .map(|(key, before, after)| (key, before.clone(), before.transition_to(&after)))
             .collect();
-        let steps = lists.iter().map(|(.., steps)| steps.len()).max().unwrap_or(0);
-        let mut stages = vec![Stage { parts: Vec::new(), slots: &old.slots }];
-        stages.extend((0..steps).map(|_| Stage { parts: Vec::new(), slots: &new.slots }));
-        for (mac, before, lists) in &lists {
+        let steps = lists.iter().map(|(.., steps)| steps.len()).max();
+        let steps = steps.unwrap_or(0).max(usize::from(dispatches.is_some()));
+        let (first, others) = dispatches.unzip();
+        let stage = |dispatch, desired: &'a Desired| Stage {
+            parts: Vec::new(),
+            dispatch,
+            slots: &desired.slots,
+        };
+        let mut stages = vec![stage(first, old)];
+        stages.extend((0..steps).map(|_| stage(others.clone(), new)));
+        for (key, before, lists) in &lists {
             let mut made: Option<(&RuleList, MiddleboxPart)> = None;
             for (at, stage) in stages.iter_mut().enumerate() {
                 // Parts that are no longer registered stay until the last step.
                 let (desired, list) = match at.checked_sub(1) {
                     None => (old, before),
                     Some(at) => {
-                        let is_new = new.policy.get(*mac).is_some() || at + 1 == steps;
+                        let is_new = new.policy.get(*key).is_some() || at + 1 == steps;
                         (
                             if is_new { new } else { old },
                             lists.get(at).or(lists.last()).unwrap_or(before),
                         )
                     }
                 };
-                let Some(middlebox) = desired.policy.get(*mac) else { continue };
+                if desired.policy.get(*key).is_none() {
+                    continue;
+                }
                 // After the first stage only the rules make a difference.
                 let part = match made.take().filter(|(before, _)| at > 1 && *before == list) {
                     Some((_, part)) => part,
-                    None => {
-                        MiddleboxPart::with(*mac, middlebox, list, &desired.slots, &self.options)
-                    }
+                    None => match MiddleboxPart::with(*key, list, desired, &self.options) {
+                        Some(part) => part,
+                        None => continue,
+                    },
                 };
                 stage.parts.push(part.clone());
                 made = Some((list, part));
@@ -164,31 +184,45 @@ impl Installed {
         stages
     }
 
-    /// Returns the part of the ruleset that a step touches, at one end of it; `others` are the
-    /// parts at the other end.
+    /// Returns the part of the ruleset that a step touches, at one end of it; `other` is the other
+    /// end.
     fn table(
         &self,
         stage: &Stage<'_>,
-        others: &[MiddleboxPart],
+        other: &Stage<'_>,
         users: &BTreeMap<String, usize>,
     ) -> Table {
         let mut table = Table::new(Family::Bridge);
-        let used = |name: &String| users.get(name).is_some_and(|count| *count != 0);
+        let used = |name: &str| users.get(name).is_some_and(|count| *count != 0);
         // Parts that stay for the sake of unchanged middleboxes are the same before and after.
-        for part in others {
+        for part in &other.parts {
             let kept = part.sets.iter().filter(|(name, _)| used(name));
             table.sets.extend(kept.map(|(name, set)| (name.clone(), set.empty())));
             let kept = part.chains.iter().filter(|(name, _)| used(name));
             table.chains.extend(kept.map(|(name, chain)| (name.clone(), chain.clone())));
         }
-        table.sets.extend(self.base.sets.iter().map(|(name, set)| (name.clone(), set.clone())));
+        table.sets.extend(self.shared.iter().map(|(name, set)| (name.clone(), set.clone())));
+        let networks: BTreeMap<&str, NetworkId> =
+            other.networks().into_iter().chain(stage.networks()).collect();
+        for (&prefix, &network) in networks.iter().filter(|(prefix, _)| used(prefix)) {
+            table.merge(network_part(network, prefix, &self.options));
+        }
         stage.parts.iter().for_each(|part| table.add(part.clone()));
+        if let Some(dispatch) = &stage.dispatch {
+            table.merge(Table::clone(dispatch));
+        }
         // Addresses of backends may be shared with unchanged middleboxes.
-        for (name, set) in table.sets.iter_mut().filter(|(name, _)| name.starts_with("backends")) {
-            let touched = others.iter().filter_map(|part| part.elements.get(name)).flatten();
-            let is_backend =
-                |key: &[Value]| matches!(key, [Value::Ip(ip)] if stage.slots.is_backend(*ip));
-            let kept = touched.filter(|(key, _)| is_backend(key));
+        for (name, set) in &mut table.sets {
+            let (prefix, name_of_all) = split_prefix(name);
+            let is_shared: fn(&Slots, NetworkId, IpAddr) -> bool = match name_of_all {
+                "backends4" | "backends6" => Slots::is_backend,
+                "watched4" | "watched6" => Slots::is_watched,
+                _ => continue,
+            };
+            let Some(&network) = networks.get(prefix) else { continue };
+            let touched = other.parts.iter().filter_map(|part| part.elements.get(name)).flatten();
+            let stays = |key: &[Value]| matches!(key, [Value::Ip(ip)] if is_shared(stage.slots, network, *ip));
+            let kept = touched.filter(|(key, _)| stays(key));
             set.elements.extend(kept.map(|(key, element)| (key.clone(), element.clone())));
         }
         table
@@ -204,6 +238,34 @@ impl Installed {
             };
         }
     }
+}
+
+/// Returns the names that count as used by a part: of its sets, of its chains, and the prefix of its
+/// network.
+fn used_names(part: &MiddleboxPart) -> impl Iterator<Item = &String> {
+    part.sets.keys().chain(part.chains.keys()).chain([&part.prefix])
+}
+
+/// Returns the dispatch to networks before and after a change, if it may differ.
+fn changed_dispatch(
+    old: &Desired,
+    new: &Desired,
+    changed: &BTreeSet<MiddleboxKey>,
+) -> Option<(Arc<Table>, Arc<Table>)> {
+    let networks = [old, new].map(|desired| {
+        changed.iter().filter_map(|key| desired.slots.network_of(*key)).collect::<BTreeSet<_>>()
+    });
+    let is_same =
+        |network: &NetworkId| old.slots.is_inhabited(*network) == new.slots.is_inhabited(*network);
+    if old.networks.is_same(&new.networks) && networks.iter().flatten().all(is_same) {
+        return None;
+    }
+    let of = |desired: &Desired| {
+        let mut table = dispatch(&desired.networks, &desired.slots);
+        table.merge(network_names(&desired.networks));
+        Arc::new(table)
+    };
+    Some((of(old), of(new)))
 }
 
 #[cfg(test)]
@@ -308,7 +370,7 @@ mod tests {
                 apply(table, &change);
                 installed.done(change);
                 now = next;
-                let wanted = build(&now.policy, &now.slots, &options);
+                let wanted = build(&now, &options);
                 prop_assert_eq!(&*table, &wanted[&Family::Bridge]);
             }
             let (fresh, _) = Installed::new(&now, &options);

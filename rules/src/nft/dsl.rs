@@ -2,8 +2,7 @@
 
 use super::field::Type;
 use super::model::{Data, Rule, Set, Statement, Verdict};
-use crate::ids::MiddleboxId;
-use crate::mark::{OURS, upcall_bits};
+use crate::mark::{OURS, Origin, upcall_bits};
 
 pub(super) fn rule(statements: Vec<Statement>) -> Rule {
     Rule { statements, comment: None }
@@ -29,9 +28,9 @@ pub(super) fn jump(chain: &str) -> Statement {
     verdict(Verdict::Jump(chain.to_string()))
 }
 
-/// Marks a packet for the engine; the identifier tells the engine the middlebox.
-pub(super) fn upcall(middlebox: Option<MiddleboxId>) -> Statement {
-    Statement::SetMark { keep: !OURS, set: upcall_bits(middlebox) }
+/// Marks a packet for the engine.
+pub(super) fn upcall(origin: Origin) -> Statement {
+    Statement::SetMark { keep: !OURS, set: upcall_bits(origin) }
 }
 
 /// Removes our bits from the mark.

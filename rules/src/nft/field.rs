@@ -21,6 +21,14 @@ pub enum Field {
     L4Protocol,
     /// `meta mark & …`.
     Mark(u32),
+    /// `iif`: the index of the port that the frame came in by.
+    InputInterface,
+    /// `arp saddr ip`: the sender's address (RFC 826).
+    ArpSenderIp,
+    /// `arp saddr ether`: the sender's MAC.
+    ArpSenderMac,
+    /// The address that a neighbour advertisement is about (RFC 4861).
+    AdvertisedIp6,
     /// `ip saddr`.
     Ip4Source,
     /// `ip daddr`.
@@ -89,6 +97,8 @@ pub enum Type {
     Port,
     /// `mark`, 4 bytes in host order.
     Mark,
+    /// `iface_index`, 4 bytes in host order.
+    Interface,
     /// `icmp_type`, 1 byte.
     IcmpType,
     /// `icmpv6_type`, 1 byte.
@@ -107,6 +117,7 @@ impl Type {
             Type::Port => 13,
             Type::IcmpType => 14,
             Type::Mark => 19,
+            Type::Interface => 20,
             Type::Icmp6Type => 29,
         }
     }
@@ -116,7 +127,7 @@ impl Type {
         match self {
             Type::Protocol | Type::IcmpType | Type::Icmp6Type => 1,
             Type::EtherType | Type::Port => 2,
-            Type::Ip4 | Type::Mark => 4,
+            Type::Ip4 | Type::Mark | Type::Interface => 4,
             Type::Mac => 6,
             Type::Ip6 => 16,
         }
@@ -133,6 +144,7 @@ impl fmt::Display for Type {
             Type::Protocol => "inet_proto",
             Type::Port => "inet_service",
             Type::Mark => "mark",
+            Type::Interface => "iface_index",
             Type::IcmpType => "icmp_type",
             Type::Icmp6Type => "icmpv6_type",
         })
@@ -144,23 +156,27 @@ impl Field {
     /// compared.
     pub fn set_type(self) -> Option<Type> {
         match self {
-            Field::EtherDestination | Field::EtherSource => Some(Type::Mac),
+            Field::EtherDestination | Field::EtherSource | Field::ArpSenderMac => Some(Type::Mac),
             Field::EtherType => Some(Type::EtherType),
             Field::L4Protocol | Field::Ip6NextHeader | Field::Ip6FragmentNext => {
                 Some(Type::Protocol)
             }
             Field::Mark(_) => Some(Type::Mark),
-            Field::Ip4Source | Field::Ip4Destination | Field::QuotedIp4Destination => {
-                Some(Type::Ip4)
-            }
-            Field::Ip6Source | Field::Ip6Destination | Field::QuotedIp6Destination => {
-                Some(Type::Ip6)
-            }
+            Field::InputInterface => Some(Type::Interface),
+            // nft has no type for the ids of VLANs; this one has their length.
+            Field::VlanId => Some(Type::Port),
+            Field::Ip4Source
+            | Field::Ip4Destination
+            | Field::QuotedIp4Destination
+            | Field::ArpSenderIp => Some(Type::Ip4),
+            Field::Ip6Source
+            | Field::Ip6Destination
+            | Field::QuotedIp6Destination
+            | Field::AdvertisedIp6 => Some(Type::Ip6),
             Field::SourcePort | Field::DestinationPort => Some(Type::Port),
             Field::IcmpType => Some(Type::IcmpType),
             Field::Icmp6Type => Some(Type::Icmp6Type),
             Field::OuterType
-            | Field::VlanId
             | Field::Ip4FragmentOffset(_)
             | Field::Ip4Tos
             | Field::Ip6TrafficClass
@@ -185,7 +201,6 @@ impl Field {
             | Field::IcmpCode
             | Field::Icmp6Code => 1,
             Field::OuterType
-            | Field::VlanId
             | Field::Ip4FragmentOffset(_)
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
@@ -206,8 +221,12 @@ impl Field {
 impl fmt::Display for Field {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self {
+            Field::InputInterface => "iif",
             Field::EtherDestination => "ether daddr",
             Field::EtherSource => "ether saddr",
+            Field::ArpSenderIp => "arp saddr ip",
+            Field::ArpSenderMac => "arp saddr ether",
+            Field::AdvertisedIp6 => "@th,64,128",
             Field::OuterType => "ether type",
             Field::VlanId => "vlan id",
             Field::EtherType => "meta protocol",
@@ -257,6 +276,8 @@ pub enum Value {
     Port(u16),
     /// Bits of the mark.
     Mark(u32),
+    /// An interface index.
+    Interface(u32),
     /// A TOS or traffic-class byte.
     Tos(u8),
     /// Whether a header is present.
@@ -283,7 +304,7 @@ impl Value {
             Value::EtherType(ether_type) => u128::from(ether_type.number()),
             Value::Protocol(protocol) => u128::from(protocol.0),
             Value::Port(port) => u128::from(port),
-            Value::Mark(mark) => u128::from(mark),
+            Value::Mark(number) | Value::Interface(number) => u128::from(number),
             Value::Exists(there) => u128::from(there),
             Value::Tos(byte)
             | Value::Flags(byte)
@@ -303,7 +324,7 @@ impl Value {
             Value::EtherType(ether_type) => ether_type.number().to_be_bytes().to_vec(),
             Value::Protocol(protocol) => vec![protocol.0],
             Value::Port(port) => port.to_be_bytes().to_vec(),
-            Value::Mark(mark) => mark.to_ne_bytes().to_vec(),
+            Value::Mark(number) | Value::Interface(number) => number.to_ne_bytes().to_vec(),
             Value::Exists(there) => vec![u8::from(there)],
             Value::Tos(byte)
             | Value::Flags(byte)
@@ -461,6 +482,7 @@ impl fmt::Display for Value {
             Value::Protocol(other) => other.0.fmt(f),
             Value::Port(port) => port.fmt(f),
             Value::Mark(mark) => write!(f, "{mark:#010x}"),
+            Value::Interface(index) => index.fmt(f),
             Value::Tos(tos) => tos.fmt(f),
             Value::Exists(there) => f.write_str(if *there { "exists" } else { "missing" }),
             Value::Flags(flags) => {

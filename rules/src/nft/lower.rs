@@ -43,6 +43,7 @@ const TRANSPORT: u32 = 2;
 
 const META_PROTOCOL: u32 = 1;
 const META_MARK: u32 = 3;
+const META_IIF: u32 = 4;
 const META_L4PROTO: u32 = 16;
 
 const CMP_EQ: u32 = 0;
@@ -174,10 +175,14 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::VlanId => masked(LINK, 14, 0x0fff),
         Field::EtherType => vec![meta(META_PROTOCOL, register)],
         Field::L4Protocol => vec![meta(META_L4PROTO, register)],
+        Field::InputInterface => vec![meta(META_IIF, register)],
         Field::Mark(u32::MAX) => vec![meta(META_MARK, register)],
         Field::Mark(mask) => {
             vec![meta(META_MARK, register), bitwise(register, &mask.to_ne_bytes(), &[0; 4])]
         }
+        Field::ArpSenderMac => vec![payload(NETWORK, 8, len, register)],
+        Field::ArpSenderIp => vec![payload(NETWORK, 14, len, register)],
+        Field::AdvertisedIp6 => vec![payload(TRANSPORT, 8, len, register)],
         Field::Ip4Tos => vec![payload(NETWORK, 1, len, register)],
         Field::Ip4FragmentOffset(mask) => masked(NETWORK, 6, mask),
         Field::Ip4Source => vec![payload(NETWORK, 12, len, register)],
@@ -333,6 +338,13 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             out.extend(load(Field::Mark(mark::ID), data));
             out.push(dynset(DYNSET_DELETE, map, Some(data), None));
             out.push(dynset(DYNSET_ADD, map, Some(data), *timeout));
+            out
+        }
+        Statement::Note { key, data, map } => {
+            let (mut out, register) = load_key(&[*key]);
+            out.extend(load(*data, register));
+            out.push(dynset(DYNSET_DELETE, map, Some(register), None));
+            out.push(dynset(DYNSET_ADD, map, Some(register), None));
             out
         }
         Statement::Remember { key, set } => {

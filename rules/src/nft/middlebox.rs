@@ -8,7 +8,9 @@ use super::filters::{RuleList, filters};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::names::own_name;
 use super::options::{FastPath, QueuePath, RulesetOptions};
-use crate::mark::{self, OURS, Operation};
+use crate::desired::Desired;
+use crate::mark::{self, OURS, Operation, Origin};
+use crate::network::{MiddleboxKey, NetworkId};
 use crate::policy::Middlebox;
 use crate::service::Service;
 use crate::slots::{Slot, SlotKey, Slots};
@@ -18,6 +20,10 @@ use std::collections::BTreeMap;
 /// The part of one middlebox.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct MiddleboxPart {
+    /// The network that the middlebox is on.
+    pub network: NetworkId,
+    /// The beginning of the names of the network's sets and chains.
+    pub prefix: String,
     /// Elements of permanent sets, by the set's name.
     pub elements: BTreeMap<String, BTreeMap<Vec<Value>, Element>>,
     /// Sets of its own, and sets that it shares with middleboxes of equal shapes; the elements are
@@ -28,25 +34,39 @@ pub(super) struct MiddleboxPart {
 }
 
 impl MiddleboxPart {
-    /// Returns the part of `middlebox`, whose MAC is `mac`.
+    /// Returns the part of a middlebox; `None` if it is not registered or on no network.
     pub(super) fn new(
-        mac: MacAddr,
-        middlebox: &Middlebox,
-        slots: &Slots,
+        key: MiddleboxKey,
+        desired: &Desired,
         options: &RulesetOptions,
-    ) -> MiddleboxPart {
-        MiddleboxPart::with(mac, middlebox, &RuleList::new(mac, middlebox), slots, options)
+    ) -> Option<MiddleboxPart> {
+        let middlebox = desired.policy.get(key)?;
+        MiddleboxPart::with(key, &RuleList::new(key.mac, middlebox), desired, options)
     }
 
     /// Returns the part with other rules than its own, on the way to these.
     pub(super) fn with(
-        mac: MacAddr,
+        key: MiddleboxKey,
+        rules: &RuleList,
+        desired: &Desired,
+        options: &RulesetOptions,
+    ) -> Option<MiddleboxPart> {
+        let network = desired.slots.network_of(key)?;
+        let part = MiddleboxPart { network, ..MiddleboxPart::default() };
+        let middlebox = desired.policy.get(key)?;
+        let part = part.fill(key, middlebox, rules, &desired.slots, options);
+        Some(part.with_prefix(&desired.networks.prefix(network)))
+    }
+
+    fn fill(
+        mut self,
+        key: MiddleboxKey,
         middlebox: &Middlebox,
         rules: &RuleList,
         slots: &Slots,
         options: &RulesetOptions,
     ) -> MiddleboxPart {
-        let mut part = MiddleboxPart::default();
+        let (part, mac) = (&mut self, key.mac);
         let comment = middlebox.ip().map(|ip| ip.to_string());
         part.element(
             "middleboxes",
@@ -58,25 +78,25 @@ impl MiddleboxPart {
         let asked = options.fast_path == FastPath::Off || !middlebox.services().is_empty();
         if options.queue_path == QueuePath::BrNetfilter
             && asked
-            && let Some(id) = slots.middlebox_id(mac)
+            && let Some(id) = slots.middlebox_id(key)
         {
             part.own_chain(
                 "upcall",
                 mac,
-                Some(id.to_string()),
-                vec![rule(vec![upcall(Some(id)), Statement::Counter, accept()])],
+                Some(format!("{id} {key}")),
+                vec![rule(vec![upcall(Origin::Middlebox(id)), Statement::Counter, accept()])],
             );
         }
         if !middlebox.services().is_empty() {
             part.element("balanced", vec![Value::Mac(mac)], Element::default());
-            part.own_chain("static_redirects", mac, None, static_rules(mac, middlebox, slots));
+            part.own_chain("static_redirects", mac, None, static_rules(key, middlebox, slots));
             middlebox
                 .services()
                 .iter()
                 .for_each(|(frontend, service)| part.service(mac, frontend, service));
         }
-        slots.of(mac).for_each(|(key, slot)| part.backend(key, slot));
-        part
+        slots.of(key).for_each(|(key, slot)| part.backend(key, slot));
+        self
     }
 
     fn element(&mut self, set: &str, key: Vec<Value>, element: Element) {
@@ -125,6 +145,9 @@ impl MiddleboxPart {
         let whole = !service.method().is_pool() && !service.options().dsr;
         let mut add =
             |set: &str, key: Vec<Value>| self.element(&ip.name(set), key, Element::default());
+        for name in service.backends().keys() {
+            add("watched", vec![Value::Ip(name.ip)]);
+        }
         match frontend.port {
             None if whole => add("service_all", vec![mac]),
             None => add("service_addresses", vec![mac, address]),
@@ -163,7 +186,7 @@ impl MiddleboxPart {
 
 /// Static redirects work without an engine. Each service is one rule, in the order of precedence;
 /// see [`crate::policy`].
-fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> {
+fn static_rules(middlebox: MiddleboxKey, of: &Middlebox, slots: &Slots) -> Vec<Rule> {
     let mut ranked = Vec::new();
     let all = of.services();
     let several = all.len() > 1;
@@ -199,7 +222,7 @@ fn static_rules(middlebox: MacAddr, of: &Middlebox, slots: &Slots) -> Vec<Rule> 
         let chain = if translated { "learn_flow_port" } else { "learn_flow" };
         let redirect = vec![Statement::SetMark { keep: !OURS, set: learn }, goto(chain)];
         let comment: Vec<String> =
-            service.commands(middlebox, frontend).iter().map(ToString::to_string).collect();
+            service.commands(middlebox.mac, frontend).iter().map(ToString::to_string).collect();
         let own = [conditions.clone(), vec![to_vip], redirect.clone()].concat();
         let rank = (false, frontend.port.is_none(), frontend.protocol.is_none());
         let whole = frontend.port.is_none() && !dsr;

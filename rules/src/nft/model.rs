@@ -54,14 +54,14 @@ pub const TABLE_NAME: &str = "nfqd";
 
 /// The layout of our tables: the names of their maps, and what the marks in those mean. A newer
 /// layout is not touched.
-pub const TABLE_LAYOUT: u32 = 2;
+pub const TABLE_LAYOUT: u32 = 3;
 
 /// The comment that tells our tables from those of other programs, and their layouts apart. It
 /// names the nfqd that made the table: one that takes a table over cannot change its comment.
 pub const TABLE_COMMENT: &str = concat!(
     "made by nfqd ",
     env!("CARGO_PKG_VERSION"),
-    " (layout 2), which repairs what others change"
+    " (layout 3), which repairs what others change"
 );
 
 /// Returns the layout that a table's comment names; `None` if another program made the table.
@@ -167,6 +167,15 @@ pub enum Statement {
     ForgetFlow {
         /// The key of the flow.
         key: Vec<Field>,
+        /// The map.
+        map: String,
+    },
+    /// Updates a map: one field of the packet becomes the data of another.
+    Note {
+        /// The key.
+        key: Field,
+        /// The data.
+        data: Field,
         /// The map.
         map: String,
     },
@@ -445,6 +454,10 @@ impl fmt::Display for Statement {
             }
             Statement::ForgetFlow { key, map } => {
                 write!(f, "delete @{map} {{ {} : meta mark & {:#010x} }}", key_text(key), mark::ID)
+            }
+            Statement::Note { key, data, map } => {
+                let element = format!("{{ {key} : {data} }}");
+                write!(f, "delete @{map} {element} add @{map} {element}")
             }
             Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
             Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),

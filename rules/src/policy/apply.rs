@@ -4,6 +4,7 @@ use super::firewall::Firewall;
 use super::{Middlebox, Policy};
 use crate::filter::FilterRule;
 use crate::limits::{MAX_RULES, MAX_SERVICES, TOO_MANY_BACKENDS, first_backend_over_limit};
+use crate::network::{MiddleboxKey, NetworkId};
 use crate::service::Service;
 use nfqd_shmctl::{
     BackendChange, Command, CommandError, ErrorCode, Frontend, MacAddr, ParsedCommand, Place,
@@ -42,34 +43,35 @@ fn reject<T>(place: Place, code: ErrorCode, expected: impl Into<String>) -> Resu
 const NO_SERVICE: &str = "no service of this middlebox; Q shows them";
 
 impl Policy {
-    /// Applies one command.
+    /// Applies one command about the middleboxes that are registered for a network.
     ///
     /// # Errors
     /// If the policy rejects it; the policy is unchanged then.
-    pub fn apply(&mut self, command: &Command) -> Result<(), PolicyError> {
+    pub fn apply(&mut self, network: NetworkId, command: &Command) -> Result<(), PolicyError> {
+        let at = |mac: &MacAddr| MiddleboxKey { network, mac: *mac };
         match command {
             Command::RegisterFirewall { mac, ip, default } => {
-                self.edit(*mac).firewall = Some(Firewall::new(*ip, *default));
+                self.edit(at(mac)).firewall = Some(Firewall::new(*ip, *default));
                 Ok(())
             }
             Command::RegisterService { mac, frontend, spec } => {
-                self.register_service(*mac, *frontend, spec)
+                self.register_service(at(mac), *frontend, spec)
             }
             Command::ChangeBackends { mac, frontend, change } => {
-                self.change_backends(*mac, *frontend, change)
+                self.change_backends(at(mac), *frontend, change)
             }
             Command::Add { mac, rule: id, update } => {
-                let firewall = self.firewall(*mac)?;
+                let firewall = self.firewall(at(mac))?;
                 check_room_for_rule(firewall, *id)?;
                 let old = firewall.rules().get(id).cloned().unwrap_or_default();
                 let new = old
                     .with(update, firewall.ip())
                     .or_else(|error| reject(Place::Bits, ErrorCode::Value, error.to_string()))?;
-                self.set_rule(*mac, *id, new);
+                self.set_rule(at(mac), *id, new);
                 Ok(())
             }
             Command::Delete { mac, rule: id, removal } => {
-                let firewall = self.firewall(*mac)?;
+                let firewall = self.firewall(at(mac))?;
                 // Rule #1 always exists, as the original's one rule did.
                 let old = match firewall.rules().get(id) {
                     Some(old) => old.clone(),
@@ -82,52 +84,52 @@ impl Policy {
                 let new = old
                     .without(removal, firewall.ip())
                     .or_else(|error| reject(Place::Bits, ErrorCode::Value, error.to_string()))?;
-                self.set_rule(*mac, *id, new);
+                self.set_rule(at(mac), *id, new);
                 Ok(())
             }
             Command::DeleteRule { mac, rule: id } => {
-                if !self.firewall(*mac)?.rules().contains_key(id) {
+                if !self.firewall(at(mac))?.rules().contains_key(id) {
                     return reject(Place::Rule, ErrorCode::Value, "no such rule");
                 }
-                if let Some(firewall) = &mut self.edit(*mac).firewall {
+                if let Some(firewall) = &mut self.edit(at(mac)).firewall {
                     firewall.remove_rule(*id);
                 }
                 Ok(())
             }
-            Command::Unregister { mac, scope } => self.unregister(*mac, *scope),
-            Command::Query { mac: Some(mac) } if self.get(*mac).is_none() => {
+            Command::Unregister { mac, scope } => self.unregister(at(mac), *scope),
+            Command::Query { mac: Some(mac) } if self.get(at(mac)).is_none() => {
                 reject(Place::Mac, ErrorCode::UnknownMac, "not registered")
             }
             Command::Query { .. } => Ok(()),
         }
     }
 
-    fn edit(&mut self, mac: MacAddr) -> &mut Middlebox {
-        Arc::make_mut(self.middleboxes.entry(mac).or_default())
+    fn edit(&mut self, key: MiddleboxKey) -> &mut Middlebox {
+        Arc::make_mut(self.middleboxes.entry(key).or_default())
     }
 
-    fn firewall(&self, mac: MacAddr) -> Result<&Firewall, PolicyError> {
-        let expected = match self.get(mac).map(Middlebox::firewall) {
+    fn firewall(&self, key: MiddleboxKey) -> Result<&Firewall, PolicyError> {
+        let expected = match self.get(key).map(Middlebox::firewall) {
             Some(Some(firewall)) => return Ok(firewall),
-            Some(None) => format!("has no filters; register them first with R F {mac} IP"),
-            None => format!("not registered; write R F {mac} IP first"),
+            Some(None) => format!("has no filters; register them first with R F {} IP", key.mac),
+            None => format!("not registered; write R F {} IP first", key.mac),
         };
         reject(Place::Mac, ErrorCode::UnknownMac, expected)
     }
 
-    fn set_rule(&mut self, mac: MacAddr, id: RuleId, rule: FilterRule) {
-        if let Some(firewall) = &mut self.edit(mac).firewall {
+    fn set_rule(&mut self, key: MiddleboxKey, id: RuleId, rule: FilterRule) {
+        if let Some(firewall) = &mut self.edit(key).firewall {
             firewall.set_rule(id, rule);
         }
     }
 
     fn register_service(
         &mut self,
-        mac: MacAddr,
+        key: MiddleboxKey,
         frontend: Frontend,
         spec: &ServiceSpec,
     ) -> Result<(), PolicyError> {
-        let services = self.get(mac).map(Middlebox::services);
+        let services = self.get(key).map(Middlebox::services);
         let is_full =
             services.is_some_and(|s| s.len() >= MAX_SERVICES && !s.contains_key(&frontend));
         if is_full {
@@ -137,27 +139,27 @@ impl Policy {
             );
             return reject(Place::Frontend, ErrorCode::Quota, expected);
         }
-        let others = self.backends_of_other_services(mac, &frontend);
+        let others = self.backends_of_other_services(key, &frontend);
         if let Some(at) = first_backend_over_limit(others, spec.destinations.len()) {
             return reject(Place::Backend(at), ErrorCode::Quota, TOO_MANY_BACKENDS);
         }
-        self.edit(mac).services.insert(frontend, Service::new(frontend, spec));
+        self.edit(key).services.insert(frontend, Service::new(frontend, spec));
         Ok(())
     }
 
-    fn backends_of_other_services(&self, mac: MacAddr, frontend: &Frontend) -> usize {
-        let services = self.get(mac).into_iter().flat_map(Middlebox::services);
+    fn backends_of_other_services(&self, key: MiddleboxKey, frontend: &Frontend) -> usize {
+        let services = self.get(key).into_iter().flat_map(Middlebox::services);
         let others = services.filter(|(other, _)| *other != frontend);
         others.map(|(_, service)| service.backends().len()).sum()
     }
 
     fn change_backends(
         &mut self,
-        mac: MacAddr,
+        key: MiddleboxKey,
         named: Option<Frontend>,
         change: &BackendChange,
     ) -> Result<(), PolicyError> {
-        let services = self.get(mac).map(Middlebox::services).filter(|all| !all.is_empty());
+        let services = self.get(key).map(Middlebox::services).filter(|all| !all.is_empty());
         let Some(services) = services else {
             let expected =
                 "not registered for load balancing; write R L first, or Q to see what is";
@@ -184,16 +186,16 @@ impl Policy {
         changed.change_backends(frontend, change).map_err(|error| {
             PolicyError::new(Place::Backend(error.at), error.code, error.expected)
         })?;
-        let others = self.backends_of_other_services(mac, &frontend);
+        let others = self.backends_of_other_services(key, &frontend);
         if first_backend_over_limit(others, changed.backends().len()).is_some() {
             return reject(Place::Backend(0), ErrorCode::Quota, TOO_MANY_BACKENDS);
         }
-        self.edit(mac).services.insert(frontend, changed);
+        self.edit(key).services.insert(frontend, changed);
         Ok(())
     }
 
-    fn unregister(&mut self, mac: MacAddr, scope: UnregisterScope) -> Result<(), PolicyError> {
-        let Some(middlebox) = self.get(mac) else {
+    fn unregister(&mut self, key: MiddleboxKey, scope: UnregisterScope) -> Result<(), PolicyError> {
+        let Some(middlebox) = self.get(key) else {
             return reject(Place::Mac, ErrorCode::UnknownMac, "not registered; Q shows what is");
         };
         let (has_firewall, has_services) =
@@ -215,7 +217,7 @@ impl Policy {
             let expected = format!("not registered for {service}; Q shows what is");
             return reject(Place::Mac, ErrorCode::UnknownMac, expected);
         }
-        let edited = self.edit(mac);
+        let edited = self.edit(key);
         match scope {
             UnregisterScope::Firewall => edited.firewall = None,
             UnregisterScope::LoadBalancing => edited.services.clear(),
@@ -223,7 +225,7 @@ impl Policy {
             UnregisterScope::All => *edited = Middlebox::default(),
         }
         if edited.firewall.is_none() && edited.services.is_empty() {
-            self.middleboxes.remove(&mac);
+            self.middleboxes.remove(&key);
         }
         Ok(())
     }

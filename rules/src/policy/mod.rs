@@ -11,6 +11,7 @@ mod tests;
 pub use apply::PolicyError;
 pub use firewall::{FilterDecision, Firewall};
 
+use crate::network::{MiddleboxKey, NetworkId};
 use crate::packet::Packet;
 use crate::service::{BackendRef, Service};
 use imbl::OrdMap;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 /// Everything that is registered. A clone is cheap: both share what is equal.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Policy {
-    middleboxes: OrdMap<MacAddr, Arc<Middlebox>>,
+    middleboxes: OrdMap<MiddleboxKey, Arc<Middlebox>>,
 }
 
 /// A registered middlebox.
@@ -110,24 +111,24 @@ impl Middlebox {
 }
 
 impl Policy {
-    /// Returns the middleboxes, by MAC.
-    pub fn middleboxes(&self) -> &OrdMap<MacAddr, Arc<Middlebox>> {
+    /// Returns the middleboxes.
+    pub fn middleboxes(&self) -> &OrdMap<MiddleboxKey, Arc<Middlebox>> {
         &self.middleboxes
     }
 
-    /// Returns the MACs whose middleboxes differ between two policies; found without visiting what
-    /// both share.
-    pub fn changed(&self, before: &Policy) -> Vec<MacAddr> {
+    /// Returns the middleboxes that differ between two policies; found without visiting what both
+    /// share.
+    pub fn changed(&self, before: &Policy) -> Vec<MiddleboxKey> {
         use imbl::ordmap::DiffItem::{Add, Remove, Update};
         let item = |item| match item {
-            Add(&mac, _) | Remove(&mac, _) | Update { new: (&mac, _), .. } => mac,
+            Add(&key, _) | Remove(&key, _) | Update { new: (&key, _), .. } => key,
         };
         before.middleboxes.diff(&self.middleboxes).map(item).collect()
     }
 
-    /// Returns the middlebox with this MAC.
-    pub fn get(&self, mac: MacAddr) -> Option<&Middlebox> {
-        self.middleboxes.get(&mac).map(Arc::as_ref)
+    /// Returns a middlebox.
+    pub fn get(&self, key: MiddleboxKey) -> Option<&Middlebox> {
+        self.middleboxes.get(&key).map(Arc::as_ref)
     }
 
     /// Returns every backend of every service.
@@ -157,18 +158,21 @@ impl Policy {
         Ok(policy)
     }
 
-    /// Parses and applies one command.
+    /// Parses and applies one command about middleboxes that may be anywhere.
     ///
     /// # Errors
     /// If the text is not a command or the policy rejects it; the policy is unchanged then.
     pub fn apply_line(&mut self, line: &str) -> Result<Command, CommandError> {
         let parsed = ParsedCommand::parse(line)?;
-        self.apply(&parsed.command).map_err(|error| error.locate(&parsed))?;
+        self.apply(NetworkId::ANY, &parsed.command).map_err(|error| error.locate(&parsed))?;
         Ok(parsed.command)
     }
 
-    /// Returns the commands that make this policy from an empty one.
-    pub fn commands(&self) -> impl Iterator<Item = Command> {
-        self.middleboxes.iter().flat_map(|(&mac, middlebox)| middlebox.commands(mac))
+    /// Returns the commands that make this policy from an empty one, with the network of each.
+    pub fn commands(&self) -> impl Iterator<Item = (NetworkId, Command)> {
+        self.middleboxes.iter().flat_map(|(key, middlebox)| {
+            let commands = middlebox.commands(key.mac).into_iter();
+            commands.map(|command| (key.network, command))
+        })
     }
 }

@@ -2,8 +2,8 @@
 
 use super::version::SlotVersion;
 use crate::ids::{Id, MAX_ID};
+use crate::network::MiddleboxKey;
 use imbl::{OrdMap, OrdSet};
-use nfqd_shmctl::MacAddr;
 use std::time::{Duration, Instant};
 
 /// An allocator of identifiers for keys that come and go. A clone is cheap: both share what is
@@ -13,7 +13,7 @@ pub(super) struct IdAllocator<K: Ord, I> {
     used: OrdMap<K, I>,
     /// Released identifiers, with the end of their quarantine, and the key they had if it is known.
     quarantined: OrdMap<u32, (Instant, Option<K>)>,
-    quarantined_by_owner: OrdMap<MacAddr, u32>,
+    quarantined_by_owner: OrdMap<MiddleboxKey, u32>,
     quarantine: Duration,
     /// The most identifiers of one owner that may be in quarantine.
     max_quarantined: u32,
@@ -27,17 +27,17 @@ pub(super) struct IdAllocator<K: Ord, I> {
 
 /// A key whose identifiers count against the quota of a middlebox.
 pub(super) trait Owned {
-    fn owner(&self) -> MacAddr;
+    fn owner(&self) -> MiddleboxKey;
 }
 
-impl Owned for MacAddr {
-    fn owner(&self) -> MacAddr {
+impl Owned for MiddleboxKey {
+    fn owner(&self) -> MiddleboxKey {
         *self
     }
 }
 
 impl Owned for SlotVersion {
-    fn owner(&self) -> MacAddr {
+    fn owner(&self) -> MiddleboxKey {
         self.key.middlebox
     }
 }

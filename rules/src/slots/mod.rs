@@ -16,6 +16,7 @@ pub use version::SlotVersion;
 pub use view::{BackendObservation, BackendView, Unobserved};
 
 use crate::ids::SlotId;
+use crate::network::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, ParseValueError};
 use std::fmt;
 use std::str::FromStr;
@@ -24,7 +25,7 @@ use std::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SlotKey {
     /// The middlebox.
-    pub middlebox: MacAddr,
+    pub middlebox: MiddleboxKey,
     /// The frontend of the service.
     pub frontend: Frontend,
     /// The backend; it has a port if and only if the frontend has one.
@@ -70,6 +71,8 @@ pub struct Slot {
     pub alive: bool,
     /// Whether the backend owns the frontend's address, so that only the MAC is rewritten.
     pub dsr: bool,
+    /// The network of the middlebox, which its backends are on.
+    pub network: NetworkId,
     fingerprint: u32,
 }
 

@@ -4,6 +4,7 @@ use super::allocator::IdAllocator;
 use super::version::{SlotVersion, fingerprint};
 use super::{BackendObservation, BackendView, Slot, SlotKey};
 use crate::ids::{MiddleboxId, SlotId};
+use crate::network::{MiddleboxKey, NetworkId};
 use crate::policy::{Middlebox, Policy};
 use crate::service::BackendRef;
 use crate::timeouts::LONGEST_TIMEOUT;
@@ -11,6 +12,7 @@ use imbl::OrdMap;
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Quarantine of a slot's identifier: longer than anything that the kernel caches under it.
@@ -30,10 +32,17 @@ pub struct Slots {
     slot_ids: IdAllocator<SlotVersion, SlotId>,
     current: OrdMap<SlotKey, Slot>,
     by_id: OrdMap<SlotId, SlotKey>,
-    /// The number of slots that each backend address has.
-    backends: OrdMap<IpAddr, u32>,
-    middlebox_ids: IdAllocator<MacAddr, MiddleboxId>,
-    by_middlebox_id: OrdMap<MiddleboxId, MacAddr>,
+    /// The number of slots that each backend address has on a network.
+    backends: OrdMap<(NetworkId, IpAddr), u32>,
+    middlebox_ids: IdAllocator<MiddleboxKey, MiddleboxId>,
+    by_middlebox_id: OrdMap<MiddleboxId, MiddleboxKey>,
+    /// The addresses of the registered backends of each middlebox, alive or not, and the number of
+    /// middleboxes on a network that have each.
+    watched_by: OrdMap<MiddleboxKey, (NetworkId, Arc<BTreeSet<IpAddr>>)>,
+    watched: OrdMap<(NetworkId, IpAddr), u32>,
+    /// The network of each middlebox, and the other way round.
+    homes: OrdMap<MiddleboxKey, NetworkId>,
+    residents: OrdMap<(NetworkId, MacAddr), MiddleboxKey>,
 }
 
 impl Default for Slots {
@@ -45,6 +54,10 @@ impl Default for Slots {
             backends: OrdMap::new(),
             middlebox_ids: IdAllocator::new(MIDDLEBOX_QUARANTINE, MAX_QUARANTINED),
             by_middlebox_id: OrdMap::new(),
+            watched_by: OrdMap::new(),
+            watched: OrdMap::new(),
+            homes: OrdMap::new(),
+            residents: OrdMap::new(),
         }
     }
 }
@@ -66,11 +79,11 @@ impl Slots {
     /// Takes over the identifiers of middleboxes that a table in the kernel carries.
     pub fn adopt_middleboxes(
         &mut self,
-        found: impl IntoIterator<Item = (MiddleboxId, MacAddr)>,
+        found: impl IntoIterator<Item = (MiddleboxId, MiddleboxKey)>,
         now: Instant,
     ) {
-        for (id, mac) in found {
-            self.middlebox_ids.adopt(id, mac, now);
+        for (id, middlebox) in found {
+            self.middlebox_ids.adopt(id, middlebox, now);
         }
     }
 
@@ -88,9 +101,9 @@ impl Slots {
                 self.slot_ids.quarantine_again(id, version, now);
             }
         }
-        for (mac, &id) in discarded.middlebox_ids.used() {
-            if !self.middlebox_ids.used().contains_key(mac) {
-                self.middlebox_ids.quarantine_again(id, mac, now);
+        for (middlebox, &id) in discarded.middlebox_ids.used() {
+            if !self.middlebox_ids.used().contains_key(middlebox) {
+                self.middlebox_ids.quarantine_again(id, middlebox, now);
             }
         }
     }
@@ -100,13 +113,13 @@ impl Slots {
     pub fn sync_all(&mut self, policy: &Policy, view: &impl BackendView, now: Instant) -> bool {
         let slots = self.slot_ids.used().keys().map(|version| version.key().middlebox);
         let known = self.middlebox_ids.used().keys().copied().chain(slots);
-        let gone: BTreeSet<MacAddr> = known.filter(|mac| policy.get(*mac).is_none()).collect();
-        for mac in gone {
-            self.sync(mac, None, view, now);
+        let gone: BTreeSet<MiddleboxKey> = known.filter(|key| policy.get(*key).is_none()).collect();
+        for middlebox in gone {
+            self.sync(middlebox, None, view, now);
         }
         let mut enough = true;
-        for (mac, middlebox) in policy.middleboxes() {
-            enough &= self.sync(*mac, Some(middlebox), view, now);
+        for (key, middlebox) in policy.middleboxes() {
+            enough &= self.sync(*key, Some(middlebox), view, now);
         }
         enough
     }
@@ -115,35 +128,39 @@ impl Slots {
     /// no slot, unless its flows stay with it. Returns false if there are not enough identifiers.
     pub fn sync(
         &mut self,
-        mac: MacAddr,
+        key: MiddleboxKey,
         middlebox: Option<&Middlebox>,
         view: &impl BackendView,
         now: Instant,
     ) -> bool {
+        self.settle(key, middlebox.map(|_| view.network(key)));
         if middlebox.is_some() {
             // Without an identifier of the middlebox, slots are of no use.
-            let Some(id) = self.middlebox_ids.allocate(mac, now) else { return false };
-            self.by_middlebox_id.insert(id, mac);
+            let Some(id) = self.middlebox_ids.allocate(key, now) else { return false };
+            self.by_middlebox_id.insert(id, key);
         } else {
-            if let Some(id) = self.middlebox_ids.used().get(&mac) {
+            if let Some(id) = self.middlebox_ids.used().get(&key) {
                 self.by_middlebox_id.remove(id);
             }
-            self.middlebox_ids.release(&mac, now);
+            self.middlebox_ids.release(&key, now);
         }
-        let wanted = wanted_slots(mac, middlebox, view);
-        let first = SlotVersion { key: first_key(mac), fingerprint: 0 };
+        let network = self.network_of(key);
+        self.watch(key, network.zip(middlebox));
+        let wanted = network
+            .map_or_else(BTreeMap::new, |network| wanted_slots(network, key, middlebox, view));
+        let first = SlotVersion { key: first_key(key), fingerprint: 0 };
         let gone: Vec<SlotVersion> = self
             .slot_ids
             .used()
             .range(first..)
             .map(|(version, _)| *version)
-            .take_while(|version| version.key.middlebox == mac)
+            .take_while(|version| version.key.middlebox == key)
             .filter(|version| !wanted.contains_key(version))
             .collect();
         for version in gone {
             self.slot_ids.release(&version, now);
         }
-        let before: Vec<(SlotKey, Slot)> = self.of(mac).collect();
+        let before: Vec<(SlotKey, Slot)> = self.of(key).collect();
         for (key, slot) in before {
             self.current.remove(&key);
             self.by_id.remove(&slot.id);
@@ -157,7 +174,8 @@ impl Slots {
             };
             let SlotVersion { key, fingerprint } = version;
             let BackendObservation { mac, alive } = observation;
-            let slot = Slot { id, mac, alive, dsr, fingerprint };
+            let network = network.unwrap_or(NetworkId::ANY);
+            let slot = Slot { id, mac, alive, dsr, network, fingerprint };
             self.current.insert(key, slot);
             self.by_id.insert(id, key);
             self.count_backend(key, slot, |count| count + 1);
@@ -171,25 +189,28 @@ impl Slots {
         if slot.dsr {
             return;
         }
-        let ip = key.backend.ip;
-        match change(self.backends.get(&ip).copied().unwrap_or(0)) {
-            0 => drop(self.backends.remove(&ip)),
-            count => drop(self.backends.insert(ip, count)),
+        let address = (slot.network, key.backend.ip);
+        match change(self.backends.get(&address).copied().unwrap_or(0)) {
+            0 => drop(self.backends.remove(&address)),
+            count => drop(self.backends.insert(address, count)),
         }
     }
 
-    /// Returns the middleboxes whose identifiers or slots differ; found without visiting what both
+    /// Returns the middleboxes whose identifiers, networks or slots differ; found without visiting what both
     /// share.
-    pub fn changed(&self, before: &Slots) -> BTreeSet<MacAddr> {
+    pub fn changed(&self, before: &Slots) -> BTreeSet<MiddleboxKey> {
         use imbl::ordmap::DiffItem::{Add, Remove, Update};
         let slots = before.current.diff(&self.current).map(|item| match item {
             Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => key.middlebox,
         });
         let ids = before.middlebox_ids.used().diff(self.middlebox_ids.used());
         let middleboxes = ids.map(|item| match item {
-            Add(mac, _) | Remove(mac, _) | Update { new: (mac, _), .. } => *mac,
+            Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => *key,
         });
-        slots.chain(middleboxes).collect()
+        let homes = before.homes.diff(&self.homes).map(|item| match item {
+            Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => *key,
+        });
+        slots.chain(middleboxes).chain(homes).collect()
     }
 
     /// Returns the slot of a backend of a service.
@@ -221,31 +242,113 @@ impl Slots {
     }
 
     /// Returns the slots of one middlebox.
-    pub fn of(&self, middlebox: MacAddr) -> impl Iterator<Item = (SlotKey, Slot)> {
+    pub fn of(&self, middlebox: MiddleboxKey) -> impl Iterator<Item = (SlotKey, Slot)> {
         let from = self.current.range(first_key(middlebox)..);
         let all = from.map(|(key, slot)| (*key, *slot));
         all.take_while(move |(key, _)| key.middlebox == middlebox)
     }
 
-    /// Whether an address is that of a backend whose replies are translated.
-    pub fn is_backend(&self, ip: IpAddr) -> bool {
-        self.backends.contains_key(&ip)
+    /// Whether an address on a network is that of a backend whose replies are translated.
+    pub fn is_backend(&self, network: NetworkId, ip: IpAddr) -> bool {
+        self.backends.contains_key(&(network, ip))
+    }
+
+    /// Returns the network that a middlebox is on; `None` if it is not registered, or if another one
+    /// with its MAC is there.
+    pub fn network_of(&self, middlebox: MiddleboxKey) -> Option<NetworkId> {
+        self.homes.get(&middlebox).copied()
+    }
+
+    /// Returns the middlebox with this MAC on a network.
+    pub fn middlebox_at(&self, network: NetworkId, mac: MacAddr) -> Option<MiddleboxKey> {
+        self.residents.get(&(network, mac)).copied()
+    }
+
+    /// Whether a network has middleboxes.
+    pub fn is_inhabited(&self, network: NetworkId) -> bool {
+        let first = self.residents.range((network, MacAddr([0; 6]))..).next();
+        first.is_some_and(|((found, _), _)| *found == network)
+    }
+
+    /// Replaces the addresses of backends that are watched for a middlebox.
+    fn watch(&mut self, key: MiddleboxKey, registered: Option<(NetworkId, &Middlebox)>) {
+        let addresses = |middlebox: &Middlebox| {
+            let services = middlebox.services().values();
+            services.flat_map(|service| service.backends().keys().map(|name| name.ip)).collect()
+        };
+        let new = registered.map(|(network, middlebox)| (network, addresses(middlebox)));
+        let new = new.filter(|(_, addresses): &(_, BTreeSet<IpAddr>)| !addresses.is_empty());
+        let old = self.watched_by.get(&key).cloned();
+        let is_same = match (&old, &new) {
+            (Some((network, old)), Some((now, new))) => network == now && **old == *new,
+            (None, None) => true,
+            _ => false,
+        };
+        if is_same {
+            return;
+        }
+        for (network, ip) in old.iter().flat_map(|(n, all)| all.iter().map(|ip| (*n, *ip))) {
+            match self.watched.get(&(network, ip)).copied().unwrap_or(0) {
+                0 | 1 => drop(self.watched.remove(&(network, ip))),
+                count => drop(self.watched.insert((network, ip), count - 1)),
+            }
+        }
+        let Some((network, addresses)) = new else {
+            self.watched_by.remove(&key);
+            return;
+        };
+        for ip in &addresses {
+            *self.watched.entry((network, *ip)).or_default() += 1;
+        }
+        self.watched_by.insert(key, (network, Arc::new(addresses)));
+    }
+
+    /// Whether a registered backend on a network has this address, alive or not.
+    pub fn is_watched(&self, network: NetworkId, ip: IpAddr) -> bool {
+        self.watched.contains_key(&(network, ip))
+    }
+
+    /// Returns the networks that have middleboxes.
+    pub fn inhabited(&self) -> impl Iterator<Item = NetworkId> {
+        let mut next = (NetworkId::ANY, MacAddr([0; 6]));
+        std::iter::from_fn(move || {
+            let ((network, _), _) = self.residents.range(next..).next()?;
+            next = (NetworkId::new(network.get() + 1)?, MacAddr([0; 6]));
+            Some(*network)
+        })
+    }
+
+    /// Moves a middlebox to its network. If another one with its MAC is there, that one stays.
+    fn settle(&mut self, key: MiddleboxKey, network: Option<NetworkId>) {
+        let before = self.network_of(key);
+        if before == network && before.is_some() {
+            return;
+        }
+        if let Some(before) = before {
+            self.homes.remove(&key);
+            self.residents.remove(&(before, key.mac));
+        }
+        let Some(network) = network else { return };
+        if self.middlebox_at(network, key.mac).is_none() {
+            self.homes.insert(key, network);
+            self.residents.insert((network, key.mac), key);
+        }
     }
 
     /// Returns the identifier of a middlebox.
-    pub fn middlebox_id(&self, mac: MacAddr) -> Option<MiddleboxId> {
-        self.middlebox_ids.used().get(&mac).copied()
+    pub fn middlebox_id(&self, middlebox: MiddleboxKey) -> Option<MiddleboxId> {
+        self.middlebox_ids.used().get(&middlebox).copied()
     }
 
     /// Returns the middlebox with this identifier.
-    pub fn middlebox(&self, id: MiddleboxId) -> Option<MacAddr> {
+    pub fn middlebox(&self, id: MiddleboxId) -> Option<MiddleboxKey> {
         self.by_middlebox_id.get(&id).copied()
     }
 }
 
 impl SlotKey {
     /// The slot that stands for the middlebox itself in a pool: for its local connections.
-    pub fn local(middlebox: MacAddr, frontend: Frontend) -> SlotKey {
+    pub fn local(middlebox: MiddleboxKey, frontend: Frontend) -> SlotKey {
         let backend = BackendName { ip: frontend.ip, port: frontend.port };
         SlotKey { middlebox, frontend, backend }
     }
@@ -257,36 +360,38 @@ impl SlotKey {
 }
 
 fn wanted_slots(
-    mac: MacAddr,
+    network: NetworkId,
+    key: MiddleboxKey,
     middlebox: Option<&Middlebox>,
     view: &impl BackendView,
 ) -> BTreeMap<SlotVersion, Wanted> {
     let mut wanted = BTreeMap::new();
     let Some(middlebox) = middlebox else { return wanted };
     for (frontend, service) in middlebox.services() {
-        let fingerprint = fingerprint(mac, middlebox, frontend, service);
+        let fingerprint = fingerprint(network, key.mac, middlebox, frontend, service);
         if service.method().is_pool() {
-            let key = SlotKey::local(mac, *frontend);
-            let observation = BackendObservation { mac: Some(mac), ..BackendObservation::UNKNOWN };
-            wanted.insert(SlotVersion { key, fingerprint }, Wanted { observation, dsr: true });
+            let local = SlotKey::local(key, *frontend);
+            let observation =
+                BackendObservation { mac: Some(key.mac), ..BackendObservation::UNKNOWN };
+            wanted
+                .insert(SlotVersion { key: local, fingerprint }, Wanted { observation, dsr: true });
         }
         for (name, backend) in service.backends() {
-            let reference = BackendRef { middlebox: mac, frontend, service, name, backend };
-            let observed = view.observe(&reference);
-            if !observed.alive && service.options().on_dead != OnDead::Keep {
+            let reference = BackendRef { middlebox: key, frontend, service, name, backend };
+            let observation = view.observe(&reference, network);
+            if !observation.alive && service.options().on_dead != OnDead::Keep {
                 continue;
             }
-            let key = SlotKey { middlebox: mac, frontend: *frontend, backend: *name };
-            let observation = BackendObservation { mac: backend.mac.or(observed.mac), ..observed };
+            let slot = SlotKey { middlebox: key, frontend: *frontend, backend: *name };
             let dsr = service.options().dsr;
-            wanted.insert(SlotVersion { key, fingerprint }, Wanted { observation, dsr });
+            wanted.insert(SlotVersion { key: slot, fingerprint }, Wanted { observation, dsr });
         }
     }
     wanted
 }
 
 /// Returns a key that sorts before all slots of a middlebox.
-fn first_key(middlebox: MacAddr) -> SlotKey {
+fn first_key(middlebox: MiddleboxKey) -> SlotKey {
     let least = IpAddr::from([0; 4]);
     let backend = BackendName { ip: least, port: None };
     SlotKey { middlebox, frontend: Frontend::of(least), backend }

@@ -9,7 +9,13 @@ fn policy(line: &str) -> Policy {
 }
 
 fn first_frontend(policy: &Policy) -> Frontend {
-    *policy.get(MacAddr([2, 0, 0, 0, 0, 1])).unwrap().services().keys().next().unwrap()
+    *policy
+        .get(MiddleboxKey::anywhere(MacAddr([2, 0, 0, 0, 0, 1])))
+        .unwrap()
+        .services()
+        .keys()
+        .next()
+        .unwrap()
 }
 
 fn id(number: u32) -> SlotId {
@@ -53,7 +59,10 @@ fn the_ids_of_a_pool_stay_while_other_services_change() {
     let first = of_backends(&slots);
     assert_eq!(first.len(), 2);
     let own = slots
-        .get(&SlotKey::local(MacAddr([2, 0, 0, 0, 0, 1]), first_frontend(&policy)))
+        .get(&SlotKey::local(
+            MiddleboxKey::anywhere(MacAddr([2, 0, 0, 0, 0, 1])),
+            first_frontend(&policy),
+        ))
         .unwrap()
         .id;
     for line in [
@@ -113,8 +122,8 @@ fn one_guest_cannot_use_up_the_ids() {
     assert_eq!(changes, MAX_QUARANTINED as usize);
     let other = policy("R L 2:0:0:0:0:2 10.0.0.1 0 10.0.0.2");
     assert!(slots.sync(
-        MacAddr([2, 0, 0, 0, 0, 2]),
-        other.get(MacAddr([2, 0, 0, 0, 0, 2])),
+        MiddleboxKey::anywhere(MacAddr([2, 0, 0, 0, 0, 2])),
+        other.get(MiddleboxKey::anywhere(MacAddr([2, 0, 0, 0, 0, 2]))),
         &Unobserved,
         now
     ));

@@ -1,6 +1,7 @@
 //! Versions of slots: a slot under one configuration of its service.
 
 use super::SlotKey;
+use crate::network::NetworkId;
 use crate::policy::Middlebox;
 use crate::service::Service;
 use nfqd_shmctl::{Frontend, MacAddr, ParseValueError};
@@ -49,10 +50,11 @@ fn fnv(text: &str) -> u32 {
 }
 
 /// Returns a fingerprint of everything besides the key that decides which packets reach the slots
-/// of a service. For a service with one backend, these are all services of the middlebox. Flows of
-/// a pool keep their backend whatever other pools there are, but not what a single-backend service
-/// that takes precedence takes over.
+/// of a service, whose middlebox is on `network`. For a service with one backend, these are all
+/// services of the middlebox. Flows of a pool keep their backend whatever other pools there are, but
+/// not what a single-backend service that takes precedence takes over.
 pub(super) fn fingerprint(
+    network: NetworkId,
     mac: MacAddr,
     middlebox: &Middlebox,
     frontend: &Frontend,
@@ -66,5 +68,9 @@ pub(super) fn fingerprint(
     let commands = relevant.flat_map(|(frontend, its)| its.commands(mac, *frontend));
     let text = commands.map(|command| command.to_string()).collect::<Vec<_>>().join("\n");
     let kind = if is_pool && service.options().dsr { "dsr" } else { "nat" };
-    fnv(&format!("{kind} {text}"))
+    let network = match network {
+        NetworkId::ANY => String::new(),
+        network => format!("%{} ", network.get()),
+    };
+    fnv(&format!("{network}{kind} {text}"))
 }

@@ -17,9 +17,9 @@ mod slot_counts;
 #[cfg(test)]
 mod tests;
 
-use nfqd_rules::SlotId;
 use nfqd_rules::packet::Ports;
-use nfqd_shmctl::{MacAddr, Protocol};
+use nfqd_rules::{MiddleboxKey, NetworkId, SlotId};
+use nfqd_shmctl::Protocol;
 use shard::{Entry, NONE, Sender, Shard, TupleHashes};
 use slot_counts::SlotCounts;
 use std::collections::hash_map::RandomState;
@@ -33,7 +33,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct OriginalTuple {
     /// The middlebox, to which the packets go.
-    pub middlebox: MacAddr,
+    pub middlebox: MiddleboxKey,
     /// The client's address.
     pub client: IpAddr,
     /// The address that the client uses.
@@ -47,6 +47,8 @@ pub struct OriginalTuple {
 /// The reply direction of a flow: packets from the backend.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ReplyTuple {
+    /// The network that the packets are on.
+    pub network: NetworkId,
     /// The backend's address.
     pub backend: IpAddr,
     /// The client's address.

@@ -8,7 +8,7 @@ fn slot(number: u32) -> SlotId {
 
 fn original(client: u32, protocol: Protocol) -> OriginalTuple {
     OriginalTuple {
-        middlebox: MacAddr([2; 6]),
+        middlebox: MiddleboxKey::anywhere(nfqd_shmctl::MacAddr([2; 6])),
         client: IpAddr::from(client.to_be_bytes()),
         frontend: IpAddr::from([10, 0, 0, 9]),
         protocol,
@@ -18,6 +18,7 @@ fn original(client: u32, protocol: Protocol) -> OriginalTuple {
 
 fn reply(client: u32, protocol: Protocol) -> ReplyTuple {
     ReplyTuple {
+        network: NetworkId::ANY,
         backend: IpAddr::from([10, 0, 0, 3]),
         client: IpAddr::from(client.to_be_bytes()),
         protocol,

@@ -92,7 +92,7 @@ pub(super) mod tests {
             policy.apply_line(line).unwrap();
         }
         let mac = MAC.parse().unwrap();
-        RuleList::new(mac, policy.get(mac).unwrap())
+        RuleList::new(mac, policy.get(crate::MiddleboxKey::anywhere(mac)).unwrap())
     }
 
     fn rules() -> impl Strategy<Value = RuleList> {

@@ -1,10 +1,12 @@
 //! The fast path's counters.
 
 use super::super::model::Family;
-use super::super::names::{CACHE_FULL, mac_of_chain};
+use super::super::names::{CACHE_FULL, middlebox_of_chain, split_prefix};
 use super::super::sys::DumpRequest;
 use super::{Kernel, KernelError};
 use crate::counter::Counter;
+use crate::desired::Desired;
+use crate::network::MiddleboxKey;
 use crate::slots::{SlotKey, SlotVersion};
 use nfqd_shmctl::{MacAddr, RuleId};
 use std::collections::BTreeMap;
@@ -13,9 +15,9 @@ use std::collections::BTreeMap;
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
     /// The counters of the middleboxes.
-    pub middleboxes: BTreeMap<MacAddr, Counter>,
+    pub middleboxes: BTreeMap<MiddleboxKey, Counter>,
     /// The counters of the rules of a middlebox; `None` stands for its default.
-    pub rules: BTreeMap<(MacAddr, Option<RuleId>), Counter>,
+    pub rules: BTreeMap<(MiddleboxKey, Option<RuleId>), Counter>,
     /// The counters of the backends of a service.
     pub backends: BTreeMap<SlotKey, BackendCounters>,
     /// Packets whose flows could not be cached, by the map that was full.
@@ -42,8 +44,8 @@ impl BackendCounters {
 impl Counters {
     /// Adds all counters of another.
     pub fn add(&mut self, other: &Counters) {
-        for (mac, counter) in &other.middleboxes {
-            *self.middleboxes.entry(*mac).or_default() += *counter;
+        for (key, counter) in &other.middleboxes {
+            *self.middleboxes.entry(*key).or_default() += *counter;
         }
         for (rule, counter) in &other.rules {
             *self.rules.entry(*rule).or_default() += *counter;
@@ -57,7 +59,7 @@ impl Counters {
     }
 
     /// Adds the counter of an element or a rule whose comment names a rule of the policy.
-    fn add_commented(&mut self, mac: MacAddr, comment: Option<&str>, counter: Counter) {
+    fn add_commented(&mut self, key: MiddleboxKey, comment: Option<&str>, counter: Counter) {
         let rule = match comment.and_then(|text| text.strip_prefix("rule ")) {
             Some("default") => None,
             Some(name) => match name.parse() {
@@ -66,29 +68,32 @@ impl Counters {
             },
             None => return,
         };
-        *self.rules.entry((mac, rule)).or_default() += counter;
+        *self.rules.entry((key, rule)).or_default() += counter;
     }
 }
 
 impl Kernel {
-    /// Reads the counters of our ruleset, whichever process loaded it.
+    /// Reads the counters of our ruleset, whichever process loaded it. `desired` tells which
+    /// middlebox is where.
     ///
     /// # Errors
     /// If the kernel cannot be asked.
-    pub fn counters(&mut self) -> Result<Counters, KernelError> {
+    pub fn counters(&mut self, desired: &Desired) -> Result<Counters, KernelError> {
         let mut out = Counters::default();
         if !self.owns_table(Family::Bridge)? {
             return Ok(out);
         }
         let sets = self.dump(&DumpRequest::Sets(Family::Bridge))?.sets;
         for name in sets.keys().filter(|name| counts_rules(name)) {
+            let (prefix, kind) = split_prefix(name);
             for element in self.elements(Family::Bridge, name)? {
                 let mac = element.key.first_chunk().copied().map(MacAddr);
-                if let Some((mac, counter)) = mac.zip(element.counter) {
-                    if name == "middleboxes" {
-                        *out.middleboxes.entry(mac).or_default() += counter;
+                let key = mac.and_then(|mac| desired.middlebox_named(prefix, mac));
+                if let Some((key, counter)) = key.zip(element.counter) {
+                    if kind == "middleboxes" {
+                        *out.middleboxes.entry(key).or_default() += counter;
                     } else {
-                        out.add_commented(mac, element.comment.as_deref(), counter);
+                        out.add_commented(key, element.comment.as_deref(), counter);
                     }
                 }
             }
@@ -106,7 +111,7 @@ impl Kernel {
                 }
             }
         }
-        self.add_chain_counters(None, &mut out)?;
+        self.add_chain_counters(None, desired, &mut out)?;
         Ok(out)
     }
 
@@ -114,14 +119,17 @@ impl Kernel {
     pub(super) fn add_chain_counters(
         &mut self,
         chain: Option<&str>,
+        desired: &Desired,
         out: &mut Counters,
     ) -> Result<(), KernelError> {
         let request = DumpRequest::Rules(Family::Bridge, chain.map(str::to_string));
         for rule in self.dump(&request)?.rules {
             let Some(counter) = rule.counter else { continue };
             let full = rule.comment.as_deref().and_then(|text| text.strip_prefix(CACHE_FULL));
-            if let Some(mac) = mac_of_chain(&rule.chain) {
-                out.add_commented(mac, rule.comment.as_deref(), counter);
+            let middlebox = middlebox_of_chain(&rule.chain);
+            let key = middlebox.and_then(|(prefix, mac)| desired.middlebox_named(prefix, mac));
+            if let Some(key) = key {
+                out.add_commented(key, rule.comment.as_deref(), counter);
             } else if let Some(map) = full.filter(|_| counter.packets != 0) {
                 *out.cache_full.entry(map.to_string()).or_default() += counter.packets;
             }
@@ -132,5 +140,6 @@ impl Kernel {
 
 /// Whether the elements of a set count for middleboxes or rules.
 fn counts_rules(set: &str) -> bool {
+    let (_, set) = split_prefix(set);
     ["middleboxes", "closed"].contains(&set) || set.starts_with("deny") || set.starts_with("allow")
 }

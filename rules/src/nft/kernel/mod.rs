@@ -5,17 +5,20 @@
 
 mod counters;
 mod difference;
+mod neighbours;
 mod probe;
 mod recover;
 
 pub use counters::{BackendCounters, Counters};
+pub use neighbours::Neighbour;
 pub use recover::{CachedReply, RecoveredState};
 
 use super::build::Ruleset;
 use super::delta::{Step, Transition};
 use super::model::{Chain, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment};
-use super::names::{layout_of_chain, mac_of_chain};
+use super::names::{layout_of_chain, middlebox_of_chain};
 use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, fd};
+use crate::desired::Desired;
 use crate::netlink::{NLMSG_DONE, messages};
 use difference::{creations, difference};
 use mnl::{Bus, Socket};
@@ -342,15 +345,20 @@ impl Kernel {
 
     /// Changes the kernel's ruleset: only the difference is sent. Slots that are removed stay until
     /// [`Kernel::finish`], because the engine may just have sent packets to them. Returns the
-    /// counters of the rules that are replaced.
+    /// counters of the rules that are replaced; `before` is what the kernel enforces now.
     ///
     /// # Errors
     /// If the kernel rejects it, with what has taken effect by then. `ENOENT` and `EEXIST` mean
     /// that another program has changed our tables, which [`Kernel::load`] repairs.
-    pub fn change(&mut self, change: &Transition) -> Result<Counters, (KernelError, Progress)> {
+    pub fn change(
+        &mut self,
+        change: &Transition,
+        before: &Desired,
+    ) -> Result<Counters, (KernelError, Progress)> {
         let (mut replaced, mut progress) = (Counters::default(), Progress::Nothing);
         for step in &change.steps {
-            self.step(step, &mut replaced, &mut progress).map_err(|error| (error, progress))?;
+            self.step(step, before, &mut replaced, &mut progress)
+                .map_err(|error| (error, progress))?;
         }
         Ok(replaced)
     }
@@ -358,6 +366,7 @@ impl Kernel {
     fn step(
         &mut self,
         Step { old, new }: &Step,
+        before: &Desired,
         replaced: &mut Counters,
         progress: &mut Progress,
     ) -> Result<(), KernelError> {
@@ -365,8 +374,8 @@ impl Kernel {
             chain.rules.iter().any(|rule| rule.statements.contains(&Statement::Counter))
         };
         for (name, chain) in old.chains.iter().filter(|(_, chain)| has_counter(chain)) {
-            if mac_of_chain(name).is_some() && new.chains.get(name) != Some(chain) {
-                self.add_chain_counters(Some(name), replaced)?;
+            if middlebox_of_chain(name).is_some() && new.chains.get(name) != Some(chain) {
+                self.add_chain_counters(Some(name), before, replaced)?;
             }
         }
         // A packet that traverses the ruleset when a transaction takes effect continues with the

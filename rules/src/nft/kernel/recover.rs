@@ -1,9 +1,12 @@
 //! Recovery of the state that an earlier nfqd has left in the kernel.
 
 use super::super::model::Family;
+use super::super::names::{NETWORKS, split_prefix};
+use super::super::sys::{DumpRequest, FoundSet};
 use super::{Kernel, KernelError};
-use crate::ids::SlotId;
-use crate::mark;
+use crate::ids::{MiddleboxId, SlotId};
+use crate::mark::{self, Origin};
+use crate::network::{MiddleboxKey, Networks};
 use crate::packet::Ports;
 use crate::slots::{SlotKey, SlotVersion, Slots};
 use crate::timeouts::CLOSE_TIMEOUT;
@@ -15,6 +18,8 @@ use std::time::Instant;
 /// The state of an earlier nfqd, as far as the kernel remembers it.
 #[derive(Debug, Default)]
 pub struct RecoveredState {
+    /// The networks, with their identifiers.
+    pub networks: Networks,
     /// The slots, with their identifiers.
     pub slots: Slots,
     /// The MACs of backends, whether they were found or a command gave them.
@@ -87,21 +92,36 @@ impl Kernel {
             let mac: Option<[u8; 6]> = element.data.try_into().ok();
             out.macs.extend(key.filter(|key| !key.is_local()).zip(mac.map(MacAddr)));
         }
-        for map in UPCALL_MAPS {
-            for element in self.elements(Family::Bridge, map)? {
-                let number: Option<u32> = element.comment.and_then(|text| text.parse().ok());
-                let id = number.and_then(crate::ids::MiddleboxId::new);
-                let mac: Option<[u8; 6]> = element.key.try_into().ok();
-                out.slots.adopt_middleboxes(id.zip(mac.map(MacAddr)), now);
+        for element in self.elements(Family::Bridge, NETWORKS)? {
+            let id =
+                <[u8; 4]>::try_from(element.key).ok().map(u32::from_ne_bytes).map(mark::origin);
+            let name = element.comment.and_then(|text| text.parse().ok());
+            if let (Some(Origin::Network(id)), Some(name)) = (id, name) {
+                out.networks.adopt([(id, name)]);
             }
         }
-        for (suffix, protocol) in FLOW_MAPS {
-            for element in self.elements(Family::Bridge, &format!("flows_{suffix}"))? {
+        let sets = self.dump(&DumpRequest::Sets(Family::Bridge))?.sets;
+        for set in sets.keys().filter(|name| UPCALL_MAPS.contains(&split_prefix(name).1)) {
+            for element in self.elements(Family::Bridge, set)? {
+                // Earlier versions wrote the number alone.
+                let comment = element.comment.unwrap_or_default();
+                let (number, key) = comment.split_once(' ').unwrap_or((&comment, ""));
+                let id = number.parse().ok().and_then(MiddleboxId::new);
+                let mac: Option<[u8; 6]> = element.key.try_into().ok();
+                let anywhere = mac.map(|mac| MiddleboxKey::anywhere(MacAddr(mac)));
+                out.slots.adopt_middleboxes(id.zip(key.parse().ok().or(anywhere)), now);
+            }
+        }
+        let (flows, replies) = (caches("flows", &sets), caches("replies", &sets));
+        for (set, _) in flows {
+            for element in self.elements(Family::Bridge, &set)? {
                 if let Some(id) = slot(&element.data) {
                     out.slots.reserve(id, now);
                 }
             }
-            for element in self.elements(Family::Bridge, &format!("replies_{suffix}"))? {
+        }
+        for (set, protocol) in replies {
+            for element in self.elements(Family::Bridge, &set)? {
                 let Some(id) = slot(&element.data) else { continue };
                 out.slots.reserve(id, now);
                 // Only a closing flow is cached for so short a time.
@@ -114,6 +134,16 @@ impl Kernel {
         }
         Ok(out)
     }
+}
+
+/// Returns the maps of one kind that packets fill, in all networks, with their protocols.
+fn caches(kind: &str, sets: &BTreeMap<String, FoundSet>) -> Vec<(String, Protocol)> {
+    let protocol = |name: &String| {
+        let suffix = split_prefix(name).1.strip_prefix(kind)?.strip_prefix('_')?;
+        let (_, protocol) = FLOW_MAPS.into_iter().find(|(known, _)| *known == suffix)?;
+        Some((name.clone(), protocol))
+    };
+    sets.keys().filter_map(protocol).collect()
 }
 
 /// Reads the slot of a key or data of a map, in host order.

@@ -47,6 +47,8 @@ pub struct FoundElement {
     pub counter: Option<Counter>,
     /// The lifetime in milliseconds, if it differs from the set's.
     pub timeout_ms: Option<u64>,
+    /// The rest of the lifetime in milliseconds, if elements of the set expire.
+    pub expires_ms: Option<u64>,
 }
 
 /// The kind of a set in the kernel.
@@ -310,18 +312,19 @@ unsafe extern "C" fn on_element(pointer: *mut sys::nftnl_set_elem, out: *mut c_v
     let counter_out: *mut Option<Counter> = &mut counter;
     // SAFETY: needed to reach the counter; the element and `counter` are alive during the call.
     unsafe { sys::nftnl_set_elem_expr_foreach(pointer, Some(on_expression), counter_out.cast()) };
-    let timeout: Option<[u8; 8]> = if has(sys::NFTNL_SET_ELEM_TIMEOUT) {
-        get(sys::NFTNL_SET_ELEM_TIMEOUT).try_into().ok()
-    } else {
-        None
+    let milliseconds = |kind: u32| -> Option<u64> {
+        let bytes = if has(kind) { get(kind).try_into().ok() } else { None };
+        bytes.map(u64::from_ne_bytes)
     };
-    let timeout_ms = timeout.map(u64::from_ne_bytes);
+    let timeout_ms = milliseconds(sys::NFTNL_SET_ELEM_TIMEOUT);
+    let expires_ms = milliseconds(sys::NFTNL_SET_ELEM_EXPIRATION);
     let found = FoundElement {
         key: get(sys::NFTNL_SET_ELEM_KEY).to_vec(),
         data,
         comment,
         counter,
         timeout_ms,
+        expires_ms,
     };
     // SAFETY: needed to hand the element out; by the contract of this function nobody else uses the
     // vector now.

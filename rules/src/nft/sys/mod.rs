@@ -11,7 +11,7 @@ mod dump;
 
 pub(super) use batch::Batch;
 pub(super) use dump::FoundElement;
-pub(super) use dump::{DumpReply, DumpRequest};
+pub(super) use dump::{DumpReply, DumpRequest, FoundSet};
 
 use super::model::{Family, TABLE_NAME};
 use nftnl::nftnl_sys as sys;

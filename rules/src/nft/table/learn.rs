@@ -1,7 +1,7 @@
-//! The chain `learn` and those that it leads to: the engine's verdict, in the mark, is carried out
+//! The chains `learn` and `verdicts` and those that they lead to: the engine's verdict, in the mark, is carried out
 //! here, and the flow is cached.
 
-use super::{BaseTable, LEARN_PRIORITY};
+use super::BaseTable;
 use crate::mark::{ID, OPERATION, Operation};
 use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule};
 use crate::nft::family::{
@@ -29,18 +29,16 @@ pub(super) const OPERATIONS: [(Operation, &str); 8] = [
 type Key = fn(IpFamily) -> Vec<Field>;
 
 impl BaseTable<'_> {
-    pub(super) fn learn_chains(&mut self) {
-        let operation = Field::Mark(OPERATION);
-        let nothing_to_do = vec![Statement::Is(operation, Value::Mark(0)), accept()];
-        let rules = vec![
-            commented(nothing_to_do, "not from the engine, or nothing to do"),
-            rule(vec![Statement::Vmap(vec![operation], "operations".to_string())]),
-            commented(vec![goto("unanswered")], "no verdict: no engine, or its queue was full"),
-        ];
-        let learn = Chain { priority: Some(LEARN_PRIORITY), rules };
-        self.table.chains.insert("learn".to_string(), learn);
-        let finish = vec![clear_mark(), accept()];
-        self.chain("finish", vec![commented(finish, "clear nfqd's mark bits")]);
+    pub(super) fn verdict_chains(&mut self) {
+        let operation = Statement::Vmap(vec![Field::Mark(OPERATION)], "operations".to_string());
+        let unanswered = vec![goto("unanswered")];
+        self.chain(
+            "verdicts",
+            vec![
+                rule(vec![operation]),
+                commented(unanswered, "no verdict: no engine, or its queue was full"),
+            ],
+        );
         for ports in PORT_REWRITES {
             self.redirect_chains(ports);
             self.reply_operation_chains(ports);
@@ -151,6 +149,18 @@ impl BaseTable<'_> {
         rules.push(rule(vec![goto("finish")]));
         self.chain("unanswered", rules);
     }
+}
+
+/// Returns the rule for frames that the engine has not seen, or has nothing to do for.
+pub(super) fn nothing_to_do() -> Rule {
+    let nothing = vec![Statement::Is(Field::Mark(OPERATION), Value::Mark(0)), accept()];
+    commented(nothing, "not from the engine, or nothing to do")
+}
+
+/// Returns the chain that ends the way of a frame with a mark of nfqd's.
+pub(super) fn finish_chain() -> Chain {
+    let rules = vec![commented(vec![clear_mark(), accept()], "clear nfqd's mark bits")];
+    Chain { priority: None, rules }
 }
 
 /// Returns the rules that write addresses, and ports where they are translated.

@@ -1,4 +1,5 @@
-//! The base table: the part in the bridge family that does not depend on the policy.
+//! The base table: the part in the bridge family that does not depend on the policy, and the part
+//! of each network.
 //!
 //! The files follow a packet's order: [`steer`], [`filter`], [`reply`], [`flow`], [`upcall`], and
 //! behind the engine [`learn`]. Base chains are made once and stay, because deleting one drops
@@ -14,9 +15,11 @@ mod upcall;
 
 pub(super) use upcall::queueing_table;
 
+use super::dispatch::port_maps;
 use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
 use super::names::layout_chain;
 use super::options::{FastPath, RulesetOptions};
+use crate::network::NetworkId;
 
 /// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or
 /// forwards.
@@ -33,17 +36,36 @@ const RST: u8 = 4;
 /// The flags of TCP segments that begin or end a connection, which the engine must see.
 const CONNECTION_FLAGS: u8 = FIN | SYN | RST;
 
-/// The base table while it is being built.
+/// The part of a network while it is being built.
 struct BaseTable<'a> {
     table: Table,
     options: &'a RulesetOptions,
+    network: NetworkId,
 }
 
-/// Returns the base table.
-pub(super) fn base_table(options: &RulesetOptions) -> Table {
-    let mut base = BaseTable { table: Table::new(Family::Bridge), options };
+/// Returns the part that all networks share, without the dispatch to them.
+pub(super) fn base_table() -> Table {
+    let mut table = Table::new(Family::Bridge);
+    table.sets = sets::shared_sets();
+    table.sets.extend(port_maps());
+    table.chains.insert("finish".to_string(), learn::finish_chain());
+    table.chains.insert(layout_chain(TABLE_LAYOUT), Chain::default());
+    table
+}
+
+/// Returns the priority of a base chain, and the rules before the dispatch to networks.
+pub(super) fn base_chain(name: &str) -> (i32, Vec<Rule>) {
+    match name {
+        "learn" => (LEARN_PRIORITY, vec![learn::nothing_to_do()]),
+        _ => (STEER_PRIORITY, Vec::new()),
+    }
+}
+
+/// Returns the part of a network, without its prefix.
+pub(super) fn network_table(network: NetworkId, options: &RulesetOptions) -> Table {
+    let mut base = BaseTable { table: Table::new(Family::Bridge), options, network };
     base.sets();
-    base.steer_chain();
+    base.frames_chain();
     base.filter_chains();
     if options.fast_path == FastPath::Full {
         base.reply_chains();
@@ -51,8 +73,7 @@ pub(super) fn base_table(options: &RulesetOptions) -> Table {
         base.balance_chain();
     }
     base.upcall_chain();
-    base.learn_chains();
-    base.chain(&layout_chain(TABLE_LAYOUT), Vec::new());
+    base.verdict_chains();
     base.table
 }
 

@@ -7,20 +7,24 @@ use crate::nft::dsl::set_of;
 use crate::nft::family::{FAMILIES, PORT_REWRITES, PortRewrite, cached_flows, flow_key, reply_key};
 use crate::nft::field::{Field, Type, Value};
 use crate::nft::model::{Data, Dynamic, Element, ElementData, Set, Verdict};
+use crate::nft::names::NETWORKS;
 use crate::nft::options::QueuePath;
 use crate::packet::{EXTENSIONS, ICMP_ERRORS, ICMP6_ERRORS};
-use crate::timeouts::{BYPASS_TIMEOUT, FLOW_TIMEOUT};
+use crate::timeouts::{BYPASS_TIMEOUT, FLOW_TIMEOUT, NEIGHBOUR_TIMEOUT};
 use nfqd_shmctl::Protocol;
+use std::collections::BTreeMap;
 
 /// The number of flows that each kernel map can hold: as many as the engine.
 const CACHED_FLOWS: u32 = 1 << 20;
+/// The number of backends of a network whose MACs the kernel notes.
+const NEIGHBOURS: u32 = 1 << 16;
 
 impl BaseTable<'_> {
     pub(super) fn sets(&mut self) {
         self.middlebox_sets();
-        self.constant_sets();
+        self.operations();
         self.service_sets();
-        self.slot_maps();
+        self.backend_sets();
         self.flow_caches();
     }
 
@@ -49,30 +53,14 @@ impl BaseTable<'_> {
         }
     }
 
-    /// Sets that do not depend on the policy.
-    fn constant_sets(&mut self) {
-        let comment = "may hide a transport header behind a fragment header";
-        let mut extensions = set_of(&[Type::Protocol], None, comment);
-        for header in EXTENSIONS {
-            let key = vec![Value::Protocol(Protocol(header))];
-            extensions.elements.insert(key, Element::default());
-        }
-        self.set("extension_headers", extensions);
+    /// The map of the engine's verdicts.
+    fn operations(&mut self) {
         let comment = "verdict of the engine to the chain that carries it out";
         let mut operations = set_of(&[Type::Mark], Some(Data::Verdict), comment);
         for (operation, chain) in OPERATIONS {
             operations.elements.extend(operation_elements(operation, chain));
         }
         self.set("operations", operations);
-        let icmp = ICMP_ERRORS.map(Value::IcmpType).to_vec();
-        let icmp6 = ICMP6_ERRORS.map(Value::Icmp6Type).to_vec();
-        for (name, of, types) in
-            [("icmp_errors", Type::IcmpType, icmp), ("icmp6_errors", Type::Icmp6Type, icmp6)]
-        {
-            let mut set = set_of(&[of], None, "errors, which quote the packet that they are about");
-            set.elements = types.into_iter().map(|kind| (vec![kind], Element::default())).collect();
-            self.set(name, set);
-        }
     }
 
     /// Sets of the addresses and ports that services take.
@@ -90,21 +78,21 @@ impl BaseTable<'_> {
         }
     }
 
-    /// Maps from slots to addresses and ports.
-    fn slot_maps(&mut self) {
-        let map =
-            |data: Type, comment: &str| set_of(&[Type::Mark], Some(Data::Value(data)), comment);
-        let counting = |set: Set| Set { counter: true, ..set };
+    /// Sets of the addresses of backends.
+    fn backend_sets(&mut self) {
         for ip in FAMILIES {
             self.set(&ip.name("backends"), set_of(&[ip.address], None, "addresses of backends"));
-            self.set(&ip.name("backend_ip"), map(ip.address, "slot to the backend's address"));
-            let comment = "slot to the frontend's address; counts packets from the backend";
-            self.set(&ip.name("backend_vip"), counting(map(ip.address, comment)));
+            let comment = "addresses of backends, alive or not";
+            self.set(&ip.name("watched"), set_of(&[ip.address], None, comment));
+            let neighbours = Set {
+                key: vec![ip.address],
+                data: Some(Data::Value(Type::Mac)),
+                dynamic: Some(Dynamic { timeout: NEIGHBOUR_TIMEOUT, size: NEIGHBOURS }),
+                comment: Some("backends' own ARP and neighbour advertisements".to_string()),
+                ..Set::default()
+            };
+            self.set(&ip.name("neighbours"), neighbours);
         }
-        let comment = "slot to the backend's MAC; counts packets to the backend";
-        self.set("backend_mac", counting(map(Type::Mac, comment)));
-        self.set("backend_port", map(Type::Port, "slot to the backend's port"));
-        self.set("backend_vport", map(Type::Port, "slot to the frontend's port"));
     }
 
     /// Maps and sets that packets fill.
@@ -122,6 +110,48 @@ impl BaseTable<'_> {
             self.set(&protocol.name("bypass", ip), bypass);
         }
     }
+}
+
+/// Returns the sets that all networks share: those that do not depend on the policy, and the maps of
+/// slots.
+pub(super) fn shared_sets() -> BTreeMap<String, Set> {
+    let mut out = slot_maps();
+    let comment = "may hide a transport header behind a fragment header";
+    let mut extensions = set_of(&[Type::Protocol], None, comment);
+    for header in EXTENSIONS {
+        let key = vec![Value::Protocol(Protocol(header))];
+        extensions.elements.insert(key, Element::default());
+    }
+    out.insert("extension_headers".to_string(), extensions);
+    let icmp = ICMP_ERRORS.map(Value::IcmpType).to_vec();
+    let icmp6 = ICMP6_ERRORS.map(Value::Icmp6Type).to_vec();
+    for (name, of, types) in
+        [("icmp_errors", Type::IcmpType, icmp), ("icmp6_errors", Type::Icmp6Type, icmp6)]
+    {
+        let mut set = set_of(&[of], None, "errors, which quote the packet that they are about");
+        set.elements = types.into_iter().map(|kind| (vec![kind], Element::default())).collect();
+        out.insert(name.to_string(), set);
+    }
+    let comment = "names of networks; nfqd keeps their numbers";
+    out.insert(NETWORKS.to_string(), set_of(&[Type::Mark], None, comment));
+    out
+}
+
+/// Returns the maps from slots to addresses and ports.
+fn slot_maps() -> BTreeMap<String, Set> {
+    let map = |data: Type, comment: &str| set_of(&[Type::Mark], Some(Data::Value(data)), comment);
+    let counting = |set: Set| Set { counter: true, ..set };
+    let mut out = BTreeMap::new();
+    for ip in FAMILIES {
+        out.insert(ip.name("backend_ip"), map(ip.address, "slot to the backend's address"));
+        let comment = "slot to the frontend's address; counts packets from the backend";
+        out.insert(ip.name("backend_vip"), counting(map(ip.address, comment)));
+    }
+    let comment = "slot to the backend's MAC; counts packets to the backend";
+    out.insert("backend_mac".to_string(), counting(map(Type::Mac, comment)));
+    out.insert("backend_port".to_string(), map(Type::Port, "slot to the backend's port"));
+    out.insert("backend_vport".to_string(), map(Type::Port, "slot to the frontend's port"));
+    out
 }
 
 fn cache(key: Vec<Field>, data: Option<Data>, timeout: u32, comment: &str) -> Set {

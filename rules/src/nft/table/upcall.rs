@@ -1,7 +1,7 @@
 //! The chain `engine` and the tables of the ip families: the path into the queue.
 
 use super::{BaseTable, QUEUE_PRIORITY};
-use crate::mark::{OPERATION, Operation};
+use crate::mark::{Operation, Origin, UPCALL};
 use crate::nft::dsl::{accept, commented, rule, upcall};
 use crate::nft::field::{Field, Value};
 use crate::nft::model::{Chain, Family, Queues, Statement, Table};
@@ -9,14 +9,15 @@ use crate::nft::options::QueuePath;
 
 impl BaseTable<'_> {
     pub(super) fn upcall_chain(&mut self) {
+        let network = Origin::Network(self.network);
         let rules = match self.options.queue_path {
             QueuePath::Native => {
                 let queue = Statement::Queue(self.options.queues);
-                vec![rule(vec![upcall(None), Statement::Counter, queue])]
+                vec![rule(vec![upcall(network), Statement::Counter, queue])]
             }
             QueuePath::BrNetfilter => vec![
                 rule(vec![Statement::Vmap(vec![Field::EtherDestination], "upcall".to_string())]),
-                rule(vec![upcall(None), Statement::Counter, accept()]),
+                rule(vec![upcall(network), Statement::Counter, accept()]),
             ],
         };
         self.chain("engine", rules);
@@ -26,7 +27,7 @@ impl BaseTable<'_> {
 /// Returns the table that queues marked packets on their way through br_netfilter.
 pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     let statements = vec![
-        Statement::Is(Field::Mark(OPERATION), Value::Mark(Operation::Upcall as u32)),
+        Statement::Is(Field::Mark(UPCALL), Value::Mark(Operation::Upcall as u32)),
         Statement::Counter,
         Statement::XtQueue(queues),
     ];

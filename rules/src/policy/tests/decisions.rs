@@ -18,7 +18,9 @@ fn frame(source: [u8; 4], sport: u16, dport: u16) -> Packet {
 fn verdict(lines: &[&str], packet: &Packet) -> String {
     let lines: Vec<String> = lines.iter().map(|line| line.replace("MB", "2:0:0:0:0:9")).collect();
     let policy = Policy::from_lines(&lines).unwrap();
-    let Some(middlebox) = policy.get(packet.link.destination) else { return "accept".to_string() };
+    let Some(middlebox) = policy.get(MiddleboxKey::anywhere(packet.link.destination)) else {
+        return "accept".to_string();
+    };
     match (middlebox.filter(packet), middlebox.service_for(packet)) {
         (FilterDecision { action: Action::Deny, rule: Some(rule) }, _) => format!("drop {rule}"),
         (FilterDecision { action: Action::Deny, rule: None }, _) => "drop".to_string(),

@@ -12,7 +12,7 @@ fn policy(lines: &[&str]) -> Policy {
 }
 
 fn printed(policy: &Policy) -> Vec<String> {
-    policy.commands().map(|command| command.to_string().replace(MAC, "MB")).collect()
+    policy.commands().map(|(_, command)| command.to_string().replace(MAC, "MB")).collect()
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn guests_cannot_have_backends_without_end() {
     assert_eq!(error.code, ErrorCode::Quota, "{error}");
     assert!(error.message.starts_with("'10.1.0.107'"), "the first that is too many: {error}");
     let mut again = Policy::default();
-    for command in p.commands() {
+    for (_, command) in p.commands() {
         again.apply_line(&command.to_string()).unwrap();
     }
     assert_eq!(again, p);
@@ -216,7 +216,7 @@ proptest::proptest! {
             let _ = p.apply_line(&line.replace("MB", MAC));
         }
         let mut again = Policy::default();
-        for command in p.commands() {
+        for (_, command) in p.commands() {
             proptest::prop_assert!(again.apply_line(&command.to_string()).is_ok(), "{}", command);
         }
         proptest::prop_assert_eq!(again, p);
@@ -234,7 +234,7 @@ fn the_printed_policy_makes_the_same_policy() {
         "R L MB 2001:db8::9 1 2001:db8::8 2001:db8::7@2:0:0:0:0:7",
     ]);
     let mut again = Policy::default();
-    for command in p.commands() {
+    for (_, command) in p.commands() {
         again.apply_line(&command.to_string()).unwrap();
     }
     assert_eq!(again, p);

@@ -1,8 +1,8 @@
 //! The cost of the engine's filters per packet by the number of rules, compared with a linear scan.
 
 use crate::print;
-use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
+use nfqd_rules::{MiddleboxKey, Policy};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -66,8 +66,10 @@ pub(crate) fn run() {
     for ranges in [false, true] {
         for rules in [1, 10, 100, 1024] {
             let policy = policy(rules, ranges);
-            let firewall =
-                policy.get(mac).and_then(|middlebox| middlebox.firewall()).expect("a firewall");
+            let firewall = policy
+                .get(MiddleboxKey::anywhere(mac))
+                .and_then(|middlebox| middlebox.firewall())
+                .expect("a firewall");
             let conditions: Vec<_> = firewall.conditions(mac).collect();
             let nanoseconds = |decide: &dyn Fn(&Packet) -> bool| {
                 let start = Instant::now();

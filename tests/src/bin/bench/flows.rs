@@ -4,11 +4,11 @@ use crate::print;
 use nfqd::engine::flows::OriginalTuple;
 use nfqd::engine::verdict::Verdict;
 use nfqd::engine::{EngineState, Snapshot, decide};
-use nfqd_rules::Desired;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{Slots, Unobserved};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
 use nfqd_tests::counting::allocations;
 use std::time::Instant;
 
@@ -28,7 +28,7 @@ fn snapshot(method: &str) -> Snapshot {
         pools.update(*mac, Some(middlebox), &slots);
         pools.prepare(*mac);
     }
-    Snapshot::new(Desired { policy, slots }, pools)
+    Snapshot::new(Desired { policy, slots, ..Desired::default() }, pools)
 }
 
 /// SYNs of flows from the one of this number on.
@@ -55,7 +55,7 @@ pub(crate) fn run() {
         for at in (0..CAPACITY).step_by(NEW) {
             let some = syns(at, NEW);
             some.iter().for_each(|packet| {
-                let _ = decide(&snapshot, &state, packet, 0);
+                let _ = decide(&snapshot, &state, NetworkId::ANY, packet, 0);
             });
         }
         state.flows.expire(u32::MAX);
@@ -65,7 +65,7 @@ pub(crate) fn run() {
                 let some = syns(there, (wanted - there).min(50_000));
                 there += some.len();
                 some.iter().for_each(|packet| {
-                    let _ = decide(&snapshot, &state, packet, 0);
+                    let _ = decide(&snapshot, &state, NetworkId::ANY, packet, 0);
                 });
             }
             let mut costs = Vec::new();
@@ -75,7 +75,7 @@ pub(crate) fn run() {
                 let (before, start) = (allocations(), Instant::now());
                 let is_redirect = |packet: &&Packet| {
                     matches!(
-                        decide(&snapshot, &state, packet, 0)
+                        decide(&snapshot, &state, NetworkId::ANY, packet, 0)
                             .decision()
                             .map(|decision| decision.verdict),
                         Some(Verdict::Redirect(_))
@@ -105,7 +105,7 @@ pub(crate) fn run() {
 fn forget(state: &EngineState, packet: &Packet) {
     let ip = packet.ip.expect("IP");
     let key = OriginalTuple {
-        middlebox: packet.link.destination,
+        middlebox: MiddleboxKey::anywhere(packet.link.destination),
         client: ip.source,
         frontend: ip.destination,
         protocol: ip.protocol,

@@ -1,0 +1,176 @@
+//! Dispatch: the maps that lead a frame from the port that it came in by to the chains of its
+//! network. A frame of a bridge without middleboxes leaves after one look-up. A port that nfqd does
+//! not know yet may be of any network, so its frames pass the filters of all.
+//!
+//! | map or chain | leads to |
+//! |---|---|
+//! | `ports` | the network of a port, or `BRIDGE/by_vlan` if the bridge is VLAN-aware |
+//! | `BRIDGE/vlans` | the network of a tag |
+//! | `BRIDGE/untagged` | the network of untagged frames, by port |
+//!
+//! There is a second set of them for frames that come back from the engine.
+
+use super::dsl::{accept, commented, goto, jump, rule, set_of};
+use super::field::{Field, Type, Value};
+use super::model::{
+    Chain, Data, Element, ElementData, Family, Rule, Set, Statement, Table, Verdict,
+};
+use super::table::base_chain;
+use crate::network::{NetworkId, Networks, PortVlans};
+use crate::slots::Slots;
+use nfqd_shmctl::EtherType;
+use std::collections::BTreeMap;
+
+/// The two times that a frame is dispatched.
+#[derive(Clone, Copy)]
+struct Pass {
+    /// The end of the names of maps and chains.
+    suffix: &'static str,
+    /// The chain of a network that the frame is led to.
+    entry: &'static str,
+    /// The base chain.
+    base: &'static str,
+}
+
+const PASSES: [Pass; 2] = [
+    Pass { suffix: "", entry: "frames", base: "steer" },
+    Pass { suffix: "_back", entry: "verdicts", base: "learn" },
+];
+
+/// Returns the maps from ports, without their elements.
+pub(super) fn port_maps() -> BTreeMap<String, Set> {
+    let comment = "port to the chain of its network";
+    let map = set_of(&[Type::Interface], Some(Data::Verdict), comment);
+    PASSES.map(|pass| (format!("ports{}", pass.suffix), map.clone())).into()
+}
+
+/// Returns the dispatch to the networks that have middleboxes, with the base chains.
+pub(super) fn dispatch(networks: &Networks, slots: &Slots) -> Table {
+    let mut out = Table::new(Family::Bridge);
+    out.sets = port_maps();
+    for pass in PASSES {
+        Dispatch { networks, slots, pass, out: &mut out }.fill();
+    }
+    out
+}
+
+struct Dispatch<'a> {
+    networks: &'a Networks,
+    slots: &'a Slots,
+    pass: Pass,
+    out: &'a mut Table,
+}
+
+impl Dispatch<'_> {
+    fn fill(&mut self) {
+        let ports = format!("ports{}", self.pass.suffix);
+        let mut aware: BTreeMap<NetworkId, (EtherType, Vec<(u32, u16)>)> = BTreeMap::new();
+        let rules = self.base_rules(&ports);
+        let (priority, mut begin) = base_chain(self.pass.base);
+        begin.extend(rules);
+        let base = Chain { priority: Some(priority), rules: begin };
+        self.out.chains.insert(self.pass.base.to_string(), base);
+        for (index, port) in self.networks.ports() {
+            let chain = match port.vlans {
+                PortVlans::Unaware => self.entry(port.bridge),
+                PortVlans::Aware { protocol, untagged } => {
+                    let is_inhabited = self.slots.is_inhabited(port.bridge)
+                        || self.vlans(port.bridge).next().is_some();
+                    if is_inhabited {
+                        let ports = aware.entry(port.bridge).or_insert((protocol, Vec::new()));
+                        ports.1.extend(untagged.map(|vlan| (index, vlan)));
+                    }
+                    is_inhabited.then(|| self.name(port.bridge, "by_vlan"))
+                }
+            };
+            let verdict = chain.map_or(Verdict::Accept, Verdict::Goto);
+            self.element(&ports, Value::Interface(index), verdict);
+        }
+        for (bridge, (protocol, untagged)) in aware {
+            self.vlan_aware(bridge, protocol, &untagged);
+        }
+    }
+
+    /// Returns the name of a network's chain of this pass, if the network has middleboxes.
+    fn entry(&self, network: NetworkId) -> Option<String> {
+        self.slots.is_inhabited(network).then(|| self.chain_of(network))
+    }
+
+    fn name(&self, bridge: NetworkId, what: &str) -> String {
+        format!("{}{what}{}", self.networks.prefix(bridge), self.pass.suffix)
+    }
+
+    /// Returns the VLANs of a bridge that have middleboxes, with their chains.
+    fn vlans(&self, bridge: NetworkId) -> impl Iterator<Item = (u16, String)> {
+        let vlans = self.networks.vlans(bridge);
+        vlans.filter_map(|(vlan, network)| Some((vlan, self.entry(network)?)))
+    }
+
+    /// Returns the rules that lead a frame on. Middleboxes on no known network come first.
+    fn base_rules(&self, ports: &str) -> Vec<Rule> {
+        let mut out =
+            vec![rule(vec![Statement::Vmap(vec![Field::InputInterface], ports.to_string())])];
+        let known: Vec<NetworkId> =
+            self.slots.inhabited().filter(|network| *network != NetworkId::ANY).collect();
+        let unplaced = self.slots.is_inhabited(NetworkId::ANY);
+        if self.pass.base == "steer" {
+            if unplaced {
+                out.insert(0, rule(vec![jump(self.pass.entry)]));
+            }
+            for network in known {
+                let filtered = vec![jump(&self.chain_of(network))];
+                out.push(commented(filtered, "a port that is not known yet"));
+            }
+            return out;
+        }
+        // The verdict is one of the only network there is, or of nobody knows which.
+        out.push(match (unplaced, known.as_slice()) {
+            (true, _) => rule(vec![goto(self.pass.entry)]),
+            (false, [network]) => rule(vec![goto(&self.chain_of(*network))]),
+            (false, _) => commented(vec![goto("finish")], "a port that is not known yet"),
+        });
+        out
+    }
+
+    fn chain_of(&self, network: NetworkId) -> String {
+        format!("{}{}", self.networks.prefix(network), self.pass.entry)
+    }
+
+    /// Adds an element to a verdict map.
+    fn element(&mut self, map: &str, key: Value, verdict: Verdict) {
+        let data = Some(ElementData::Verdict(verdict));
+        if let Some(map) = self.out.sets.get_mut(map) {
+            map.elements.insert(vec![key], Element { data, ..Element::default() });
+        }
+    }
+
+    fn vlan_aware(&mut self, bridge: NetworkId, protocol: EtherType, untagged: &[(u32, u16)]) {
+        let vlans: BTreeMap<u16, String> = self.vlans(bridge).collect();
+        let (by_tag, by_port) = (self.name(bridge, "vlans"), self.name(bridge, "untagged"));
+        let verdicts = Some(Data::Verdict);
+        let tags = set_of(&[Type::Port], verdicts, "VLAN of the tag to the chain of its network");
+        self.out.sets.insert(by_tag.clone(), tags);
+        let comment = "port to the chain of the network of its untagged frames";
+        self.out.sets.insert(by_port.clone(), set_of(&[Type::Interface], verdicts, comment));
+        for (vlan, chain) in &vlans {
+            self.element(&by_tag, Value::Port(*vlan), Verdict::Goto(chain.clone()));
+        }
+        for (index, vlan) in untagged {
+            if let Some(chain) = vlans.get(vlan) {
+                self.element(&by_port, Value::Interface(*index), Verdict::Goto(chain.clone()));
+            }
+        }
+        // Middleboxes of which only the bridge is known.
+        let unplaced = self.entry(bridge).map(|chain| rule(vec![jump(&chain)]));
+        let mut rules: Vec<Rule> = unplaced.into_iter().collect();
+        let tagged = || Statement::Is(Field::OuterType, Value::EtherType(protocol));
+        rules.push(rule(vec![tagged(), Statement::Vmap(vec![Field::VlanId], by_tag)]));
+        // The bridge takes a tag without a VLAN for none.
+        let is_vlan = Statement::IsNot(Field::VlanId, Value::Port(0));
+        let others = vec![tagged(), is_vlan, accept()];
+        rules.push(commented(others, "of a VLAN without middleboxes"));
+        rules.push(rule(vec![Statement::Vmap(vec![Field::InputInterface], by_port)]));
+        let name = self.name(bridge, "by_vlan");
+        self.out.chains.insert(name, Chain { priority: None, rules });
+    }
+}
