@@ -1,0 +1,248 @@
+//! Several networks on one host: the same addresses in each, and nothing of one in another.
+
+#![allow(clippy::unwrap_used)]
+
+use nfqd_tests::daemon::Daemon;
+use nfqd_tests::netns::{Host, in_netns, run};
+use nfqd_tests::segment::{Guest, PORT, Segment, middlebox_on, wait_for_backends};
+use nfqd_tests::topology::{BACKEND, VM, VM_MAC, connect_plain, pings, wait_for, who};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+fn bridge(name: &str) {
+    run(&format!("ip link add {name} type bridge mcast_snooping 0"));
+    run(&format!("ip link set {name} up"));
+}
+
+fn two_bridges() -> (Segment, Segment) {
+    bridge("br0");
+    bridge("br1");
+    let one = Segment::new("0", ["vm0", "backend0"]);
+    let other = Segment::new("1", ["vm1", "backend1"]);
+    one.plug("br0");
+    other.plug("br1");
+    (one, other)
+}
+
+/// A daemon with a channel for each network.
+struct Bound {
+    daemon: Daemon,
+    directory: TempDir,
+}
+
+impl Bound {
+    fn new(networks: &[&str], arguments: &[&str]) -> Bound {
+        let directory = tempfile::tempdir().unwrap();
+        let shm = |(at, network): (usize, &&str)| {
+            format!("{}/{at},{network}", directory.path().display())
+        };
+        let shms: Vec<String> = networks.iter().enumerate().map(shm).collect();
+        let mut all: Vec<&str> = shms.iter().flat_map(|shm| ["--shm", shm.as_str()]).collect();
+        all.extend(arguments);
+        Bound { daemon: Daemon::start(&all), directory }
+    }
+
+    fn guest(&self, at: usize) -> Guest {
+        Guest(self.directory.path().join(at.to_string()))
+    }
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn tenants_with_the_same_addresses_on_two_bridges_never_meet() {
+    for mode in ["full", "off"] {
+        in_netns(move || {
+            let (one, other) = two_bridges();
+            let mut bound = Bound::new(&["bridge=br0", "bridge=br1"], &["--fast-path", mode]);
+            let (first, second) = (bound.guest(0), bound.guest(1));
+            let pool = format!("R L {VM_MAC} {VM}:80 rr {BACKEND} check=arp");
+            first.must(&pool);
+            second.must(&format!("R F {VM_MAC} {VM}"));
+            wait_for_backends(&bound.daemon, "br0");
+            assert_eq!(one.at_vm().as_deref(), Some("backend0"), "{mode}");
+            assert_eq!(other.at_vm().as_deref(), Some("vm1"), "{mode}");
+            second.must(&format!("A {VM_MAC} I 8 p icmp"));
+            assert!(pings(&one.client, VM) && !pings(&other.client, VM), "{mode}");
+            second.must(&format!("R L {VM_MAC} {VM} 0 {BACKEND}"));
+            wait_for_backends(&bound.daemon, "br1");
+            assert_eq!(other.at_vm().as_deref(), Some("backend1"), "{mode}");
+            // Neither sees nor ends what the other has registered.
+            assert!(!second.tell("Q").contains("rr"), "{}", second.tell("Q"));
+            first.must(&format!("X {VM_MAC}"));
+            assert!(first.tell(&format!("X {VM_MAC}")).starts_with("ERR unknown-mac"));
+            assert_eq!(one.at_vm().as_deref(), Some("vm0"), "{mode}");
+            assert_eq!(other.at_vm().as_deref(), Some("backend1"), "{mode}");
+            assert!(pings(&one.client, VM) && !pings(&other.client, VM), "{mode}");
+            first.must(&pool);
+            wait_for_backends(&bound.daemon, "br0");
+            let before = (middlebox_on(&bound.daemon, "br0"), middlebox_on(&bound.daemon, "br1"));
+            bound.daemon.kill();
+            bound.daemon.restart();
+            let after = (middlebox_on(&bound.daemon, "br0"), middlebox_on(&bound.daemon, "br1"));
+            assert_eq!(before.0.commands, after.0.commands);
+            assert_eq!(before.1.commands, after.1.commands);
+            // What the engine counts ends with it.
+            let kept = mode == "off" || after.1.rules[0].packets >= before.1.rules[0].packets;
+            assert!(kept, "{before:?} {after:?}");
+            assert_eq!(one.at_vm().as_deref(), Some("backend0"), "{mode}");
+            assert_eq!(other.at_vm().as_deref(), Some("backend1"), "{mode}");
+            assert_eq!((one.servers(), other.servers()), (2, 2));
+        });
+    }
+}
+
+/// Counts the frames to these MACs that leave by a port.
+fn count_at(port: &str, macs: &[&str]) {
+    run("nft add table bridge seen");
+    let hook = "{ type filter hook postrouting priority 0; }";
+    run_nft(&format!("add chain bridge seen {port} {hook}"));
+    for mac in macs {
+        run_nft(&format!("add rule bridge seen {port} oifname {port} ether daddr {mac} counter"));
+    }
+}
+
+fn run_nft(line: &str) {
+    let status = std::process::Command::new("nft").arg(line).status().unwrap();
+    assert!(status.success(), "{line}");
+}
+
+fn counted(port: &str) -> u64 {
+    let listed = run(&format!("nft list chain bridge seen {port}"));
+    let packets = listed.lines().filter_map(|line| line.split("packets ").nth(1));
+    packets.map(|rest| rest.split(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_backend_on_another_bridge_is_said_and_its_traffic_stays_with_the_vm() {
+    in_netns(|| {
+        bridge("br0");
+        bridge("br1");
+        let segment = Segment::new("0", ["vm", "backend"]);
+        segment.plug("br0");
+        let stranger = Host::attach("br0", "stranger", "02:00:00:00:00:99", &["10.129.126.99/24"]);
+        let far = Host::attach("br1", "far", "02:00:00:00:00:28", &["10.129.126.40/24"]);
+        let neighbour = Host::attach("br1", "next", "02:00:00:00:00:29", &["10.129.126.41/24"]);
+        neighbour.run("ping -q -c 1 -W 5 10.129.126.40");
+        count_at("stranger", &["02:00:00:00:00:28"]);
+        let bound = Bound::new(&["bridge=br0"], &[]);
+        let guest = bound.guest(0);
+        for destination in ["10.129.126.40", "10.129.126.40@02:00:00:00:00:28"] {
+            for service in ["0", "rr"] {
+                let port = if service == "0" { "" } else { ":80" };
+                guest.must(&format!(
+                    "R L {VM_MAC} {VM}{port} {service} {destination} {}",
+                    if service == "0" { "" } else { "on-empty=pass" }
+                ));
+                std::thread::sleep(Duration::from_millis(500));
+                assert_eq!(segment.at_vm().as_deref(), Some("vm"), "{destination} {service}");
+                let backend = &middlebox_on(&bound.daemon, "br0").services[0].backends[0];
+                assert_eq!(backend.mac, None, "{destination} {service}");
+                if destination.contains('@') {
+                    let problem = backend.network_problem.as_deref().unwrap();
+                    assert!(problem.contains("another network"), "{problem}");
+                }
+                guest.must(&format!("X {VM_MAC}"));
+            }
+        }
+        assert_eq!(counted("stranger"), 0, "flooded frames");
+        drop((stranger, far));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn an_unbound_middlebox_is_where_its_mac_is_seen() {
+    in_netns(|| {
+        bridge("br0");
+        bridge("br1");
+        let daemon = Daemon::start(&[]);
+        daemon.must(&format!("R F {VM_MAC} {VM}"));
+        daemon.must(&format!("A {VM_MAC} T 2 d 80"));
+        let status = daemon.status();
+        assert_eq!(status.middleboxes[0].network, None);
+        assert!(status.middleboxes[0].network_problem.is_some());
+        let segment = Segment::new("0", ["vm", "backend"]);
+        // Filtered from the first packet on, although nobody knew where it would be.
+        for port in segment.ports() {
+            run(&format!("ip link set {port} master br1"));
+        }
+        assert!(!connect_plain(&segment.client, VM.into(), PORT));
+        wait_for("its network", || {
+            daemon.status().middleboxes[0].network.as_deref() == Some("br1")
+        });
+        assert_eq!(daemon.status().middleboxes[0].network_problem, None);
+        assert!(!connect_plain(&segment.client, VM.into(), PORT) && pings(&segment.client, VM));
+        for port in segment.ports() {
+            run(&format!("ip link set {port} master br0"));
+        }
+        assert!(pings(&segment.client, VM));
+        wait_for("its new network", || {
+            daemon.status().middleboxes[0].network.as_deref() == Some("br0")
+        });
+        assert!(!connect_plain(&segment.client, VM.into(), PORT));
+        // Its MAC on the other bridge as well is said, and changes nothing.
+        let double = Host::attach("br1", "double", VM_MAC, &["10.129.126.15/24"]);
+        let other = Host::attach("br1", "other", "02:00:00:00:00:09", &["10.129.126.9/24"]);
+        assert!(pings(&other, VM));
+        wait_for("the double", || daemon.status().middleboxes[0].network_problem.is_some());
+        assert_eq!(daemon.status().middleboxes[0].network.as_deref(), Some("br0"));
+        assert!(!connect_plain(&segment.client, VM.into(), PORT));
+        drop(double);
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_port_is_filtered_from_its_first_frame_on_even_without_nfqd() {
+    in_netns(|| {
+        let (one, _other) = two_bridges();
+        let mut bound = Bound::new(&["bridge=br0"], &[]);
+        bound.guest(0).must(&format!("R F {VM_MAC} {VM} deny"));
+        bound.daemon.kill();
+        let late = Host::attach("br0", "late", "02:00:00:00:00:44", &["10.129.126.44/24"]);
+        late.run(&format!("ip neigh add {VM} lladdr {VM_MAC} dev eth0"));
+        assert!(!pings(&late, VM) && !connect_plain(&late, VM.into(), PORT));
+        late.run("ping -q -c 1 -W 5 10.129.126.17");
+        bound.daemon.restart();
+        assert!(!pings(&late, VM) && one.at_vm().is_none());
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn bridges_that_nfqd_is_not_to_serve_are_left_alone() {
+    in_netns(|| {
+        let (one, other) = two_bridges();
+        let daemon = Daemon::start(&["--bridge", "br1"]);
+        daemon.must(&format!("R F {VM_MAC} {VM} deny"));
+        wait_for("its network", || {
+            daemon.status().middleboxes[0].network.as_deref() == Some("br1")
+        });
+        assert_eq!((one.at_vm().as_deref(), other.at_vm()), (Some("vm0"), None));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_backend_that_changes_its_mac_is_followed_within_seconds() {
+    in_netns(|| {
+        bridge("br0");
+        let segment = Segment::new("0", ["vm", "backend"]);
+        segment.plug("br0");
+        let bound = Bound::new(&["bridge=br0"], &[]);
+        bound.guest(0).must(&format!("R L {VM_MAC} {VM}:80 rr {BACKEND} check=arp"));
+        wait_for_backends(&bound.daemon, "br0");
+        assert_eq!(segment.at_vm().as_deref(), Some("backend"));
+        // Without a gratuitous ARP packet.
+        segment.backend.run("sysctl -qw net.ipv4.conf.all.arp_notify=0");
+        segment.backend.run("ip link set eth0 address 02:00:00:00:00:77");
+        let start = Instant::now();
+        wait_for("the new MAC", || {
+            let backend = &middlebox_on(&bound.daemon, "br0").services[0].backends[0];
+            backend.mac.as_deref() == Some("02:00:00:00:00:77")
+        });
+        assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+        assert_eq!(who(&segment.client, VM, PORT).as_deref(), Some("backend"));
+    });
+}
