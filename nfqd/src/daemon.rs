@@ -307,7 +307,7 @@ impl Daemon {
         self.plane.enforcer.read_counters(&self.plane.desired);
         let plane = &self.plane;
         let bindings = Bindings::new(plane.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(plane, &bindings);
+        let source = StatusSource::new(&plane.desired, &plane.enforcer, plane.view(&bindings));
         let options = plane.enforcer.options();
         Status {
             version: env!("CARGO_PKG_VERSION").to_string(),

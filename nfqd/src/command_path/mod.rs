@@ -112,6 +112,12 @@ impl ControlPlane {
         }
     }
 
+    /// Returns the view of the host that slots and the status are made from.
+    pub fn view<'a>(&'a self, bindings: &'a Bindings<'a>) -> HostView<'a> {
+        let ControlPlane { backends, host, desired, .. } = self;
+        HostView { backends, host, networks: &desired.networks, bindings }
+    }
+
     /// Returns the network that a channel is bound to.
     pub fn network_of_channel(&mut self, channel: usize) -> NetworkId {
         let network = self.channels.get(channel).and_then(|channel| channel.spec().network.clone());

@@ -34,7 +34,7 @@ impl ControlPlane {
             }
         };
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(self, &bindings);
+        let source = StatusSource::new(&self.desired, &self.enforcer, self.view(&bindings));
         let mut text = String::new();
         for key in wanted {
             let Some(status) = source.middlebox(key) else { continue };

@@ -5,8 +5,6 @@ use crate::api::{
     ServiceStatus,
 };
 use crate::backends::HostView;
-use crate::bindings::Bindings;
-use crate::command_path::ControlPlane;
 use crate::enforce::Enforcer;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::filters::linear_rules;
@@ -28,9 +26,11 @@ pub struct StatusSource<'a> {
 
 impl<'a> StatusSource<'a> {
     /// The sources.
-    pub fn new(plane: &'a ControlPlane, bindings: &'a Bindings<'a>) -> StatusSource<'a> {
-        let ControlPlane { desired, enforcer, host, backends, .. } = plane;
-        let view = HostView { backends, host, networks: &desired.networks, bindings };
+    pub fn new(
+        desired: &'a Desired,
+        enforcer: &'a Enforcer,
+        view: HostView<'a>,
+    ) -> StatusSource<'a> {
         StatusSource { desired, enforcer, view }
     }
 

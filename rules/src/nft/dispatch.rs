@@ -38,7 +38,7 @@ const PASSES: [Pass; 2] = [
 ];
 
 /// Returns the maps from ports, without their elements.
-pub(super) fn port_maps() -> BTreeMap<String, Set> {
+fn port_maps() -> BTreeMap<String, Set> {
     let comment = "port to the chain of its network";
     let map = set_of(&[Type::Interface], Some(Data::Verdict), comment);
     PASSES.map(|pass| (format!("ports{}", pass.suffix), map.clone())).into()

@@ -15,7 +15,6 @@ mod upcall;
 
 pub(super) use upcall::queueing_table;
 
-use super::dispatch::port_maps;
 use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
 use super::names::layout_chain;
 use super::options::{FastPath, RulesetOptions};
@@ -47,7 +46,6 @@ struct BaseTable<'a> {
 pub(super) fn base_table() -> Table {
     let mut table = Table::new(Family::Bridge);
     table.sets = sets::shared_sets();
-    table.sets.extend(port_maps());
     table.chains.insert("finish".to_string(), learn::finish_chain());
     table.chains.insert(layout_chain(TABLE_LAYOUT), Chain::default());
     table
