@@ -1,10 +1,10 @@
 //! Startup: from the configuration to a running daemon.
 
 use crate::backends::{Backends, recovered_macs};
-use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
 use crate::command_path::journal::{Journal, JournalError};
+use crate::command_path::{ControlPlane, has_services};
 use crate::config::{Config, ConfigError, DaemonArgs, FailChoice};
 use crate::enforce::Enforcer;
 use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
@@ -130,7 +130,10 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         .map_err(|errno| StartError::system("bridges and their ports", errno))?;
     host.describe(&mut desired.networks);
     let middleboxes: Vec<MiddleboxKey> = desired.policy.middleboxes().keys().copied().collect();
-    host.place(middleboxes.into_iter(), &mut desired.networks);
+    host.place(middleboxes.iter().copied(), &mut desired.networks);
+    for key in middleboxes {
+        host.note_port(key, has_services(&desired.policy, key), &mut desired.networks);
+    }
     desired.slots = recovered.slots;
     let mut placed = desired.clone();
     placed.slots.sync_all(&placed.policy, &Places(&host), Instant::now());

@@ -25,7 +25,7 @@ const ID_SHIFT: u32 = 8;
 #[repr(u32)]
 pub enum Operation {
     /// On its way to the engine. A frame that comes back with it passed without a verdict.
-    Upcall = 1 << 27,
+    Upcall = 12 << 27,
     /// Rewrite the destination to the slot's backend.
     Redirect = 2 << 27,
     /// [`Redirect`](Operation::Redirect), and cache the flow.
@@ -49,8 +49,11 @@ pub enum Operation {
 /// The bit beside a rewriting operation that has the port rewritten as well. Beside
 /// [`Operation::Upcall`], the identifier is a network's.
 pub const PORT: u32 = 16 << 27;
-/// The bits of [`Operation::Upcall`], whatever its identifier is.
-pub const UPCALL: u32 = OPERATION & !PORT;
+/// The bit beside [`Operation::Upcall`] of a packet of a conversation that the middlebox itself has
+/// begun.
+pub const OWN: u32 = 1 << 27;
+/// The bits of [`Operation::Upcall`], whatever is beside it.
+pub const UPCALL: u32 = OPERATION & !(PORT | OWN);
 
 impl Operation {
     /// The operations that rewrite.
@@ -92,6 +95,11 @@ pub fn upcall_bits(origin: Origin) -> u32 {
         Origin::Network(NetworkId::ANY) => upcall,
         Origin::Network(id) => upcall | PORT | id.get() << ID_SHIFT,
     }
+}
+
+/// Whether a packet on its way to the engine is of a conversation that the middlebox itself has begun.
+pub fn is_own(mark: u32) -> bool {
+    mark & OWN != 0
 }
 
 /// Returns the origin of a packet on its way to the engine.
@@ -139,6 +147,7 @@ mod tests {
         for found in [network(0), network(7), network(MAX_ID), middlebox] {
             let bits = upcall_bits(found);
             assert_eq!((origin(bits), bits & UPCALL), (found, Operation::Upcall as u32));
+            assert!(!is_own(bits) && is_own(bits | OWN) && origin(bits | OWN) == found);
         }
         let rewriting = Operation::REWRITING.iter().flat_map(|op| [op.bits(false), op.bits(true)]);
         let all: std::collections::BTreeSet<u32> =

@@ -140,6 +140,8 @@ pub struct Networks {
     names: OrdMap<NetworkId, Network>,
     ids: OrdMap<Network, NetworkId>,
     ports: OrdMap<u32, Port>,
+    /// The ports of middleboxes with services, whose own conversations are remembered.
+    vm_ports: OrdMap<(NetworkId, MacAddr), u32>,
 }
 
 impl Networks {
@@ -211,10 +213,26 @@ impl Networks {
         self.ports.iter().map(|(index, port)| (*index, *port))
     }
 
+    /// Notes the port of a middlebox with services; `None` if it has no services, or its port is not
+    /// known.
+    pub fn set_vm_port(&mut self, network: NetworkId, mac: MacAddr, port: Option<u32>) {
+        match port {
+            Some(port) if self.vm_ports.get(&(network, mac)) == Some(&port) => {}
+            Some(port) => drop(self.vm_ports.insert((network, mac), port)),
+            None => drop(self.vm_ports.remove(&(network, mac))),
+        }
+    }
+
+    /// Returns the ports of middleboxes with services, each with its network.
+    pub fn vm_ports(&self) -> impl Iterator<Item = (NetworkId, u32)> {
+        self.vm_ports.iter().map(|((network, _), port)| (*network, *port))
+    }
+
     /// Whether another value has the same names and ports; found without visiting what both share.
     pub fn is_same(&self, other: &Networks) -> bool {
         (self.names.ptr_eq(&other.names) || self.names == other.names)
             && (self.ports.ptr_eq(&other.ports) || self.ports == other.ports)
+            && (self.vm_ports.ptr_eq(&other.vm_ports) || self.vm_ports == other.vm_ports)
     }
 
     /// Returns the network with a prefix, as [`Networks::prefix`] writes it.

@@ -16,6 +16,10 @@ pub const UDP_REPLY_TIMEOUT: u32 = 120;
 pub const BYPASS_TIMEOUT: u32 = 90;
 /// Lifetime of a cached flow that is closing; the engine keeps it longer.
 pub const CLOSE_TIMEOUT: u32 = 5;
+/// Lifetime of a TCP conversation that a middlebox itself has begun: as of a redirected one.
+pub const OWN_TCP_TIMEOUT: u32 = TCP_REPLY_TIMEOUT;
+/// Lifetime of a UDP conversation that a middlebox itself has begun (RFC 4787, REQ-5).
+pub const OWN_UDP_TIMEOUT: u32 = 300;
 /// Lifetime of the note of a backend's own ARP packet or neighbour advertisement: longer than nfqd
 /// reads them.
 pub const NEIGHBOUR_TIMEOUT: u32 = 120;

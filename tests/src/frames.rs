@@ -14,7 +14,7 @@ fn mac() -> impl Strategy<Value = [u8; 6]> {
     prop_oneof![
         8 => select(vec![1_u8, 2]).prop_map(|last| [2, 0, 0, 0, 0, last]),
         3 => select(vec![0x0c_u8, 0xb1, 0xb2]).prop_map(|last| [2, 0, 0, 0, 0, last]),
-        1 => Just([0xff; 6]),
+        1 => select(vec![[0xff; 6], [1, 0, 0x5e, 0, 0, 1]]),
         1 => Just([2, 9, 9, 9, 9, 9]),
     ]
 }

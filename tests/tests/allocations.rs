@@ -2,12 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd::engine::verdict::Verdict;
-use nfqd::engine::{EngineState, FilterScope, Snapshot, decide};
+use nfqd::engine::{EngineState, FilterScope, Ingress, Snapshot, decide};
+use nfqd_rules::Desired;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{Slots, Unobserved};
-use nfqd_rules::{Desired, NetworkId};
 use nfqd_tests::captures;
 use nfqd_tests::counting::{Counting, allocations};
 use std::time::Instant;
@@ -40,8 +40,7 @@ fn a_packet_costs_no_allocation() {
     let mut judge_all = || {
         for frame in &frames {
             let Some(packet) = Packet::from_frame(frame) else { continue };
-            let decision =
-                decide(&snapshot, &memory, NetworkId::ANY, &packet, 0).decision().unwrap();
+            let decision = decide(&snapshot, &memory, Ingress::ANY, &packet, 0).decision().unwrap();
             let _ = decision.verdict.mark(0);
             verdicts[match decision.verdict {
                 Verdict::Drop(_) | Verdict::Reject(_) | Verdict::AwaitFirstFragment => 0,
@@ -88,7 +87,7 @@ fn a_new_flow_costs_no_allocation() {
                 let packet = Packet::from_frame(&frame).unwrap();
                 let before = allocations();
                 let decision =
-                    decide(&snapshot, &memory, NetworkId::ANY, &packet, 0).decision().unwrap();
+                    decide(&snapshot, &memory, Ingress::ANY, &packet, 0).decision().unwrap();
                 assert!(matches!(decision.verdict, Verdict::Redirect(_)), "{decision:?}");
                 if from != 0 {
                     assert_eq!(allocations() - before, 0, "{method} {option}, port {port}");

@@ -246,3 +246,88 @@ fn a_backend_that_changes_its_mac_is_followed_within_seconds() {
         assert_eq!(who(&segment.client, VM, PORT).as_deref(), Some("backend"));
     });
 }
+
+/// Answers every datagram with its own content.
+fn echo(host: &Host, port: u16) -> std::net::UdpSocket {
+    let socket = host.enter(|| std::net::UdpSocket::bind(("0.0.0.0", port)).unwrap());
+    let its = socket.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2000];
+        while let Ok((len, from)) = its.recv_from(&mut buffer) {
+            let _ = its.send_to(&buffer[..len], from);
+        }
+    });
+    socket
+}
+
+/// Whether a datagram from one host is answered.
+fn is_answered(host: &Host, from: u16, to: (std::net::Ipv4Addr, u16)) -> bool {
+    let socket = host.enter(|| std::net::UdpSocket::bind(("0.0.0.0", from)).unwrap());
+    socket.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
+    socket.send_to(b"question", to).unwrap();
+    socket.recv(&mut [0; 100]).is_ok()
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn what_the_vm_begins_comes_back_to_it() {
+    for mode in ["full", "off"] {
+        in_netns(move || {
+            bridge("br0");
+            let segment = Segment::new("0", ["vm", "backend"]);
+            segment.plug("br0");
+            let server = Host::attach("br0", "server", "02:00:00:00:00:53", &["10.129.126.53/24"]);
+            let address = std::net::Ipv4Addr::new(10, 129, 126, 53);
+            let _servers = [echo(&server, 53), echo(&server, 123), echo(&segment.backend, 123)];
+            let _web = nfqd_tests::topology::Server::start(&server, "server", 8080);
+            let bound = Bound::new(&["bridge=br0"], &["--fast-path", mode]);
+            for service in [
+                format!("R L {VM_MAC} {VM} 0 {BACKEND}"),
+                format!("R L {VM_MAC} {VM} rr {BACKEND}"),
+                format!("R L {VM_MAC} {VM}:123/udp rr {BACKEND}"),
+            ] {
+                bound.guest(0).must(&service);
+                wait_for_backends(&bound.daemon, "br0");
+                for (from, port) in [(0, 53), (0, 123), (123, 123)] {
+                    let answered = is_answered(&segment.vm, from, (address, port));
+                    assert!(answered, "{mode}, {service}: UDP {from} to {port}");
+                }
+                let tcp = who(&segment.vm, address, 8080);
+                assert_eq!(tcp.as_deref(), Some("server"), "{mode}, {service}");
+                assert!(pings(&segment.vm, address), "{mode}, {service}: ping");
+                // Fragmented answers.
+                let big = segment
+                    .vm
+                    .command("ping")
+                    .args(["-qc1", "-W1", "-s", "3000", "10.129.126.53"])
+                    .output()
+                    .unwrap();
+                assert!(big.status.success(), "{mode}, {service}: large ping");
+                // Clients are still balanced.
+                assert!(is_answered(&segment.client, 0, (VM, 123)), "{mode}, {service}");
+                bound.guest(0).must(&format!("X {VM_MAC}"));
+            }
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_group_address_is_no_way_around_the_filters() {
+    for mode in ["full", "off"] {
+        in_netns(move || {
+            bridge("br0");
+            let segment = Segment::new("0", ["vm", "backend"]);
+            segment.plug("br0");
+            let _echo = [echo(&segment.vm, 5000), echo(&segment.vm, 5001)];
+            let bound = Bound::new(&["bridge=br0"], &["--fast-path", mode]);
+            bound.guest(0).must(&format!("R F {VM_MAC} {VM} deny"));
+            bound.guest(0).must(&format!("A {VM_MAC} +1 U 2 d 5001"));
+            for mac in [VM_MAC, "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01", "33:33:00:00:00:01"] {
+                segment.client.run(&format!("ip neigh replace {VM} lladdr {mac} dev eth0"));
+                assert!(!is_answered(&segment.client, 0, (VM, 5000)), "{mode}, {mac}");
+                assert!(is_answered(&segment.client, 0, (VM, 5001)), "{mode}, {mac}: allowed");
+            }
+        });
+    }
+}

@@ -59,7 +59,10 @@ impl Topology {
     /// Sends a frame and waits until it is through; returns the frames that came out, by port.
     /// Floods reach the sentinel's port, too.
     fn pass(&self, frame: &[u8]) -> Vec<(usize, Vec<u8>)> {
-        self.uplink.send(frame);
+        match self.port_of_middlebox(frame.get(6..12)) {
+            Some(index) => self.ports[index].0.send(frame),
+            None => self.uplink.send(frame),
+        }
         self.uplink.send(&sentinel_frame());
         loop {
             let out = self.sentinel.receive(Duration::from_secs(10));
@@ -76,9 +79,18 @@ impl Topology {
         seen
     }
 
-    /// The expected frames by port, if `leaves` leaves the middle of the bridge.
+    /// The port that the frames of a middlebox come in by.
+    fn port_of_middlebox(&self, source: Option<&[u8]>) -> Option<usize> {
+        let is_middlebox = |mac: &[u8; 6]| MIDDLEBOXES.iter().any(|known| bytes(known) == *mac);
+        let is_source = |mac: &[u8; 6]| source == Some(&mac[..]) && is_middlebox(mac);
+        self.ports.iter().position(|(_, macs)| macs.iter().any(is_source))
+    }
+
+    /// The expected frames by port, if `leaves` leaves the middle of the bridge. None leaves by the
+    /// port that it came in by.
     fn expected(&self, leaves: Option<Vec<u8>>) -> Vec<(usize, Vec<u8>)> {
         let Some(frame) = leaves else { return Vec::new() };
+        let ingress = self.port_of_middlebox(frame.get(6..12));
         let Some(frame) = (if self.by_br_netfilter { br_netfilter(&frame) } else { Some(frame) })
         else {
             return Vec::new();
@@ -86,8 +98,12 @@ impl Topology {
         let at =
             self.ports.iter().position(|(_, macs)| macs.iter().any(|mac| frame[..6] == mac[..]));
         match at {
+            Some(index) if Some(index) == ingress => Vec::new(),
             Some(index) => vec![(index, frame)],
-            None => (0..self.ports.len()).map(|index| (index, frame.clone())).collect(),
+            None => {
+                let others = (0..self.ports.len()).filter(|index| Some(*index) != ingress);
+                others.map(|index| (index, frame.clone())).collect()
+            }
         }
     }
 }
@@ -172,6 +188,8 @@ struct Tally {
     redirected: usize,
     /// Answers that were translated, among those accepted.
     replies: usize,
+    /// Answers to the middlebox itself.
+    own: usize,
     /// ICMP errors about flows, from routers before the backend.
     errors: usize,
     /// Later fragments that had to wait.
@@ -237,6 +255,10 @@ impl Oracles {
             }
             // A frame that br_netfilter drops on its way to the engine leaves no state there.
             if self.topology.by_br_netfilter && br_netfilter(frame).is_none() {
+                // One of a middlebox is remembered before that, as what the middlebox has begun.
+                if self.topology.port_of_middlebox(frame.get(6..12)).is_some() {
+                    continue;
+                }
                 let seen = self.topology.pass(frame);
                 prop_assert!(
                     seen.is_empty(),
@@ -258,6 +280,7 @@ impl Oracles {
                 let balanced = line.to.is_some() || line.from.is_some();
                 self.tally.errors += usize::from(line.reason.contains("about a flow"));
                 self.tally.replies += usize::from(balanced && line.from.is_some());
+                self.tally.own += usize::from(line.reason.contains("of the middlebox itself"));
                 expected.extend(self.topology.expected(leaves.clone()));
             }
             self.tally.held += usize::from(outcomes.is_empty());
@@ -410,7 +433,7 @@ fn random(fast_path: &'static str) {
         let least = tally.accepted.min(tally.dropped).min(tally.redirected);
         assert!(least > policies as usize, "a verdict hardly came up: {tally:?}");
         assert!(
-            tally.held.min(tally.errors).min(tally.replies) > policies as usize / 10,
+            tally.held.min(tally.errors).min(tally.replies).min(tally.own) > policies as usize / 20,
             "hardly came up: {tally:?}"
         );
     });

@@ -16,7 +16,7 @@ use crate::networks::HostNetworks;
 use channel::Channel;
 use journal::{Journal, JournalError};
 use nfqd_rules::service::BackendRef;
-use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
 use std::time::Instant;
 
 /// The control plane: everything that commands change, and the means to enforce and save it.
@@ -39,6 +39,11 @@ pub struct ControlPlane {
     pub lacks_ids: bool,
     /// Whether a command has named a backend whose MAC is not known yet.
     pub has_new_backend: bool,
+}
+
+/// Whether a middlebox has services.
+pub fn has_services(policy: &Policy, key: MiddleboxKey) -> bool {
+    policy.get(key).is_some_and(|middlebox| !middlebox.services().is_empty())
 }
 
 impl ControlPlane {
@@ -104,7 +109,11 @@ impl ControlPlane {
         if !is_concerned {
             return;
         }
-        let is_moved = self.host.place(middleboxes.into_iter(), &mut self.desired.networks);
+        let Desired { policy, networks, .. } = &mut self.desired;
+        let is_moved = self.host.place(middleboxes.iter().copied(), networks);
+        for key in middleboxes.iter().filter(|key| changes.concern(key.mac)) {
+            self.host.note_port(*key, has_services(policy, *key), networks);
+        }
         self.follow_observations();
         if is_moved || !before.is_same(&self.desired.networks) {
             // A new port must not wait; a failure is logged and tried again.

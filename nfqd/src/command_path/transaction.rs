@@ -1,8 +1,8 @@
 //! Transactions: commands are applied, enforced, saved and answered, or roll back.
 
-use super::ControlPlane;
 use super::authorise::authorise;
 use super::channel::Channel;
+use super::{ControlPlane, has_services};
 use crate::backends::HostView;
 use crate::bindings::Bindings;
 use nfqd_rules::{Desired, NetworkId, Policy};
@@ -163,7 +163,10 @@ impl ControlPlane {
     fn sync_slots(&mut self, before: &Policy) -> bool {
         let Desired { policy, slots, networks } = &mut self.desired;
         let changed = policy.changed(before);
-        changed.iter().for_each(|key| self.host.place_one(*key, networks));
+        for key in &changed {
+            self.host.place_one(*key, networks);
+            self.host.note_port(*key, has_services(policy, *key), networks);
+        }
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
         let (backends, host) = (&self.backends, &self.host);
         let view = HostView { backends, host, networks, bindings: &bindings };

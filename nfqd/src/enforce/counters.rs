@@ -43,10 +43,12 @@ impl CarriedCounters {
         carried.backends.retain(|key, _| has_backend(policy, key));
     }
 
-    /// Carries over the counters of rules that a change replaces.
-    pub(super) fn carry_replaced_rules(&mut self, replaced: &Counters) {
+    /// Carries over the counters of rules and middleboxes that a change replaces.
+    pub(super) fn carry_replaced(&mut self, replaced: &Counters) {
         // The last reading must not count them a second time until the next one.
-        self.kernel_counters.rules.retain(|rule, _| !replaced.rules.contains_key(rule));
+        let last = &mut self.kernel_counters;
+        last.rules.retain(|rule, _| !replaced.rules.contains_key(rule));
+        last.middleboxes.retain(|key, _| !replaced.middleboxes.contains_key(key));
         self.carried_counters.add(replaced);
     }
 

@@ -88,7 +88,7 @@ impl Enforcer {
                 return Err(self.repair(&before).err().unwrap_or(error));
             }
         };
-        self.counters.carry_replaced_rules(&replaced);
+        self.counters.carry_replaced(&replaced);
         self.publish(desired);
         let mut finished = Ok(());
         if change.has_leftovers() {

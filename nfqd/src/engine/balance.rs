@@ -1,6 +1,6 @@
 //! Load balancing: the backend of a packet that a service takes.
 
-use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
+use super::flows::{FlowEvent, FlowMatch, FlowState, OriginalTuple, ReplyTuple};
 use super::pipeline::{
     NO_PORTS, PacketContext, SnapshotOutdated, cache_action, client_event, reversed,
 };
@@ -75,11 +75,25 @@ impl PacketContext<'_> {
         let found =
             self.state.flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
         match found {
-            Some(found) if found.current == Some(slot) && !found.ended_before(event) => {
-                if found.may_install { cache_action(found.state, event) } else { CacheAction::None }
+            Some(found)
+                if found.current == Some(slot)
+                    && !found.ended_before(event)
+                    && !self.is_of_other_kind(&found, key) =>
+            {
+                if found.may_install {
+                    cache_action(found.state, event)
+                } else {
+                    CacheAction::None
+                }
             }
             _ => self.begin_flow(key, slot, ip, event),
         }
+    }
+
+    /// Whether a flow began when its service rewrote MACs only and does not now, or the other way
+    /// round: its replies are others.
+    fn is_of_other_kind(&self, found: &FlowMatch, key: &SlotKey) -> bool {
+        found.state != FlowState::Closing && found.has_reply == self.snapshot.is_dsr(key)
     }
 
     /// Returns the reply direction of this packet's flow if it goes to a slot; `None` if replies do
@@ -91,7 +105,7 @@ impl PacketContext<'_> {
         let ports = reversed(ip.ports.unwrap_or(NO_PORTS));
         let source = key.ports().map_or(ports.source, |(_, backend)| backend);
         Some(ReplyTuple {
-            network: self.network,
+            network: self.ingress.network,
             backend: key.backend.ip,
             client: ip.source,
             protocol: ip.protocol,
@@ -146,6 +160,10 @@ impl PacketContext<'_> {
         match found.current.and_then(|slot| self.in_use(slot)) {
             Some(_) if found.ended_before(event) => {}
             Some((slot, key)) if self.snapshot.is_reachable(&key) => {
+                if self.is_of_other_kind(&found, &key) {
+                    let cache = self.begin_flow(&key, slot, ip, event);
+                    return Ok(Verdict::Redirect(self.translation(slot, key, ip, cache)));
+                }
                 let cache = if found.may_install {
                     cache_action(found.state, event)
                 } else {

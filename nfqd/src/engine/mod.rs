@@ -70,6 +70,20 @@ enum FragmentRoute {
     Dropped,
 }
 
+/// The origin of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ingress {
+    /// The network that it is on.
+    pub network: NetworkId,
+    /// Whether it is of a conversation that the middlebox itself has begun.
+    pub is_own: bool,
+}
+
+impl Ingress {
+    /// A packet of the only network there is, of no conversation of the middlebox itself.
+    pub const ANY: Ingress = Ingress { network: NetworkId::ANY, is_own: false };
+}
+
 /// The result of [`decide`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EngineResult {

@@ -4,24 +4,24 @@ use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
 use super::verdict::{
     AcceptReason, CacheAction, Decision, DropReason, QuotedTranslation, Translation, Verdict,
 };
-use super::{EngineResult, EngineState, FragmentKey, FragmentRoute, Snapshot};
+use super::{EngineResult, EngineState, FragmentKey, FragmentRoute, Ingress, Snapshot};
 use nfqd_rules::packet::{IPV6_LEN, IpHeader, Packet, Ports};
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{FilterDecision, Middlebox, MiddleboxKey, NetworkId, SlotId};
+use nfqd_rules::{FilterDecision, Middlebox, MiddleboxKey, SlotId};
 use nfqd_shmctl::{Action, Fragment, Protocol};
 use std::net::IpAddr;
 
-/// Decides on a packet on a network, and records the flow of one that it sends to a backend. `now` is
+/// Decides on a packet, and records the flow of one that it sends to a backend. `now` is
 /// in seconds of the engine's clock.
 pub fn decide(
     snapshot: &Snapshot,
     state: &EngineState,
-    network: NetworkId,
+    ingress: Ingress,
     packet: &Packet,
     now: u32,
 ) -> EngineResult {
-    let mac = packet.link.destination;
+    let (network, mac) = (ingress.network, packet.link.destination);
     let key = snapshot.middlebox_at(network, mac);
     let middlebox = key.and_then(|key| Some((key, snapshot.policy().get(key)?)));
     let filtered = match middlebox.filter(|(_, middlebox)| snapshot.filters(mac, middlebox)) {
@@ -31,7 +31,7 @@ pub fn decide(
     let verdict = match filtered.action {
         Action::Deny => Ok(Verdict::Drop(DropReason::Filtered)),
         Action::Allow => {
-            PacketContext { snapshot, state, network, middlebox, packet, now }.forward()
+            PacketContext { snapshot, state, ingress, middlebox, packet, now }.forward()
         }
     };
     match verdict {
@@ -98,7 +98,7 @@ pub(super) fn cache_action(state: FlowState, event: FlowEvent) -> CacheAction {
 pub(super) struct PacketContext<'a> {
     pub snapshot: &'a Snapshot,
     pub state: &'a EngineState,
-    pub network: NetworkId,
+    pub ingress: Ingress,
     pub middlebox: Option<(MiddleboxKey, &'a Middlebox)>,
     pub packet: &'a Packet,
     pub now: u32,
@@ -124,6 +124,7 @@ impl PacketContext<'_> {
         let reply = if from_backend { self.reply(&ip)? } else { None };
         let verdict = match reply {
             Some(verdict) => verdict,
+            None if balanced && self.is_own(&ip) => Verdict::Accept(AcceptReason::OwnConversation),
             None => self.redirect(&ip)?.unwrap_or_else(|| self.unchanged(from_backend)),
         };
         if ip.fragment == Fragment::First && (from_backend || balanced) {
@@ -140,7 +141,30 @@ impl PacketContext<'_> {
 
     /// Whether an address on the packet's network is a backend's.
     fn is_backend(&self, ip: IpAddr) -> bool {
-        self.snapshot.desired().slots.is_backend(self.network, ip)
+        self.snapshot.desired().slots.is_backend(self.ingress.network, ip)
+    }
+
+    /// Whether a packet belongs to the middlebox itself, whatever its services take: it is of a
+    /// conversation that the middlebox has begun, or answers what only the owner of an address asks.
+    fn is_own(&self, ip: &IpHeader) -> bool {
+        const ECHO_REPLY: u8 = 0;
+        const ECHO_REPLY_6: u8 = 129;
+        /// Router and neighbour discovery (RFC 4861).
+        const DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+        let is_dhcp = ip.protocol == Protocol::UDP
+            && ip.ports.is_some_and(|ports| {
+                matches!((ports.source, ports.destination), (67, 68) | (547, 546))
+            });
+        let kind = ip.icmp_type;
+        let is_answer = match ip.protocol {
+            Protocol::ICMP => kind == Some(ECHO_REPLY),
+            Protocol::ICMPV6 => {
+                kind.is_some_and(|kind| kind == ECHO_REPLY_6 || DISCOVERY.contains(&kind))
+            }
+            _ => false,
+        };
+        // An error about a packet of no flow is about one of the middlebox.
+        self.ingress.is_own || is_dhcp || is_answer || ip.quoted.is_some()
     }
 
     /// Returns the verdict on a packet that nothing else takes.
@@ -190,7 +214,7 @@ impl PacketContext<'_> {
 
     fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
         FragmentKey {
-            network: self.network,
+            network: self.ingress.network,
             destination_mac: self.packet.link.destination,
             source: ip.source,
             destination: ip.destination,
@@ -231,7 +255,7 @@ impl PacketContext<'_> {
     /// Translates a packet from a backend's address if it is a reply of a flow.
     fn reply(&self, ip: &IpHeader) -> Result<Option<Verdict>, SnapshotOutdated> {
         let tuple = ReplyTuple {
-            network: self.network,
+            network: self.ingress.network,
             backend: ip.source,
             client: ip.destination,
             protocol: ip.protocol,
@@ -243,7 +267,7 @@ impl PacketContext<'_> {
         let Some(found) = found else { return Ok(None) };
         if found.is_new_connection {
             // The flow has ended; the client has made a new connection with the backend itself.
-            flows.remove_reply(&tuple);
+            flows.detach_reply(&tuple);
             return Ok(None);
         }
         if found.current.is_none() && self.snapshot.is_unknown(found.slot) {
@@ -297,7 +321,7 @@ impl PacketContext<'_> {
         }
         // From the backend's side: about what the client sent, as the backend saw it.
         let tuple = ReplyTuple {
-            network: self.network,
+            network: self.ingress.network,
             backend: quoted.destination,
             client: quoted.source,
             protocol: quoted.protocol,

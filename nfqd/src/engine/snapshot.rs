@@ -1,5 +1,6 @@
 //! The snapshot of the policy that the engine decides by.
 
+use super::Ingress;
 use nfqd_rules::mark::{self, Origin};
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{BackendView, SlotKey};
@@ -71,18 +72,19 @@ impl Snapshot {
         &self.pools
     }
 
-    /// Returns the network that a packet is on by its mark, and the MAC of the middlebox that it goes
-    /// to, if the mark names that.
-    pub fn origin_of(&self, mark: u32) -> (NetworkId, Option<MacAddr>) {
+    /// Returns the origin of a packet by its mark, and the MAC of the middlebox that it goes to, if
+    /// the mark names that.
+    pub fn origin_of(&self, mark: u32) -> (Ingress, Option<MacAddr>) {
         let slots = &self.desired.slots;
-        match mark::origin(mark) {
+        let (network, mac) = match mark::origin(mark) {
             Origin::Network(network) => (network, None),
             Origin::Middlebox(id) => {
                 let key = slots.middlebox(id);
                 let network = key.and_then(|key| slots.network_of(key));
                 (network.unwrap_or(NetworkId::ANY), key.map(|key| key.mac))
             }
-        }
+        };
+        (Ingress { network, is_own: mark::is_own(mark) }, mac)
     }
 
     /// Returns the middlebox with this MAC on a network.

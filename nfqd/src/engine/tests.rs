@@ -49,7 +49,7 @@ fn udp(from: [u8; 6], to: [u8; 6], ips: (u8, u8), ports: (u16, u16)) -> Packet {
 }
 
 fn decision(snapshot: &Snapshot, flows: &EngineState, packet: &Packet, now: u32) -> Verdict {
-    decide(snapshot, flows, NetworkId::ANY, packet, now).decision().unwrap().verdict
+    decide(snapshot, flows, Ingress::ANY, packet, now).decision().unwrap().verdict
 }
 
 fn frontend_of(verdict: Verdict) -> Option<IpAddr> {

@@ -92,6 +92,8 @@ pub enum AcceptReason {
     NotForMiddlebox,
     /// No rule denies it and no service takes it.
     NoMatch,
+    /// It is of a conversation that the middlebox itself has begun.
+    OwnConversation,
     /// A service takes it, but the backend's MAC is not known yet.
     BackendUnresolved,
     /// A service takes it but has no backend for it, and passes it to the middlebox in that case.

@@ -137,6 +137,9 @@ impl HostNetworks {
             let placement = self.placement(key, networks);
             if let Some(before) = self.placements.get(&key).filter(|before| **before != placement) {
                 report_move(key, before, &placement, networks);
+                if before.network != placement.network {
+                    networks.set_vm_port(before.network, key.mac, None);
+                }
             }
             placements.insert(key, placement);
         }
@@ -190,6 +193,17 @@ impl HostNetworks {
         let mut bridges = self.links.bridges.values().filter(|bridge| self.serves(&bridge.name));
         let bridge = bridges.next().filter(|_| !is_bound)?;
         bridges.next().is_none().then(|| Network::bridge(&bridge.name))
+    }
+
+    /// Notes the port of a middlebox, whose own conversations are remembered if it has services.
+    pub fn note_port(&self, key: MiddleboxKey, has_services: bool, networks: &mut Networks) {
+        let network = self.network_of(key);
+        let name = networks.name(network).filter(|_| has_services).cloned();
+        let seen = name.and_then(|name| {
+            let mut segments = self.fdb.segments(key.mac);
+            segments.find(|(segment, _)| self.network(*segment).as_ref() == Some(&name))
+        });
+        networks.set_vm_port(network, key.mac, seen.map(|(_, port)| port));
     }
 
     /// Returns the network that a MAC is on; [`NetworkId::ANY`] if that is not known.

@@ -1,5 +1,6 @@
 //! Later fragments of datagrams that arrived before the first one, which decides where they go.
 
+use crate::engine::Ingress;
 use nfqd_rules::NetworkId;
 use nfqd_rules::packet::Packet;
 use nfqd_shmctl::Fragment;
@@ -17,7 +18,7 @@ pub struct FragmentQueue<T> {
 
 struct PendingFragment<T> {
     since: u32,
-    network: NetworkId,
+    ingress: Ingress,
     packet: Packet,
     release: T,
 }
@@ -30,21 +31,21 @@ impl<T> Default for FragmentQueue<T> {
 
 impl<T> FragmentQueue<T> {
     /// Holds a fragment. Returns the one that is evicted for it, if there are too many.
-    pub fn push(&mut self, network: NetworkId, packet: &Packet, release: T, now: u32) -> Option<T> {
+    pub fn push(&mut self, ingress: Ingress, packet: &Packet, release: T, now: u32) -> Option<T> {
         let is_full = self.pending.len() >= MAX_PENDING;
         let evicted = if is_full { self.pending.pop_front() } else { None };
-        self.pending.push_back(PendingFragment { since: now, network, packet: *packet, release });
+        self.pending.push_back(PendingFragment { since: now, ingress, packet: *packet, release });
         evicted.map(|fragment| fragment.release)
     }
 
     /// Returns the fragments that waited for this first fragment, in the order of their arrival.
-    pub fn released_by(&mut self, network: NetworkId, first: &Packet) -> Vec<(Packet, T)> {
+    pub fn released_by(&mut self, network: NetworkId, first: &Packet) -> Vec<(Ingress, Packet, T)> {
         let Some(ip) = first.ip.filter(|ip| ip.fragment == Fragment::First) else {
             return Vec::new();
         };
         let datagram = (ip.source, ip.destination, ip.protocol, ip.id);
         let released = self.take(|fragment| {
-            let same_link = fragment.network == network
+            let same_link = fragment.ingress.network == network
                 && fragment.packet.link.destination == first.link.destination;
             let same_datagram = fragment
                 .packet
@@ -52,7 +53,10 @@ impl<T> FragmentQueue<T> {
                 .is_some_and(|ip| (ip.source, ip.destination, ip.protocol, ip.id) == datagram);
             same_link && same_datagram
         });
-        released.into_iter().map(|fragment| (fragment.packet, fragment.release)).collect()
+        released
+            .into_iter()
+            .map(|fragment| (fragment.ingress, fragment.packet, fragment.release))
+            .collect()
     }
 
     /// Returns the fragments that have waited for too long.

@@ -8,12 +8,12 @@ use super::inject::Injector;
 use super::queue::{Inbox, Queue, Queued, VerdictBatch};
 use super::reject;
 use crate::engine::verdict::{Decision, DropReason, Verdict};
-use crate::engine::{EngineResult, EngineState, Snapshot, decide};
+use crate::engine::{EngineResult, EngineState, Ingress, Snapshot, decide};
 use crate::rate_limiter::RateLimiter;
 use arc_swap::ArcSwap;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::translate_quoted;
-use nfqd_rules::{Counter, MiddleboxKey, NetworkId, mark};
+use nfqd_rules::{Counter, MiddleboxKey, mark};
 use nfqd_shmctl::{Fragment, RuleId};
 use nix::errno::Errno;
 use nix::poll::PollTimeout;
@@ -294,16 +294,16 @@ impl PacketProcessor {
 
     /// Has the engine decide on a packet. If it asks for a newer snapshot, that one is used for the
     /// rest of the batch, because fragments that the packet releases have the same flow.
-    fn decide(&mut self, network: NetworkId, packet: &Packet, length: usize) -> Decision {
-        let decision = self.decide_by_snapshot(network, packet);
-        let middlebox = self.snapshot.middlebox_at(network, packet.link.destination);
+    fn decide(&mut self, ingress: Ingress, packet: &Packet, length: usize) -> Decision {
+        let decision = self.decide_by_snapshot(ingress, packet);
+        let middlebox = self.snapshot.middlebox_at(ingress.network, packet.link.destination);
         self.counters.count(middlebox, &decision, length);
         decision
     }
 
-    fn decide_by_snapshot(&mut self, network: NetworkId, packet: &Packet) -> Decision {
+    fn decide_by_snapshot(&mut self, ingress: Ingress, packet: &Packet) -> Decision {
         for _ in 0..2 {
-            match decide(&self.snapshot, &self.shared.state, network, packet, self.now) {
+            match decide(&self.snapshot, &self.shared.state, ingress, packet, self.now) {
                 EngineResult::Decided(decision) => return decision,
                 EngineResult::RetryWithNewerSnapshot => {
                     self.snapshot = self.shared.snapshot.load_full();
@@ -317,10 +317,10 @@ impl PacketProcessor {
 
     fn process(&mut self, queued: &Queued<'_>) {
         self.counters.packets.fetch_add(1, Relaxed);
-        let (network, packet) = with_origin(&self.snapshot, queued);
-        let decision = self.decide(network, &packet, queued.length);
+        let (ingress, packet) = with_origin(&self.snapshot, queued);
+        let decision = self.decide(ingress, &packet, queued.length);
         match decision.verdict {
-            Verdict::AwaitFirstFragment => self.hold(network, &packet, queued),
+            Verdict::AwaitFirstFragment => self.hold(ingress, &packet, queued),
             Verdict::Reject(_) => {
                 self.answer_sender(&packet, queued);
                 self.verdicts.drop(queued.id);
@@ -328,20 +328,20 @@ impl PacketProcessor {
             verdict => give(&verdict, &packet, queued, &mut self.verdicts),
         }
         if packet.ip.is_some_and(|ip| ip.fragment == Fragment::First) {
-            self.release_fragments(network, &packet);
+            self.release_fragments(ingress, &packet);
         }
     }
 
-    fn hold(&mut self, network: NetworkId, packet: &Packet, queued: &Queued<'_>) {
+    fn hold(&mut self, ingress: Ingress, packet: &Packet, queued: &Queued<'_>) {
         let pending = PendingPacket { id: queued.id, mark: queued.mark, length: queued.length };
-        if let Some(evicted) = self.fragments.push(network, packet, pending, self.now) {
+        if let Some(evicted) = self.fragments.push(ingress, packet, pending, self.now) {
             self.verdicts.drop(evicted.id);
         }
     }
 
-    fn release_fragments(&mut self, network: NetworkId, first: &Packet) {
-        for (packet, pending) in self.fragments.released_by(network, first) {
-            let decision = self.decide(network, &packet, pending.length);
+    fn release_fragments(&mut self, ingress: Ingress, first: &Packet) {
+        for (ingress, packet, pending) in self.fragments.released_by(ingress.network, first) {
+            let decision = self.decide(ingress, &packet, pending.length);
             match decision.verdict.mark(pending.mark) {
                 Some(mark) => self.verdicts.accept(pending.id, mark),
                 None => self.verdicts.drop(pending.id),
@@ -387,15 +387,15 @@ fn give(verdict: &Verdict, packet: &Packet, queued: &Queued<'_>, verdicts: &mut 
     }
 }
 
-/// Returns the network of a packet, and the packet with its destination MAC. By br_netfilter the
+/// Returns the origin of a packet, and the packet with its destination MAC. By br_netfilter the
 /// Ethernet header is not in the message; the mark names the middlebox.
-fn with_origin(snapshot: &Snapshot, queued: &Queued<'_>) -> (NetworkId, Packet) {
+fn with_origin(snapshot: &Snapshot, queued: &Queued<'_>) -> (Ingress, Packet) {
     let mut packet = queued.packet;
-    let (network, mac) = snapshot.origin_of(queued.mark);
+    let (ingress, mac) = snapshot.origin_of(queued.mark);
     if let Some(mac) = mac.filter(|_| !queued.has_link) {
         packet.link.destination = mac;
     }
-    (network, packet)
+    (ingress, packet)
 }
 
 #[cfg(test)]
@@ -433,7 +433,7 @@ mod tests {
         policy.apply_line(POOL).unwrap();
         let new = old.successor(policy, &Unobserved);
         // Another worker begins the flow.
-        let result = decide(&new, &shared.state, NetworkId::ANY, &fragment(true), 0);
+        let result = decide(&new, &shared.state, Ingress::ANY, &fragment(true), 0);
         let Some(Verdict::Redirect(to)) = result.decision().map(|decision| decision.verdict) else {
             panic!("{result:?}");
         };

@@ -1,139 +1,260 @@
-//! Reading of captures: pcap and pcapng files of Ethernet frames.
+//! Reading of captures: pcap and pcapng files of Ethernet frames, compressed by gzip or not.
 
 use super::ReplayError;
-use pcap_file::DataLink;
-use pcap_file::TsResolution;
-use pcap_file::pcap::PcapReader;
-use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
-use pcap_file::pcapng::{Block, PcapNgReader};
+use flate2::bufread::MultiGzDecoder;
+use pcap_parser::pcapng::{EnhancedPacketBlock, InterfaceDescriptionBlock};
+use pcap_parser::traits::PcapNGPacketBlock;
+use pcap_parser::{
+    Block, Linktype, OptionCode, PcapBlockOwned, PcapError, PcapHeader, create_reader,
+};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::time::Duration;
 
-/// A frame of a capture.
+/// A packet of a capture.
 pub struct Captured<'a> {
     /// The time of capture.
     pub time: Duration,
-    /// The bytes of the frame, or the first of them.
+    /// The bytes of the frame without its checksum (FCS), or the first of them.
     pub frame: &'a [u8],
     /// The full length in bytes.
     pub length: usize,
+    /// The link type of its interface (https://www.tcpdump.org/linktypes.html).
+    pub link: u16,
 }
 
-/// The first bytes of a pcapng file.
-const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];
+/// The link type of Ethernet frames.
+pub const ETHERNET: u16 = 1;
 
-/// Passes each Ethernet frame of a pcap or pcapng file to `each`. The file may be a pipe.
+/// The first bytes of a gzip file.
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+/// The size of the reader's buffer in bytes at first, and at most. A block must fit into it.
+const BUFFER: (usize, usize) = (1 << 16, 1 << 28);
+
+/// Passes each packet of a pcap or pcapng file to `each`. The file may be a pipe.
 ///
 /// # Errors
 /// If the file cannot be read or is not such a capture.
 pub fn read_capture(
     path: &Path,
-    each: impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
+    mut each: impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
 ) -> Result<(), ReplayError> {
     let io = |source| ReplayError::Io { path: path.display().to_string(), source };
     let mut file = BufReader::new(File::open(path).map_err(io)?);
-    if file.fill_buf().map_err(io)?.starts_with(&PCAPNG_MAGIC) {
-        read_pcapng(path, file, each)
-    } else {
-        read_pcap(path, file, each)
+    let is_compressed = file.fill_buf().map_err(io)?.starts_with(&GZIP_MAGIC);
+    let input: Box<dyn Read + Send> =
+        if is_compressed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let mut capture = Capture { path, packets: 0, interfaces: Vec::new(), nanoseconds: false };
+    // A pipe may give less than a header at a time.
+    let mut reader =
+        create_reader(BUFFER.0, WholeReads(input)).map_err(|error| capture.broken(&error))?;
+    let mut size = BUFFER.0;
+    loop {
+        match reader.next() {
+            Ok((used, block)) => {
+                capture.block(&block, &mut each)?;
+                reader.consume(used);
+            }
+            Err(PcapError::Eof) => return Ok(()),
+            Err(PcapError::Incomplete(_)) => {
+                reader.refill().map_err(|error| capture.broken(&error))?;
+            }
+            Err(PcapError::BufferTooSmall) if size < BUFFER.1 => {
+                size *= 2;
+                if !reader.grow(size) {
+                    return Err(capture.broken(&PcapError::<&[u8]>::BufferTooSmall));
+                }
+                reader.refill().map_err(|error| capture.broken(&error))?;
+            }
+            Err(error) => return Err(capture.broken(&error)),
+        }
     }
 }
 
-fn broken(path: &Path, packet: u64) -> impl FnOnce(pcap_file::PcapError) -> ReplayError + use<> {
-    let path = path.display().to_string();
-    move |source| ReplayError::Capture { path, packet, source }
-}
+/// A reader that gives as much as it is asked for, until the end.
+struct WholeReads<R>(R);
 
-fn check_link(path: &Path, link: DataLink) -> Result<(), ReplayError> {
-    match link {
-        DataLink::ETHERNET => Ok(()),
-        link => Err(ReplayError::Link { path: path.display().to_string(), link }),
+impl<R: Read> Read for WholeReads<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let mut len = 0;
+        while let Some(rest) = buffer.get_mut(len..).filter(|rest| !rest.is_empty()) {
+            match self.0.read(rest) {
+                Ok(0) => break,
+                Ok(some) => len += some,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(len)
     }
 }
 
-fn read_pcap(
-    path: &Path,
-    file: BufReader<File>,
-    mut each: impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
-) -> Result<(), ReplayError> {
-    let mut reader = PcapReader::new(file).map_err(broken(path, 1))?;
-    check_link(path, reader.header().datalink)?;
-    let nanoseconds = match reader.header().ts_resolution {
-        TsResolution::MicroSecond => 1000,
-        TsResolution::NanoSecond => 1,
-    };
-    let mut packets = 0;
-    while let Some(packet) = reader.next_raw_packet() {
-        packets += 1;
-        let packet = packet.map_err(broken(path, packets))?;
-        let fraction = Duration::from_nanos(u64::from(packet.ts_frac) * nanoseconds);
-        let time = Duration::from_secs(u64::from(packet.ts_sec)) + fraction;
-        each(&Captured { time, frame: &packet.data, length: packet.orig_len as usize })?;
-    }
-    Ok(())
+/// The state of reading.
+struct Capture<'p> {
+    path: &'p Path,
+    packets: u64,
+    interfaces: Vec<Interface>,
+    /// Whether a pcap file has nanoseconds.
+    nanoseconds: bool,
 }
 
-/// An interface of a pcapng file.
+/// An interface of a capture.
 #[derive(Clone, Copy)]
 struct Interface {
-    link: DataLink,
-    /// Nanoseconds of one unit of its timestamps.
-    unit: f64,
+    link: u16,
+    /// Bytes of the frame's checksum (FCS) at the end of each frame.
+    fcs: usize,
+    /// The code of the unit of timestamps (`if_tsresol`).
+    resolution: u8,
+    /// Seconds to add to timestamps (`if_tsoffset`).
+    offset: i64,
+    snapshot_length: u32,
 }
 
 impl Interface {
-    /// The interface of a packet that names one which is not described.
-    const DEFAULT: Interface = Interface { link: DataLink::ETHERNET, unit: 1000.0 };
+    /// The interface of a packet that names one which is not described: Ethernet, microseconds.
+    const DEFAULT: Interface =
+        Interface { link: ETHERNET, fcs: 0, resolution: 6, offset: 0, snapshot_length: 0 };
 }
 
-fn read_pcapng(
-    path: &Path,
-    file: BufReader<File>,
-    mut each: impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
-) -> Result<(), ReplayError> {
-    let mut reader = PcapNgReader::new(file).map_err(broken(path, 1))?;
-    let mut interfaces: Vec<Interface> = Vec::new();
-    let mut packets = 0;
-    while let Some(block) = reader.next_block() {
-        match block.map_err(broken(path, packets + 1))? {
-            Block::SectionHeader(_) => interfaces.clear(),
-            Block::InterfaceDescription(described) => {
-                let mut interface = Interface { link: described.linktype, ..Interface::DEFAULT };
-                for option in &described.options {
-                    if let InterfaceDescriptionOption::IfTsResol(code) = option {
-                        interface.unit = clock_unit(*code);
-                    }
+impl Capture<'_> {
+    fn broken<I: std::fmt::Debug>(&self, error: &PcapError<I>) -> ReplayError {
+        let reason = match error {
+            PcapError::HeaderNotRecognized => "it does not begin as a capture does",
+            PcapError::Eof | PcapError::UnexpectedEof | PcapError::Incomplete(_) => {
+                "it ends in the middle of a packet"
+            }
+            PcapError::BufferTooSmall => "a packet is larger than any frame",
+            PcapError::ReadError => "it cannot be read on, or its compression is broken",
+            PcapError::NomError(..) | PcapError::OwnedNomError(..) => {
+                "its structure is broken here"
+            }
+        };
+        let path = self.path.display().to_string();
+        ReplayError::Capture { path, packet: self.packets + 1, reason }
+    }
+
+    fn block(
+        &mut self,
+        block: &PcapBlockOwned<'_>,
+        each: &mut impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
+    ) -> Result<(), ReplayError> {
+        match block {
+            PcapBlockOwned::LegacyHeader(header) => {
+                self.nanoseconds = header.is_nanosecond_precision();
+                let interface = pcap_interface(header);
+                self.interfaces = vec![interface];
+                if interface.link != ETHERNET {
+                    let path = self.path.display().to_string();
+                    return Err(ReplayError::Link { path, link: interface.link });
                 }
-                interfaces.push(interface);
+                Ok(())
             }
-            Block::EnhancedPacket(packet) => {
-                packets += 1;
-                let interface = interfaces.get(packet.interface_id as usize).copied();
-                let Interface { link, unit } = interface.unwrap_or(Interface::DEFAULT);
-                check_link(path, link)?;
-                // pcap-file 2.0 returns the raw count as if it were nanoseconds.
-                let time = Duration::from_nanos((packet.timestamp.as_nanos() as f64 * unit) as u64);
-                let length = packet.original_len as usize;
-                each(&Captured { time, frame: &packet.data, length })?;
+            PcapBlockOwned::Legacy(packet) => {
+                let unit = if self.nanoseconds { 1 } else { 1000 };
+                let fraction = Duration::from_nanos(u64::from(packet.ts_usec) * unit);
+                let time = Duration::from_secs(u64::from(packet.ts_sec)) + fraction;
+                self.packet(0, None, time, packet.data, packet.origlen, each)
             }
-            Block::SimplePacket(packet) => {
-                packets += 1;
-                let interface = interfaces.first().copied().unwrap_or(Interface::DEFAULT);
-                check_link(path, interface.link)?;
-                let length = packet.original_len as usize;
-                each(&Captured { time: Duration::ZERO, frame: &packet.data, length })?;
+            PcapBlockOwned::NG(Block::SectionHeader(_)) => {
+                self.interfaces.clear();
+                Ok(())
             }
-            _ => {}
+            PcapBlockOwned::NG(Block::InterfaceDescription(described)) => {
+                self.interfaces.push(pcapng_interface(described));
+                Ok(())
+            }
+            PcapBlockOwned::NG(Block::EnhancedPacket(packet)) => {
+                let interface = self.interface(packet.if_id);
+                let ticks = u64::from(packet.ts_high) << 32 | u64::from(packet.ts_low);
+                let time = time(ticks, interface);
+                let (fcs, data) = (fcs_of_packet(packet), packet.packet_data());
+                self.packet(packet.if_id, fcs, time, data, packet.origlen, each)
+            }
+            PcapBlockOwned::NG(Block::SimplePacket(packet)) => {
+                let limit = match self.interface(0).snapshot_length {
+                    0 => usize::MAX,
+                    limit => limit as usize,
+                };
+                let data = packet.packet_data();
+                let data = data.get(..data.len().min(limit)).unwrap_or_default();
+                self.packet(0, None, Duration::ZERO, data, packet.origlen, each)
+            }
+            // Statistics, names, and what this version does not know.
+            PcapBlockOwned::NG(_) => Ok(()),
         }
     }
-    Ok(())
+
+    fn interface(&self, id: u32) -> Interface {
+        self.interfaces.get(id as usize).copied().unwrap_or(Interface::DEFAULT)
+    }
+
+    fn packet(
+        &mut self,
+        interface: u32,
+        fcs: Option<usize>,
+        time: Duration,
+        data: &[u8],
+        length: u32,
+        each: &mut impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
+    ) -> Result<(), ReplayError> {
+        self.packets += 1;
+        let interface = self.interface(interface);
+        let fcs = fcs.unwrap_or(interface.fcs);
+        // Only the end of the whole frame is its checksum: a truncated one may have lost it.
+        let length = (length as usize).max(data.len()).saturating_sub(fcs);
+        let frame = data.get(..data.len().min(length)).unwrap_or_default();
+        each(&Captured { time, frame, length, link: interface.link })
+    }
 }
 
-/// Returns the nanoseconds of one unit, from `if_tsresol` (pcapng, section 4.2): a power of ten, or
-/// of two with the top bit set.
-fn clock_unit(code: u8) -> f64 {
-    let base: f64 = if code & 0x80 == 0 { 10.0 } else { 2.0 };
-    1e9 / base.powi(i32::from(code & 0x7f))
+/// Returns the interface of a pcap file. The upper half of the link type tells whether frames have
+/// their checksum, in words of two bytes (pcap/pcap-inttypes, LT_FCS_LENGTH_PRESENT).
+fn pcap_interface(header: &PcapHeader) -> Interface {
+    const FCS_PRESENT: u32 = 0x0400_0000;
+    let Linktype(network) = header.network;
+    let network = network as u32;
+    let words = if network & FCS_PRESENT == 0 { 0 } else { network >> 28 };
+    Interface { link: network as u16, fcs: 2 * words as usize, ..Interface::DEFAULT }
+}
+
+fn pcapng_interface(described: &InterfaceDescriptionBlock<'_>) -> Interface {
+    const FCS_LENGTH: OptionCode = OptionCode(13);
+    let Linktype(link) = described.linktype;
+    let option = described.options.iter().find(|option| option.code == FCS_LENGTH);
+    let length = option.and_then(|option| option.value().first()).copied().unwrap_or(0);
+    // The specification says bits; some programs write bytes.
+    let fcs = usize::from(if length >= 8 { length / 8 } else { length });
+    Interface {
+        link: link as u16,
+        fcs,
+        resolution: described.if_tsresol,
+        offset: described.if_tsoffset,
+        snapshot_length: described.snaplen,
+    }
+}
+
+/// Returns the bytes of a packet's checksum, if its own flags tell (bits 5 to 8 of `epb_flags`).
+fn fcs_of_packet(packet: &EnhancedPacketBlock<'_>) -> Option<usize> {
+    const FLAGS: OptionCode = OptionCode(2);
+    let option = packet.options.iter().find(|option| option.code == FLAGS)?;
+    let bytes: [u8; 4] = option.value().get(..4)?.try_into().ok()?;
+    let flags =
+        if packet.big_endian() { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
+    let length = (flags >> 5 & 15) as usize;
+    (length != 0).then_some(length)
+}
+
+/// Returns the time of a count of units: a power of ten, or of two with the top bit set.
+fn time(ticks: u64, interface: Interface) -> Duration {
+    let exponent = u32::from(interface.resolution & 0x7f);
+    let base: u128 = if interface.resolution & 0x80 == 0 { 10 } else { 2 };
+    // A unit that is too short to be counted makes all times equal.
+    let Some(units) = base.checked_pow(exponent) else { return Duration::ZERO };
+    let nanoseconds = u128::from(ticks).saturating_mul(1_000_000_000) / units;
+    let seconds = i128::try_from(nanoseconds / 1_000_000_000).unwrap_or(i128::MAX);
+    let seconds = seconds.saturating_add(i128::from(interface.offset)).max(0);
+    let rest = (nanoseconds % 1_000_000_000) as u32;
+    Duration::new(u64::try_from(seconds).unwrap_or(u64::MAX), rest)
 }

@@ -2,13 +2,14 @@
 //! the fast path and the daemon.
 
 mod capture;
+mod own;
 #[cfg(test)]
 mod tests;
 
-pub use capture::{Captured, read_capture};
+pub use capture::{Captured, ETHERNET, read_capture};
 
 use crate::engine::verdict::{AcceptReason, Decision, DropReason, Translation, Verdict};
-use crate::engine::{EngineState, Snapshot, decide};
+use crate::engine::{EngineState, Ingress, Snapshot, decide};
 use crate::packet_path::fragments::FragmentQueue;
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
@@ -16,8 +17,7 @@ use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::BackendObservation;
 use nfqd_rules::{NetworkId, Policy};
 use nfqd_shmctl::{MacAddr, RuleId};
-use pcap_file::pcap::{PcapHeader, PcapPacket, PcapWriter};
-use pcap_file::{DataLink, PcapError, TsResolution};
+use own::OwnConversations;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -69,23 +69,23 @@ pub enum ReplayError {
     },
     /// The capture is broken, or is not one.
     #[error(
-        "{path}: packet {packet}: {source}; a pcap or pcapng capture of Ethernet frames is expected"
+        "{path}: packet {packet}: {reason}; a pcap or pcapng capture of Ethernet frames is expected"
     )]
     Capture {
         /// The path of the file.
         path: String,
         /// The packet that cannot be read, from 1.
         packet: u64,
-        /// The message.
-        source: PcapError,
+        /// The reason.
+        reason: &'static str,
     },
     /// The capture is not of Ethernet frames.
-    #[error("{path}: link type {link:?}; a capture of Ethernet frames is expected")]
+    #[error("{path}: link type {link}; a capture of Ethernet frames (link type 1) is expected")]
     Link {
         /// The path of the file.
         path: String,
         /// The link type of the capture.
-        link: DataLink,
+        link: u16,
     },
 }
 
@@ -98,6 +98,7 @@ pub struct Replay {
     state: EngineState,
     packets: u64,
     fragments: FragmentQueue<(Line, Vec<u8>)>,
+    own: OwnConversations,
 }
 
 /// Stands for a MAC that no command has given.
@@ -112,6 +113,7 @@ impl Replay {
             state: EngineState::new(1 << 20),
             packets: 0,
             fragments: FragmentQueue::default(),
+            own: OwnConversations::default(),
         };
         replay.set_policy(policy);
         replay
@@ -132,15 +134,24 @@ impl Replay {
     /// becomes of it, unless it is held, and of the fragments that it releases. Fragments that have
     /// expired come first.
     pub fn frame(&mut self, frame: &[u8], now: u32) -> Vec<Outcome> {
-        self.truncated_frame(frame, frame.len(), now)
+        let packet = Packet::from_cut_frame(frame, frame.len());
+        self.packet(packet, frame, now)
     }
 
-    /// Does the same for a frame of `length` bytes of which the capture has only the beginning.
-    pub fn truncated_frame(&mut self, frame: &[u8], length: usize, now: u32) -> Vec<Outcome> {
-        self.packets += 1;
-        let expired = self.fragments.expired(now);
-        let mut out: Vec<Outcome> = expired.into_iter().map(|(line, _)| lost(line)).collect();
-        let line = Line {
+    /// Does the same for a packet of a capture, which may have only the beginning of it. One that is
+    /// not an Ethernet frame is not decided on, and does not leave as one.
+    pub fn captured(&mut self, captured: &Captured<'_>, now: u32) -> Vec<Outcome> {
+        if captured.link != ETHERNET {
+            self.packets += 1;
+            let reason = format!("not decided on: link type {}, not Ethernet", captured.link);
+            return vec![(Line { reason, ..self.line() }, None)];
+        }
+        let packet = Packet::from_captured_frame(captured.frame, captured.length);
+        self.packet(packet, captured.frame, now)
+    }
+
+    fn line(&self) -> Line {
+        Line {
             packet: self.packets,
             verdict: "accept",
             reason: "no Ethernet header".to_string(),
@@ -148,24 +159,57 @@ impl Replay {
             rule: None,
             to: None,
             from: None,
-        };
-        let Some(packet) = Packet::from_cut_frame(frame, length) else {
+        }
+    }
+
+    fn packet(&mut self, packet: Option<Packet>, frame: &[u8], now: u32) -> Vec<Outcome> {
+        self.packets += 1;
+        let expired = self.fragments.expired(now);
+        let mut out: Vec<Outcome> = expired.into_iter().map(|(line, _)| lost(line)).collect();
+        let line = self.line();
+        let Some(mut packet) = packet else {
             out.push((line, Some(frame.to_vec())));
             return out;
         };
-        match self.decide(line.clone(), &packet, frame, now) {
+        let mut frame = frame.to_vec();
+        if let Some(owner) = self.owner_of_group_frame(&packet) {
+            packet.link.destination = owner;
+            set_destination_mac(&mut frame, owner);
+        }
+        self.remember_own(&packet, now);
+        let is_own = self.own.contains(&packet, now);
+        let ingress = Ingress { is_own, ..Ingress::ANY };
+        match self.decide(line.clone(), ingress, &packet, &frame, now) {
             Some(outcome) => out.push(outcome),
             None => {
-                let evicted =
-                    self.fragments.push(NetworkId::ANY, &packet, (line, frame.to_vec()), now);
+                let evicted = self.fragments.push(ingress, &packet, (line, frame), now);
                 out.extend(evicted.map(|(line, _)| lost(line)));
             }
         }
-        for (fragment, (line, frame)) in self.fragments.released_by(NetworkId::ANY, &packet) {
-            let outcome = self.decide(line.clone(), &fragment, &frame, now);
+        for (ingress, fragment, (line, frame)) in
+            self.fragments.released_by(NetworkId::ANY, &packet)
+        {
+            let outcome = self.decide(line.clone(), ingress, &fragment, &frame, now);
             out.push(outcome.unwrap_or_else(|| lost(line)));
         }
         out
+    }
+
+    /// Remembers what a middlebox with services begins itself.
+    fn remember_own(&mut self, packet: &Packet, now: u32) {
+        let key = self.snapshot.middlebox_at(NetworkId::ANY, packet.link.source);
+        let middlebox = key.and_then(|key| self.snapshot.policy().get(key));
+        if middlebox.is_some_and(|middlebox| !middlebox.services().is_empty()) {
+            self.own.remember(packet, now);
+        }
+    }
+
+    /// Returns the MAC of the middlebox that a frame to a group goes to, because the packet in it is
+    /// to the middlebox' registered address. The kernel does the same before anything else.
+    fn owner_of_group_frame(&self, packet: &Packet) -> Option<MacAddr> {
+        let ip = packet.ip.filter(|_| packet.link.destination.is_group())?;
+        let owner = self.snapshot.desired().slots.owner(NetworkId::ANY, ip.destination)?;
+        Some(owner.mac)
     }
 
     /// Returns what becomes of the fragments that are still held when the capture ends.
@@ -174,14 +218,21 @@ impl Replay {
     }
 
     /// Decides on a packet; `None` if it is to be held.
-    fn decide(&self, mut line: Line, packet: &Packet, frame: &[u8], now: u32) -> Option<Outcome> {
+    fn decide(
+        &self,
+        mut line: Line,
+        ingress: Ingress,
+        packet: &Packet,
+        frame: &[u8],
+        now: u32,
+    ) -> Option<Outcome> {
         let mut out = frame.to_vec();
         let destination = packet.link.destination;
         let is_registered = self.snapshot.middlebox_at(NetworkId::ANY, destination).is_some();
         line.middlebox = is_registered.then(|| destination.to_string());
         // There is one snapshot, so no flow can have a newer one.
         let Decision { verdict, rule } =
-            decide(&self.snapshot, &self.state, NetworkId::ANY, packet, now).decision()?;
+            decide(&self.snapshot, &self.state, ingress, packet, now).decision()?;
         match verdict {
             Verdict::Accept(reason) => line.reason = accept_reason(reason).to_string(),
             Verdict::Bypass => line.reason = "a backend's own traffic".to_string(),
@@ -246,6 +297,7 @@ fn accept_reason(reason: AcceptReason) -> &'static str {
     match reason {
         AcceptReason::NotForMiddlebox => "not for a middlebox",
         AcceptReason::NoMatch => "no deny rule matches and no service takes it",
+        AcceptReason::OwnConversation => "a conversation of the middlebox itself",
         AcceptReason::BackendUnresolved => "the backend's MAC is unknown",
         AcceptReason::NoBackend => "no backend can take it, so the middlebox does",
     }
@@ -304,7 +356,7 @@ pub fn replay(
         let start = *start.get_or_insert(captured.time);
         let elapsed = captured.time.saturating_sub(start).as_secs();
         let now = elapsed.min(u64::from(u32::MAX)) as u32;
-        let outcomes = replay.truncated_frame(captured.frame, captured.length, now);
+        let outcomes = replay.captured(captured, now);
         output.add(outcomes, captured.time, captured.length)
     })?;
     output.add(replay.finish(), Duration::ZERO, 0)?;
@@ -346,39 +398,50 @@ impl Output<'_> {
     }
 }
 
-/// A writer of the frames that leave.
+/// A writer of the frames that leave: a pcap file with nanoseconds.
 struct FrameWriter<'a> {
     path: &'a Path,
-    writer: PcapWriter<BufWriter<File>>,
+    file: BufWriter<File>,
 }
+
+/// The magic number of a pcap file with nanoseconds, in the order of its writer.
+const PCAP_NANOSECONDS: u32 = 0xa1b2_3c4d;
+/// The longest frame that programs read from a capture (MAXIMUM_SNAPLEN of libpcap); longer ones are
+/// truncated, with their full length noted.
+const LONGEST_FRAME: usize = 262_144;
 
 impl FrameWriter<'_> {
     fn create(path: &Path) -> Result<FrameWriter<'_>, ReplayError> {
-        let file = BufWriter::new(File::create(path).map_err(io_error(path))?);
-        let header = PcapHeader { ts_resolution: TsResolution::NanoSecond, ..Default::default() };
-        let writer = PcapWriter::with_header(file, header).map_err(pcap_error(path))?;
-        Ok(FrameWriter { path, writer })
+        let mut file = BufWriter::new(File::create(path).map_err(io_error(path))?);
+        // Version 2.4, time zone, accuracy, longest frame, link type.
+        let version = 2_u32 | 4 << 16;
+        let header = [PCAP_NANOSECONDS, version, 0, 0, LONGEST_FRAME as u32, u32::from(ETHERNET)];
+        file.write_all(&words(&header)).map_err(io_error(path))?;
+        Ok(FrameWriter { path, file })
     }
 
     fn write(&mut self, time: Duration, length: usize, frame: &[u8]) -> Result<(), ReplayError> {
-        let length = length.max(frame.len()) as u32;
-        let packet = PcapPacket::new(time, length, frame);
-        self.writer.write_packet(&packet).map(drop).map_err(pcap_error(self.path))
+        let length = u32::try_from(length.max(frame.len())).unwrap_or(u32::MAX);
+        let frame = frame.get(..frame.len().min(LONGEST_FRAME)).unwrap_or_default();
+        // The format ends in 2106; later times are written as its end.
+        let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX);
+        let header = words(&[seconds, time.subsec_nanos(), frame.len() as u32, length]);
+        let written = self.file.write_all(&header).and_then(|()| self.file.write_all(frame));
+        written.map_err(io_error(self.path))
     }
 
-    fn finish(self) -> Result<(), ReplayError> {
-        self.writer.into_writer().flush().map_err(io_error(self.path))
+    fn finish(mut self) -> Result<(), ReplayError> {
+        self.file.flush().map_err(io_error(self.path))
     }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> ReplayError + use<> {
     let path = path.display().to_string();
     move |source| ReplayError::Io { path, source }
-}
-
-fn pcap_error(path: &Path) -> impl FnOnce(PcapError) -> ReplayError + use<> {
-    let path = path.display().to_string();
-    move |source| ReplayError::Capture { path, packet: 0, source }
 }
 
 impl Line {

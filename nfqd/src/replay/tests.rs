@@ -1,9 +1,5 @@
 use super::*;
 use etherparse::PacketBuilder;
-use pcap_file::pcapng::PcapNgWriter;
-use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketBlock;
-use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionBlock;
-use std::borrow::Cow;
 
 fn frames() -> Vec<Vec<u8>> {
     let (vm, client, backend) = ([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 3]);
@@ -34,35 +30,156 @@ fn policy() -> Policy {
     Policy::from_lines(&lines).unwrap()
 }
 
-fn write_pcap(path: &Path) {
-    let mut writer = PcapWriter::new(File::create(path).unwrap()).unwrap();
-    for frame in frames() {
-        writer
-            .write_packet(&PcapPacket::new(
-                Duration::new(9, 123_456_000),
-                frame.len() as u32,
-                &frame,
-            ))
-            .unwrap();
+/// A pcap file with this link type, in microseconds.
+fn pcap_of(link: u32, frames: &[Vec<u8>]) -> Vec<u8> {
+    let mut out = words(&[0xa1b2_c3d4, 2 | 4 << 16, 0, 0, 65_535, link]);
+    for frame in frames {
+        let length = frame.len() as u32;
+        out.extend(words(&[9, 123_456, length, length]));
+        out.extend(frame);
     }
+    out
+}
+
+fn write_pcap(path: &Path) {
+    std::fs::write(path, pcap_of(1, &frames())).unwrap();
+}
+
+/// A pcapng block.
+fn block(kind: u32, body: &[u8]) -> Vec<u8> {
+    let mut body = body.to_vec();
+    body.resize(body.len().next_multiple_of(4), 0);
+    let length = body.len() as u32 + 12;
+    [words(&[kind, length]), body, words(&[length])].concat()
+}
+
+fn pcapng_option(code: u16, value: &[u8]) -> Vec<u8> {
+    let mut out = [code.to_ne_bytes(), (value.len() as u16).to_ne_bytes()].concat();
+    out.extend(value);
+    out.resize(out.len().next_multiple_of(4), 0);
+    out
+}
+
+fn section() -> Vec<u8> {
+    block(0x0a0d_0d0a, &words(&[0x1a2b_3c4d, 1, u32::MAX, u32::MAX]))
+}
+
+fn interface(link: u16, options: &[u8]) -> Vec<u8> {
+    block(1, &[words(&[u32::from(link), 0]), options.to_vec()].concat())
+}
+
+fn enhanced(interface: u32, ticks: u64, frame: &[u8]) -> Vec<u8> {
+    let length = frame.len() as u32;
+    let mut body = words(&[interface, (ticks >> 32) as u32, ticks as u32, length, length]);
+    body.extend(frame);
+    block(6, &body)
 }
 
 fn write_pcapng(path: &Path) {
-    let mut writer = PcapNgWriter::new(File::create(path).unwrap()).unwrap();
-    let interface =
-        InterfaceDescriptionBlock { linktype: DataLink::ETHERNET, snaplen: 0, options: vec![] };
-    writer.write_pcapng_block(interface).unwrap();
+    let mut out = [section(), interface(1, &[])].concat();
     for frame in frames() {
-        let packet = EnhancedPacketBlock {
-            interface_id: 0,
-            // The crate writes nanoseconds as they are; the interface's unit is a microsecond.
-            timestamp: Duration::from_nanos(9_123_456),
-            original_len: frame.len() as u32,
-            data: Cow::Owned(frame),
-            options: vec![],
-        };
-        writer.write_pcapng_block(packet).unwrap();
+        out.extend(enhanced(0, 9_123_456, &frame));
     }
+    std::fs::write(path, out).unwrap();
+}
+
+/// Returns the lines of a replay of a file with this content, and the frames that leave.
+fn replayed(content: &[u8]) -> (Vec<String>, Vec<(Duration, Vec<u8>)>) {
+    let dir = tempfile::tempdir().unwrap();
+    let (capture, written) = (dir.path().join("capture"), dir.path().join("written"));
+    std::fs::write(&capture, content).unwrap();
+    let mut text = Vec::new();
+    replay(&capture, &policy(), false, Some(&written), &mut text).unwrap();
+    let mut out = Vec::new();
+    read_capture(&written, |captured| {
+        out.push((captured.time, captured.frame.to_vec()));
+        Ok(())
+    })
+    .unwrap();
+    let lines = String::from_utf8(text).unwrap();
+    (lines.lines().map(str::to_string).collect(), out)
+}
+
+#[test]
+fn the_checksum_of_frames_is_taken_off_where_it_is_there() {
+    let plain = replayed(&pcap_of(1, &frames()));
+    let with_checksum: Vec<Vec<u8>> =
+        frames().into_iter().map(|frame| [frame, vec![0xfc; 4]].concat()).collect();
+    assert_eq!(replayed(&pcap_of(0x2400_0001, &with_checksum)), plain);
+    // The bits tell no length, or that nothing is known about it.
+    for link in [0x3000_0001, 0x0400_0001] {
+        assert_eq!(replayed(&pcap_of(link, &frames())), plain, "{link:#x}");
+    }
+    // In pcapng, bits or bytes.
+    for length in [4_u8, 32] {
+        let mut capture = [section(), interface(1, &pcapng_option(13, &[length]))].concat();
+        for frame in &with_checksum {
+            capture.extend(enhanced(0, 9_123_456, frame));
+        }
+        assert_eq!(replayed(&capture), plain, "{length}");
+    }
+}
+
+#[test]
+fn options_blocks_and_interfaces_of_other_kinds_do_not_matter() {
+    let all = frames();
+    let mut capture = section();
+    // An option that nobody knows, nanoseconds, an offset; then one that is not Ethernet.
+    let options = [
+        pcapng_option(4242, b"who knows"),
+        pcapng_option(9, &[9]),
+        pcapng_option(14, &5_i64.to_ne_bytes()),
+    ];
+    capture.extend(interface(1, &options.concat()));
+    capture.extend(interface(113, &[]));
+    capture.extend(block(0x0bad_0bad, b"a block of somebody's own"));
+    capture.extend(enhanced(0, 7_000_000_001, &all[0]));
+    capture.extend(enhanced(1, 1, &all[1]));
+    capture.extend(enhanced(0, 7_000_000_002, &all[1]));
+    let (lines, out) = replayed(&capture);
+    assert_eq!(lines.len(), 3);
+    assert!(lines[0].contains("drop") && lines[2].contains("redirect"), "{lines:?}");
+    assert!(lines[1].contains("link type 113, not Ethernet"), "{lines:?}");
+    assert_eq!(out.len(), 1);
+    assert_eq!(out[0].0, Duration::new(12, 2));
+}
+
+#[test]
+fn whatever_is_read_can_be_written() {
+    // A packet that is longer than any frame, after the end of the format's time.
+    let mut long = frames()[3].clone();
+    long.resize(300_000, 7);
+    let ticks = 5_000_000_000_000_000_u64;
+    let capture = [section(), interface(1, &[]), enhanced(0, ticks, &long)].concat();
+    let (lines, out) = replayed(&capture);
+    assert_eq!((lines.len(), out.len()), (1, 1), "{lines:?}");
+    assert_eq!((out[0].0.as_secs(), out[0].1.len()), (u64::from(u32::MAX), LONGEST_FRAME));
+}
+
+#[test]
+fn compressed_captures_are_read() {
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    let plain = pcap_of(1, &frames());
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&plain).unwrap();
+    let mut compressed = encoder.finish().unwrap();
+    assert_eq!(replayed(&compressed), replayed(&plain));
+    compressed.truncate(compressed.len() / 2);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("half.gz");
+    std::fs::write(&path, compressed).unwrap();
+    let error = replay(&path, &policy(), false, None, &mut Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("half.gz: packet"), "{error}");
+}
+
+#[test]
+fn a_packet_from_before_segmentation_has_the_length_of_its_frame() {
+    let mut frame = frames()[0].clone();
+    // The total length, and the checksum of the header.
+    frame[16..18].copy_from_slice(&[0, 0]);
+    let (lines, _) = replayed(&pcap_of(1, &[frame]));
+    assert!(lines[0].contains("deny rule 4 matches"), "{lines:?}");
 }
 
 /// A later piece whose first one comes after it, and is denied by its ports: nothing says where it
@@ -160,7 +277,9 @@ fn the_capture_is_not_written_over_and_a_truncated_packet_is_decided() {
     assert!(error.to_string().contains("is the capture itself"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), before);
     let frame = &frames()[0];
-    let (line, _) = Replay::new(&policy()).truncated_frame(&frame[..40], frame.len(), 0).remove(0);
+    let captured =
+        Captured { time: Duration::ZERO, frame: &frame[..40], length: frame.len(), link: ETHERNET };
+    let (line, _) = Replay::new(&policy()).captured(&captured, 0).remove(0);
     assert_eq!((line.verdict, line.rule), ("drop", Some(4)));
 }
 

@@ -19,7 +19,7 @@ use super::table::base_chain;
 use crate::network::{NetworkId, Networks, PortVlans};
 use crate::slots::Slots;
 use nfqd_shmctl::EtherType;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The two times that a frame is dispatched.
 #[derive(Clone, Copy)]
@@ -28,19 +28,24 @@ struct Pass {
     suffix: &'static str,
     /// The chain of a network that the frame is led to.
     entry: &'static str,
+    /// The same for a port of a middlebox with services.
+    vm_entry: &'static str,
     /// The base chain.
     base: &'static str,
 }
 
 const PASSES: [Pass; 2] = [
-    Pass { suffix: "", entry: "frames", base: "steer" },
-    Pass { suffix: "_back", entry: "verdicts", base: "learn" },
+    Pass { suffix: "", entry: "frames", vm_entry: "vm_frames", base: "steer" },
+    Pass { suffix: "_back", entry: "verdicts", vm_entry: "verdicts", base: "learn" },
 ];
+
+/// The most ports of all bridges together; a bridge has at most 1024 (BR_MAX_PORTS).
+const PORTS: u32 = 1 << 14;
 
 /// Returns the maps from ports, without their elements.
 fn port_maps() -> BTreeMap<String, Set> {
     let comment = "port to the chain of its network";
-    let map = set_of(&[Type::Interface], Some(Data::Verdict), comment);
+    let map = Set { size: Some(PORTS), ..set_of(&[Type::Interface], Some(Data::Verdict), comment) };
     PASSES.map(|pass| (format!("ports{}", pass.suffix), map.clone())).into()
 }
 
@@ -49,7 +54,8 @@ pub(super) fn dispatch(networks: &Networks, slots: &Slots) -> Table {
     let mut out = Table::new(Family::Bridge);
     out.sets = port_maps();
     for pass in PASSES {
-        Dispatch { networks, slots, pass, out: &mut out }.fill();
+        let vm_ports = networks.vm_ports().collect();
+        Dispatch { networks, slots, vm_ports, pass, out: &mut out }.fill();
     }
     out
 }
@@ -57,6 +63,7 @@ pub(super) fn dispatch(networks: &Networks, slots: &Slots) -> Table {
 struct Dispatch<'a> {
     networks: &'a Networks,
     slots: &'a Slots,
+    vm_ports: BTreeSet<(NetworkId, u32)>,
     pass: Pass,
     out: &'a mut Table,
 }
@@ -72,7 +79,7 @@ impl Dispatch<'_> {
         self.out.chains.insert(self.pass.base.to_string(), base);
         for (index, port) in self.networks.ports() {
             let chain = match port.vlans {
-                PortVlans::Unaware => self.entry(port.bridge),
+                PortVlans::Unaware => self.entry_by(port.bridge, index),
                 PortVlans::Aware { protocol, untagged } => {
                     let is_inhabited = self.slots.is_inhabited(port.bridge)
                         || self.vlans(port.bridge).next().is_some();
@@ -96,6 +103,23 @@ impl Dispatch<'_> {
         self.slots.is_inhabited(network).then(|| self.chain_of(network))
     }
 
+    /// Returns the same for frames that come in by a port.
+    fn entry_by(&self, network: NetworkId, port: u32) -> Option<String> {
+        let prefix = self.networks.prefix(network);
+        let is_vm = self.vm_ports.contains(&(network, port));
+        let entry = if is_vm { self.pass.vm_entry } else { self.pass.entry };
+        self.slots.is_inhabited(network).then(|| format!("{prefix}{entry}"))
+    }
+
+    /// Whether frames of a VLAN come in untagged by a port.
+    fn is_untagged_at(&self, network: NetworkId, port: u32) -> bool {
+        let vlan = self.networks.name(network).and_then(|name| name.vlan);
+        let port = self.networks.ports().find(|(index, _)| *index == port);
+        port.is_some_and(
+            |(_, port)| matches!(port.vlans, PortVlans::Aware { untagged, .. } if untagged == vlan),
+        )
+    }
+
     fn name(&self, bridge: NetworkId, what: &str) -> String {
         format!("{}{what}{}", self.networks.prefix(bridge), self.pass.suffix)
     }
@@ -103,7 +127,15 @@ impl Dispatch<'_> {
     /// Returns the VLANs of a bridge that have middleboxes, with their chains.
     fn vlans(&self, bridge: NetworkId) -> impl Iterator<Item = (u16, String)> {
         let vlans = self.networks.vlans(bridge);
-        vlans.filter_map(|(vlan, network)| Some((vlan, self.entry(network)?)))
+        // Tagged frames of a VLAN come in by several ports, one of which may be a middlebox'.
+        let entry = |network: NetworkId| {
+            let tagged = self
+                .vm_ports
+                .iter()
+                .find(|(of, port)| *of == network && !self.is_untagged_at(network, *port));
+            tagged.map_or_else(|| self.entry(network), |(_, port)| self.entry_by(network, *port))
+        };
+        vlans.filter_map(move |(vlan, network)| Some((vlan, entry(network)?)))
     }
 
     /// Returns the rules that lead a frame on. Middleboxes on no known network come first.
@@ -115,10 +147,11 @@ impl Dispatch<'_> {
         let unplaced = self.slots.is_inhabited(NetworkId::ANY);
         if self.pass.base == "steer" {
             if unplaced {
-                out.insert(0, rule(vec![jump(self.pass.entry)]));
+                out.insert(0, rule(vec![jump(self.pass.vm_entry)]));
             }
             for network in known {
-                let filtered = vec![jump(&self.chain_of(network))];
+                let prefix = self.networks.prefix(network);
+                let filtered = vec![jump(&format!("{prefix}{}", self.pass.vm_entry))];
                 out.push(commented(filtered, "a port that is not known yet"));
             }
             return out;
@@ -156,8 +189,9 @@ impl Dispatch<'_> {
             self.element(&by_tag, Value::Port(*vlan), Verdict::Goto(chain.clone()));
         }
         for (index, vlan) in untagged {
-            if let Some(chain) = vlans.get(vlan) {
-                self.element(&by_port, Value::Interface(*index), Verdict::Goto(chain.clone()));
+            let network = self.networks.vlans(bridge).find(|(other, _)| other == vlan);
+            if let Some(chain) = network.and_then(|(_, network)| self.entry_by(network, *index)) {
+                self.element(&by_port, Value::Interface(*index), Verdict::Goto(chain));
             }
         }
         // Middleboxes of which only the bridge is known.

@@ -2,7 +2,7 @@
 
 use super::field::Type;
 use super::model::{Data, Rule, Set, Statement, Verdict};
-use crate::mark::{OURS, Origin, upcall_bits};
+use crate::mark::{OURS, OWN, Origin, upcall_bits};
 
 pub(super) fn rule(statements: Vec<Statement>) -> Rule {
     Rule { statements, comment: None }
@@ -28,9 +28,9 @@ pub(super) fn jump(chain: &str) -> Statement {
     verdict(Verdict::Jump(chain.to_string()))
 }
 
-/// Marks a packet for the engine.
+/// Marks a packet for the engine. The bit [`OWN`] stays as it is.
 pub(super) fn upcall(origin: Origin) -> Statement {
-    Statement::SetMark { keep: !OURS, set: upcall_bits(origin) }
+    Statement::SetMark { keep: !OURS | OWN, set: upcall_bits(origin) }
 }
 
 /// Removes our bits from the mark.

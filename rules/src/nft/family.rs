@@ -2,7 +2,7 @@
 
 use super::field::{Field, Type, Value};
 use super::model::{Statement, Write};
-use crate::timeouts::{TCP_REPLY_TIMEOUT, UDP_REPLY_TIMEOUT};
+use crate::timeouts::{OWN_TCP_TIMEOUT, OWN_UDP_TIMEOUT, TCP_REPLY_TIMEOUT, UDP_REPLY_TIMEOUT};
 use nfqd_shmctl::{EtherType, Protocol};
 use std::net::IpAddr;
 
@@ -117,6 +117,8 @@ pub(super) struct CachedProtocol {
     pub name: &'static str,
     pub checksum: Field,
     pub reply_timeout: u32,
+    /// Lifetime of a conversation of the middlebox itself.
+    pub own_timeout: u32,
 }
 
 pub(super) const TCP: CachedProtocol = CachedProtocol {
@@ -124,12 +126,14 @@ pub(super) const TCP: CachedProtocol = CachedProtocol {
     name: "tcp",
     checksum: Field::TcpChecksum,
     reply_timeout: TCP_REPLY_TIMEOUT,
+    own_timeout: OWN_TCP_TIMEOUT,
 };
 pub(super) const UDP: CachedProtocol = CachedProtocol {
     protocol: Protocol::UDP,
     name: "udp",
     checksum: Field::UdpChecksum,
     reply_timeout: UDP_REPLY_TIMEOUT,
+    own_timeout: OWN_UDP_TIMEOUT,
 };
 pub(super) const CACHED_PROTOCOLS: [CachedProtocol; 2] = [TCP, UDP];
 
@@ -170,6 +174,19 @@ impl CachedProtocol {
         out
     }
 
+    /// Matches packets of the protocol that have its header, checksum included: whole ones and first
+    /// fragments, without IPv6 extension headers.
+    pub(super) fn has_header(self, ip: IpFamily) -> Vec<Statement> {
+        const OFFSET: u16 = 0x1fff;
+        let first = if ip.is_ipv4() {
+            Statement::Is(Field::Ip4FragmentOffset(OFFSET), Value::Port(0))
+        } else {
+            Statement::Is(Field::Ip6NextHeader, Value::Protocol(self.protocol))
+        };
+        let is_protocol = Statement::Is(Field::L4Protocol, Value::Protocol(self.protocol));
+        vec![ip.is(), first, is_protocol, Statement::Present(self.checksum)]
+    }
+
     /// Matches packets of the protocol.
     pub(super) fn is(self, ip: IpFamily) -> Vec<Statement> {
         vec![ip.is(), Statement::Is(Field::L4Protocol, Value::Protocol(self.protocol))]
@@ -192,6 +209,12 @@ pub(super) fn flow_key(ip: IpFamily) -> Vec<Field> {
         Field::SourcePort,
         Field::DestinationPort,
     ]
+}
+
+/// Returns the key of a conversation of the middlebox itself, in its own packet: the [`flow_key`] of
+/// the answers.
+pub(super) fn own_key(ip: IpFamily) -> Vec<Field> {
+    vec![Field::EtherSource, ip.destination, ip.source, Field::DestinationPort, Field::SourcePort]
 }
 
 /// Returns the key of a reply, in a packet of the backend.

@@ -319,6 +319,9 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             vec![meta(META_MARK, R0), change, set_mark(R0)]
         }
         Statement::Rewrite(writes) => look_up_then_write(writes, Field::Mark(mark::ID), None),
+        Statement::RewriteBy { key, write: Write { field, map } } => {
+            [load(*key, R0), vec![lookup(map, R0, Some(R0)), write(*field, R0)]].concat()
+        }
         Statement::RewriteFlow { key, flows, writes } => {
             // nft of Debian 12 aborts on a look-up whose key is another look-up's result, so the
             // slot goes through the mark and the mark's own value through a register.

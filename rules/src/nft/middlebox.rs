@@ -8,6 +8,7 @@ use super::filters::{RuleList, filters};
 use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Verdict};
 use super::names::own_name;
 use super::options::{FastPath, QueuePath, RulesetOptions};
+use super::table::MiddleboxKind;
 use crate::desired::Desired;
 use crate::mark::{self, OURS, Operation, Origin};
 use crate::network::{MiddleboxKey, NetworkId};
@@ -68,12 +69,18 @@ impl MiddleboxPart {
     ) -> MiddleboxPart {
         let (part, mac) = (&mut self, key.mac);
         let comment = middlebox.ip().map(|ip| ip.to_string());
-        part.element(
-            "middleboxes",
-            vec![Value::Mac(mac)],
-            Element { comment, ..Element::default() },
-        );
-        part.filters(mac, rules, options);
+        let has_filters = part.filters(mac, rules, options);
+        let has_services = !middlebox.services().is_empty();
+        let entry = MiddleboxKind { has_filters, has_services }.entry(options);
+        let data = Some(ElementData::Verdict(entry));
+        let element = Element { comment, data, ..Element::default() };
+        part.element("middleboxes", vec![Value::Mac(mac)], element);
+        let network = part.network;
+        for ip in middlebox.addresses().filter(|ip| slots.owner(network, *ip) == Some(key)) {
+            let data = Some(ElementData::Value(Value::Mac(mac)));
+            let set = IpFamily::of(ip).name("addresses");
+            part.element(&set, vec![Value::Ip(ip)], Element { data, ..Element::default() });
+        }
         // If the kernel filters, the engine need not know a middlebox without services.
         let asked = options.fast_path == FastPath::Off || !middlebox.services().is_empty();
         if options.queue_path == QueuePath::BrNetfilter
@@ -88,7 +95,7 @@ impl MiddleboxPart {
             );
         }
         if !middlebox.services().is_empty() {
-            part.element("balanced", vec![Value::Mac(mac)], Element::default());
+            part.element("with_services", vec![Value::Mac(mac)], Element::default());
             part.own_chain("static_redirects", mac, None, static_rules(key, middlebox, slots));
             middlebox
                 .services()
@@ -116,12 +123,13 @@ impl MiddleboxPart {
         self.chains.insert(chain, Chain { priority: None, rules });
     }
 
-    fn filters(&mut self, mac: MacAddr, rules: &RuleList, options: &RulesetOptions) {
+    /// Adds the filters. Returns whether there are any.
+    fn filters(&mut self, mac: MacAddr, rules: &RuleList, options: &RulesetOptions) -> bool {
         if !options.kernel_filters() {
-            return;
+            return false;
         }
         let filters = filters(mac, rules);
-        let Some(chain) = &filters.chain else { return };
+        let Some(chain) = &filters.chain else { return false };
         self.jump("filters", mac, None, chain);
         if options.engine_is_blind() && rules.depends_on_tags() {
             self.jump("tag_filters", mac, None, chain);
@@ -136,6 +144,7 @@ impl MiddleboxPart {
         }
         self.sets.extend(filters.sets);
         self.chains.extend(filters.chains);
+        true
     }
 
     /// The elements that send packets to the engine.

@@ -144,6 +144,13 @@ pub enum Statement {
     /// Writes addresses of the slot that the packet's mark names. Nothing is written unless every
     /// map has the slot.
     Rewrite(Vec<Write>),
+    /// Writes an address that a map has for a field.
+    RewriteBy {
+        /// The key.
+        key: Field,
+        /// The address to write, from a map keyed by `key`.
+        write: Write,
+    },
     /// Writes addresses of the slot that a map of flows has for the fields, and leaves the mark
     /// unchanged.
     RewriteFlow {
@@ -223,6 +230,9 @@ pub struct Set {
     pub data: Option<Data>,
     /// The lifetime and size of a cache that packets fill.
     pub dynamic: Option<Dynamic>,
+    /// The largest number of elements, for a set that is looked up by every frame: the kernel has a
+    /// faster kind for those whose size it knows.
+    pub size: Option<u32>,
     /// Whether each element counts packets and bytes.
     pub counter: bool,
     /// Whether elements are ranges of keys, which must not overlap.
@@ -274,11 +284,12 @@ pub enum ElementData {
 impl Set {
     /// Returns a set of the same kind without elements.
     pub fn empty(&self) -> Set {
-        let Set { key, data, dynamic, counter, interval, comment, elements: _ } = self;
+        let Set { key, data, dynamic, size, counter, interval, comment, elements: _ } = self;
         Set {
             key: key.clone(),
             data: *data,
             dynamic: *dynamic,
+            size: *size,
             counter: *counter,
             interval: *interval,
             comment: comment.clone(),
@@ -291,6 +302,7 @@ impl Set {
         self.key == other.key
             && self.data == other.data
             && self.dynamic == other.dynamic
+            && self.size == other.size
             && self.counter == other.counter
             && self.interval == other.interval
     }
@@ -333,6 +345,9 @@ impl fmt::Display for Set {
         writeln!(f)?;
         if let Some(Dynamic { timeout, size }) = self.dynamic {
             writeln!(f, "\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {timeout}s")?;
+        }
+        if let Some(size) = self.size {
+            writeln!(f, "\t\tsize {size}")?;
         }
         if self.interval {
             writeln!(f, "\t\tflags interval")?;
@@ -435,6 +450,9 @@ impl fmt::Display for Statement {
                     format!("{} set meta mark & {:#010x} map @{}", w.field, mark::ID, w.map)
                 };
                 f.write_str(&writes.iter().map(one).collect::<Vec<_>>().join(" "))
+            }
+            Statement::RewriteBy { key, write } => {
+                write!(f, "{} set {key} map @{}", write.field, write.map)
             }
             // The mark carries the slot within this rule only; the second statement restores it.
             Statement::RewriteFlow { key, flows, writes } => {

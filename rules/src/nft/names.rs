@@ -5,6 +5,9 @@ use nfqd_shmctl::{MacAddr, RuleId};
 /// The beginning of the names of maps from slots to addresses and ports.
 pub(super) const SLOT_MAPS: &str = "backend_";
 
+/// The map of middleboxes, whose elements count what goes to them.
+pub(super) const MIDDLEBOXES: &str = "middleboxes";
+
 /// The set that tells the numbers of networks: its elements' comments are the names.
 pub(super) const NETWORKS: &str = "networks";
 

@@ -2,7 +2,7 @@
 //! names. What no network owns, such as the maps of slots, has none.
 
 use super::middlebox::MiddleboxPart;
-use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Table, Verdict};
+use super::model::{Chain, Element, ElementData, Rule, Set, Statement, Table, Verdict, Write};
 use super::names::SLOT_MAPS;
 use std::collections::BTreeMap;
 
@@ -97,6 +97,9 @@ fn statement_with(prefix: &str, statement: Statement) -> Statement {
     match statement {
         Statement::In(key, set) => Statement::In(key, name(set)),
         Statement::Vmap(key, map) => Statement::Vmap(key, name(map)),
+        Statement::RewriteBy { key, write: Write { field, map } } => {
+            Statement::RewriteBy { key, write: Write { field, map: name(map) } }
+        }
         Statement::RewriteFlow { key, flows, writes } => {
             Statement::RewriteFlow { key, flows: name(flows), writes }
         }

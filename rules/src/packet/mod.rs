@@ -184,6 +184,16 @@ impl Packet {
 
     /// Parses a frame of `length` bytes, of which `frame` is the beginning.
     pub fn from_cut_frame(frame: &[u8], length: usize) -> Option<Packet> {
+        Packet::from_link(frame, length, false)
+    }
+
+    /// Parses a frame of a capture, which may have been taken before segmentation: a TCP packet with
+    /// a total length of 0 is then as long as its frame (`iph_totlen` in linux/ip.h).
+    pub fn from_captured_frame(frame: &[u8], length: usize) -> Option<Packet> {
+        Packet::from_link(frame, length, true)
+    }
+
+    fn from_link(frame: &[u8], length: usize, gso: bool) -> Option<Packet> {
         let header = Ethernet2HeaderSlice::from_slice(frame.get(..ETHERNET_LEN)?).ok()?;
         let l3 = l3_offset(frame);
         let tagged = l3 != ETHERNET_LEN;
@@ -195,7 +205,7 @@ impl Packet {
         };
         let payload = frame.get(l3..).unwrap_or_default();
         let length = length.max(frame.len()).saturating_sub(l3);
-        Some(Packet::from_payload(link, payload, length, false))
+        Some(Packet::from_payload(link, payload, length, gso))
     }
 
     /// Parses what follows an Ethernet header: `payload` is a copy of the first bytes of `length`.

@@ -8,7 +8,7 @@ use crate::network::{MiddleboxKey, NetworkId};
 use crate::policy::{Middlebox, Policy};
 use crate::service::BackendRef;
 use crate::timeouts::LONGEST_TIMEOUT;
-use imbl::OrdMap;
+use imbl::{OrdMap, OrdSet};
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -40,6 +40,9 @@ pub struct Slots {
     /// middleboxes on a network that have each.
     watched_by: OrdMap<MiddleboxKey, (NetworkId, Arc<BTreeSet<IpAddr>>)>,
     watched: OrdMap<(NetworkId, IpAddr), u32>,
+    /// The registered addresses on each network, with the middleboxes that have them.
+    claims: OrdSet<(NetworkId, IpAddr, MiddleboxKey)>,
+    claimed_by: OrdMap<MiddleboxKey, Arc<BTreeSet<(NetworkId, IpAddr)>>>,
     /// The network of each middlebox, and the other way round.
     homes: OrdMap<MiddleboxKey, NetworkId>,
     residents: OrdMap<(NetworkId, MacAddr), MiddleboxKey>,
@@ -54,6 +57,8 @@ impl Default for Slots {
             backends: OrdMap::new(),
             middlebox_ids: IdAllocator::new(MIDDLEBOX_QUARANTINE, MAX_QUARANTINED),
             by_middlebox_id: OrdMap::new(),
+            claims: OrdSet::new(),
+            claimed_by: OrdMap::new(),
             watched_by: OrdMap::new(),
             watched: OrdMap::new(),
             homes: OrdMap::new(),
@@ -146,6 +151,7 @@ impl Slots {
         }
         let network = self.network_of(key);
         self.watch(key, network.zip(middlebox));
+        self.claim(key, network.zip(middlebox));
         let wanted = network
             .map_or_else(BTreeMap::new, |network| wanted_slots(network, key, middlebox, view));
         let first = SlotVersion { key: first_key(key), fingerprint: 0 };
@@ -210,7 +216,14 @@ impl Slots {
         let homes = before.homes.diff(&self.homes).map(|item| match item {
             Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => *key,
         });
-        slots.chain(middleboxes).chain(homes).collect()
+        let claims = before.claims.diff(&self.claims).flat_map(|item| {
+            use imbl::ordset::DiffItem::{Add, Remove};
+            let (Add(claim) | Remove(claim)) = item;
+            let (network, ip, key) = *claim;
+            // The address may pass from one middlebox to another.
+            [Some(key), before.owner(network, ip), self.owner(network, ip)].into_iter().flatten()
+        });
+        slots.chain(middleboxes).chain(homes).chain(claims).collect()
     }
 
     /// Returns the slot of a backend of a service.
@@ -301,6 +314,37 @@ impl Slots {
             *self.watched.entry((network, *ip)).or_default() += 1;
         }
         self.watched_by.insert(key, (network, Arc::new(addresses)));
+    }
+
+    /// Replaces the claims of a middlebox to its addresses.
+    fn claim(&mut self, key: MiddleboxKey, registered: Option<(NetworkId, &Middlebox)>) {
+        let claims = |(network, middlebox): (NetworkId, &Middlebox)| {
+            middlebox.addresses().map(|ip| (network, ip)).collect()
+        };
+        let new: BTreeSet<(NetworkId, IpAddr)> = registered.map(claims).unwrap_or_default();
+        let old = self.claimed_by.get(&key).cloned().unwrap_or_default();
+        if *old == new {
+            return;
+        }
+        for (network, ip) in old.difference(&new) {
+            self.claims.remove(&(*network, *ip, key));
+        }
+        for (network, ip) in new.difference(&old) {
+            self.claims.insert((*network, *ip, key));
+        }
+        if new.is_empty() {
+            self.claimed_by.remove(&key);
+        } else {
+            self.claimed_by.insert(key, Arc::new(new));
+        }
+    }
+
+    /// Returns the middlebox that a registered address belongs to; the first of several that have
+    /// registered it.
+    pub fn owner(&self, network: NetworkId, ip: IpAddr) -> Option<MiddleboxKey> {
+        let least = MiddleboxKey { network: NetworkId::ANY, mac: MacAddr([0; 6]) };
+        let (its, its_ip, key) = self.claims.range((network, ip, least)..).next()?;
+        ((*its, *its_ip) == (network, ip)).then_some(*key)
     }
 
     /// Whether a registered backend on a network has this address, alive or not.

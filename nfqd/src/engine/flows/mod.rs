@@ -147,6 +147,8 @@ pub struct FlowMatch {
     pub current: Option<SlotId>,
     /// The state after the packet.
     pub state: FlowState,
+    /// Whether the flow has a reply direction: its backend does not own the frontend's address.
+    pub has_reply: bool,
     /// Whether the kernel may be told of the flow now: the rate is limited.
     pub may_install: bool,
     /// Whether the flow has ended, and the packet belongs to a new connection between the same two.
@@ -360,6 +362,16 @@ impl FlowTable {
         let mut guard = self.shard_of(tuple);
         if let Some(at) = guard.find_original(self.hash(tuple), tuple) {
             self.remove_at(&mut guard, at);
+        }
+    }
+
+    /// Removes the reply direction of a flow that has ended: the backend's packets are of a new
+    /// connection with the client, which is none of ours.
+    pub fn detach_reply(&self, tuple: &ReplyTuple) {
+        let mut guard = self.shard_of_reply(tuple);
+        let hash = self.hash(tuple);
+        if let Some(at) = guard.find_reply(hash, tuple) {
+            guard.detach_reply(at, hash);
         }
     }
 

@@ -222,6 +222,7 @@ impl Shard {
         }
         let entry = &mut self.entries[at as usize];
         let (slot, before) = (entry.slot, entry.state);
+        let has_reply = entry.reply.is_some();
         // A backend that repeats its SYN-ACK begins nothing.
         let is_new_connection = match (entry.state, event, entry.expected_ack) {
             (FlowState::Closing, FlowEvent::SynAck(number), Some(ExpectedAck::Number(known))) => {
@@ -235,6 +236,7 @@ impl Shard {
                 slot,
                 current: None,
                 state: before,
+                has_reply,
                 may_install: false,
                 is_new_connection,
             });
@@ -278,6 +280,7 @@ impl Shard {
             slot,
             current: Some(current),
             state: after,
+            has_reply,
             may_install,
             is_new_connection,
         })
@@ -307,22 +310,32 @@ impl Shard {
 
     pub(super) fn remove(&mut self, at: u32, hashes: TupleHashes) {
         self.unlink(at);
-        let Entry { next_original, next_reply, .. } = self.entries[at as usize];
+        let Entry { next_original, .. } = self.entries[at as usize];
         let chain = Shard::chain(&self.originals, hashes.original);
         match self.predecessor(self.originals[chain], at, |entry| entry.next_original) {
             None => self.originals[chain] = next_original.wrapping_add(1),
             Some(before) => self.entries[before as usize].next_original = next_original,
         }
         if let Some(hash) = hashes.reply {
-            let chain = Shard::chain(&self.replies, hash);
-            match self.predecessor(self.replies[chain], at, |entry| entry.next_reply) {
-                None => self.replies[chain] = next_reply.wrapping_add(1),
-                Some(before) => self.entries[before as usize].next_reply = next_reply,
-            }
+            self.detach_reply(at, hash);
         }
         self.entries[at as usize].next_original = self.free;
         self.free = at;
         self.len -= 1;
+    }
+
+    /// Removes the reply direction of a flow, which has this hash.
+    pub(super) fn detach_reply(&mut self, at: u32, hash: u64) {
+        let next_reply = self.entries[at as usize].next_reply;
+        let chain = Shard::chain(&self.replies, hash);
+        match self.predecessor(self.replies[chain], at, |entry| entry.next_reply) {
+            None => self.replies[chain] = next_reply.wrapping_add(1),
+            Some(before) => self.entries[before as usize].next_reply = next_reply,
+        }
+        let entry = &mut self.entries[at as usize];
+        entry.reply = None;
+        // It stays closing: without its reply direction it must not go on.
+        entry.reset_by = None;
     }
 
     /// Returns the entry before another in a chain that begins at `head`; `None` for the first.

@@ -1,7 +1,7 @@
 //! The fast path's counters.
 
 use super::super::model::Family;
-use super::super::names::{CACHE_FULL, middlebox_of_chain, split_prefix};
+use super::super::names::{CACHE_FULL, MIDDLEBOXES, middlebox_of_chain, split_prefix};
 use super::super::sys::DumpRequest;
 use super::{Kernel, KernelError};
 use crate::counter::Counter;
@@ -86,15 +86,15 @@ impl Kernel {
         let sets = self.dump(&DumpRequest::Sets(Family::Bridge))?.sets;
         for name in sets.keys().filter(|name| counts_rules(name)) {
             let (prefix, kind) = split_prefix(name);
+            if kind == MIDDLEBOXES {
+                self.add_middlebox_counters(prefix, |_| true, desired, &mut out)?;
+                continue;
+            }
             for element in self.elements(Family::Bridge, name)? {
                 let mac = element.key.first_chunk().copied().map(MacAddr);
                 let key = mac.and_then(|mac| desired.middlebox_named(prefix, mac));
                 if let Some((key, counter)) = key.zip(element.counter) {
-                    if kind == "middleboxes" {
-                        *out.middleboxes.entry(key).or_default() += counter;
-                    } else {
-                        out.add_commented(key, element.comment.as_deref(), counter);
-                    }
+                    out.add_commented(key, element.comment.as_deref(), counter);
                 }
             }
         }
@@ -113,6 +113,26 @@ impl Kernel {
         }
         self.add_chain_counters(None, desired, &mut out)?;
         Ok(out)
+    }
+
+    /// Adds the counters of the middleboxes of the network with this prefix, as far as their keys are
+    /// wanted.
+    pub(super) fn add_middlebox_counters(
+        &mut self,
+        prefix: &str,
+        is_wanted: impl Fn(&[u8]) -> bool,
+        desired: &Desired,
+        out: &mut Counters,
+    ) -> Result<(), KernelError> {
+        let elements = self.elements(Family::Bridge, &format!("{prefix}{MIDDLEBOXES}"))?;
+        for element in elements.into_iter().filter(|element| is_wanted(&element.key)) {
+            let mac = element.key.first_chunk().copied().map(MacAddr);
+            let key = mac.and_then(|mac| desired.middlebox_named(prefix, mac));
+            if let Some((key, counter)) = key.zip(element.counter) {
+                *out.middleboxes.entry(key).or_default() += counter;
+            }
+        }
+        Ok(())
     }
 
     /// Adds the counters of the rules of one chain, or of all chains.
@@ -141,5 +161,5 @@ impl Kernel {
 /// Whether the elements of a set count for middleboxes or rules.
 fn counts_rules(set: &str) -> bool {
     let (_, set) = split_prefix(set);
-    ["middleboxes", "closed"].contains(&set) || set.starts_with("deny") || set.starts_with("allow")
+    [MIDDLEBOXES, "closed"].contains(&set) || set.starts_with("deny") || set.starts_with("allow")
 }

@@ -15,8 +15,12 @@ pub use recover::{CachedReply, RecoveredState};
 
 use super::build::Ruleset;
 use super::delta::{Step, Transition};
-use super::model::{Chain, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment};
-use super::names::{layout_of_chain, middlebox_of_chain};
+use super::field::Value;
+use super::lower::key_bytes;
+use super::model::{
+    Chain, Element, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment,
+};
+use super::names::{MIDDLEBOXES, layout_of_chain, middlebox_of_chain, split_prefix};
 use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, fd};
 use crate::desired::Desired;
 use crate::netlink::{NLMSG_DONE, messages};
@@ -24,6 +28,7 @@ use difference::{creations, difference};
 use mnl::{Bus, Socket};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
 
@@ -376,6 +381,19 @@ impl Kernel {
         for (name, chain) in old.chains.iter().filter(|(_, chain)| has_counter(chain)) {
             if middlebox_of_chain(name).is_some() && new.chains.get(name) != Some(chain) {
                 self.add_chain_counters(Some(name), before, replaced)?;
+            }
+        }
+        for (name, set) in &old.sets {
+            let (prefix, kind) = split_prefix(name);
+            let Some(new) = new.sets.get(name).filter(|_| kind == MIDDLEBOXES) else { continue };
+            let is_replaced = |(key, element): &(&Vec<Value>, &Element)| {
+                new.elements.get(*key).is_some_and(|now| now != *element)
+            };
+            // The element of a middlebox that becomes one of another kind counts anew.
+            let keys = set.elements.iter().filter(is_replaced).map(|(key, _)| key_bytes(key));
+            let keys: BTreeSet<Vec<u8>> = keys.collect();
+            if !keys.is_empty() {
+                self.add_middlebox_counters(prefix, |key| keys.contains(key), before, replaced)?;
             }
         }
         // A packet that traverses the ruleset when a transaction takes effect continues with the

@@ -299,6 +299,9 @@ impl Batch {
                 );
             }
         }
+        if let Some(size) = set.size {
+            object.u32(sys::NFTNL_SET_DESC_SIZE, size);
+        }
         if set.interval {
             flags |= SET_INTERVAL | SET_CONCAT;
             let lengths: Vec<u8> = set.key.iter().map(|part| part.len() as u8).collect();

@@ -1,6 +1,9 @@
-//! The chains `middlebox` and `closed`: a frame to a middlebox meets the filter rules here.
+//! The chains `filtered`, `filtered_balanced`, `blind` and `closed`: a frame to a middlebox meets the
+//! filter rules here.
 
 use super::BaseTable;
+use super::flow::balanced;
+use super::steer::others;
 use crate::nft::dsl::{goto, rule, verdict};
 use crate::nft::family::FAMILIES;
 use crate::nft::field::Field;
@@ -11,16 +14,22 @@ impl BaseTable<'_> {
     /// Without the fast path, the engine filters everything that can reach it: br_netfilter carries
     /// IPv4 and IPv6 only, without their VLAN tags.
     pub(super) fn filter_chains(&mut self) {
-        let by_mac = |map: &str| Statement::Vmap(vec![Field::EtherDestination], map.to_string());
-        let mut rules = Vec::new();
+        let by_mac =
+            |map: &str| rule(vec![Statement::Vmap(vec![Field::EtherDestination], map.to_string())]);
+        if self.options.fast_path == FastPath::Full {
+            self.chain("filtered", [vec![by_mac("filters")], others().to_vec()].concat());
+            let rules = [vec![by_mac("filters")], balanced().to_vec()].concat();
+            self.chain("filtered_balanced", rules);
+        }
         if self.options.engine_is_blind() {
-            rules.extend(FAMILIES.map(|ip| rule(vec![ip.is(), by_mac("tag_filters")])));
+            let tagged =
+                |map: &str| Statement::Vmap(vec![Field::EtherDestination], map.to_string());
+            let mut rules = FAMILIES.map(|ip| rule(vec![ip.is(), tagged("tag_filters")])).to_vec();
             rules.extend(FAMILIES.map(|ip| rule(vec![ip.is(), goto("engine")])));
+            rules.push(by_mac("filters"));
+            rules.extend(others());
+            self.chain("blind", rules);
         }
-        if self.options.fast_path == FastPath::Full || self.options.engine_is_blind() {
-            rules.push(rule(vec![by_mac("filters")]));
-        }
-        self.chain("middlebox", rules);
         let closed = Statement::In(vec![Field::EtherDestination], "closed".to_string());
         self.chain("closed", vec![rule(vec![closed, verdict(Verdict::Drop)])]);
     }

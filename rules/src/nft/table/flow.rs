@@ -1,52 +1,80 @@
-//! The chains `balance` and `known`: a client's packet to a middlebox with services is redirected
+//! The chains `balanced…` and `known…`: a client's packet to a middlebox with services is redirected
 //! here if its flow is cached, and sent to the engine otherwise.
 
+use super::own::own_rules;
+use super::steer::{by_family, from_backend};
 use super::{BaseTable, CONNECTION_FLAGS};
 use crate::nft::dsl::{accept, commented, goto, jump, rule};
-use crate::nft::family::IpFamily;
-use crate::nft::family::{CACHED_PROTOCOLS, FAMILIES, PORT_REWRITES, cached_flows, flow_key};
+use crate::nft::family::{
+    CACHED_PROTOCOLS, CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, cached_flows, flow_key,
+};
 use crate::nft::field::Field;
 use crate::nft::model::{Rule, Statement};
 
-impl BaseTable<'_> {
-    /// Rewrites packets of cached flows. Packets that begin or end a connection go to the engine.
-    pub(super) fn known_chain(&mut self) {
-        let mut rules = Vec::new();
-        for (ip, protocol) in cached_flows() {
-            for ports in PORT_REWRITES {
-                let mut statements = protocol.is_whole_without(ip, CONNECTION_FLAGS);
-                statements.push(Statement::RewriteFlow {
-                    key: flow_key(ip),
-                    flows: protocol.map("flows", ports, ip),
-                    writes: ip.redirect_writes(ports),
-                });
-                statements.push(accept());
-                rules.push(commented(statements, "a cached flow; the mark is restored"));
-            }
-        }
-        self.chain("known", rules);
-    }
-
-    /// Sends the packets that a service takes to the engine, unless their flow is cached.
-    pub(super) fn balance_chain(&mut self) {
-        let mut rules = vec![rule(vec![jump("known")])];
-        for ip in FAMILIES {
-            let address = vec![Field::EtherDestination, ip.destination];
-            let port = [address.clone(), vec![Field::DestinationPort]].concat();
-            rules.push(upcall_if_in(ip, vec![Field::EtherDestination], "service_all"));
-            rules.push(upcall_if_in(ip, address.clone(), "service_addresses"));
-            for protocol in CACHED_PROTOCOLS {
-                let taken = Statement::In(port.clone(), ip.name("service_ports"));
-                rules.push(rule([protocol.is_whole(ip), vec![taken, goto("engine")]].concat()));
-                // A cached flow whose backend is gone has left its slot in the mark.
-                rules.push(rule([protocol.is_whole(ip), vec![goto("finish")]].concat()));
-            }
-            rules.push(upcall_if_in(ip, address, "service_pieces"));
-        }
-        self.chain("balance", rules);
-    }
+/// Returns the rules for packets to a middlebox with services.
+pub(super) fn balanced() -> [Rule; 3] {
+    by_family("balanced")
 }
 
-fn upcall_if_in(ip: IpFamily, key: Vec<Field>, set: &str) -> Rule {
-    rule(vec![ip.is(), Statement::In(key, ip.name(set)), goto("engine")])
+impl BaseTable<'_> {
+    pub(super) fn flow_chains(&mut self) {
+        self.chain("balanced", balanced().to_vec());
+        for ip in FAMILIES {
+            self.balanced_chain(ip);
+            self.service_chain(ip);
+        }
+        for (ip, protocol) in cached_flows() {
+            self.known_chain(ip, protocol);
+        }
+    }
+
+    /// A packet of a backend may be a reply to the middlebox, or the backend its client.
+    fn balanced_chain(&mut self, ip: IpFamily) {
+        let from_backend = |chain: &str| rule([from_backend(ip), vec![jump(chain)]].concat());
+        let mut rules = vec![ip.icmp_rule(), from_backend(&ip.name("replies"))];
+        for protocol in CACHED_PROTOCOLS {
+            let known = jump(&protocol.name("known", ip));
+            rules.push(rule([protocol.is(ip), vec![known]].concat()));
+        }
+        rules.extend(own_rules(ip));
+        rules.push(from_backend(&ip.name("unknown_reply")));
+        rules.push(rule(vec![goto(&ip.name("service"))]));
+        self.chain(&ip.name("balanced"), rules);
+    }
+
+    /// Rewrites packets of cached flows. Packets that begin or end a connection go to the engine.
+    fn known_chain(&mut self, ip: IpFamily, protocol: CachedProtocol) {
+        let rewrite = |ports| {
+            let mut statements = protocol.is_whole_without(ip, CONNECTION_FLAGS);
+            statements.push(Statement::RewriteFlow {
+                key: flow_key(ip),
+                flows: protocol.map("flows", ports, ip),
+                writes: ip.redirect_writes(ports),
+            });
+            statements.push(accept());
+            commented(statements, "a cached flow; the mark is restored")
+        };
+        self.chain(&protocol.name("known", ip), PORT_REWRITES.map(rewrite).to_vec());
+    }
+
+    /// Sends the packets that a service takes to the engine.
+    fn service_chain(&mut self, ip: IpFamily) {
+        let address = vec![Field::EtherDestination, ip.destination];
+        let port = [address.clone(), vec![Field::DestinationPort]].concat();
+        let upcall_if_in = |key: Vec<Field>, set: &str| {
+            rule(vec![ip.is(), Statement::In(key, ip.name(set)), goto("engine")])
+        };
+        let mut rules = vec![
+            upcall_if_in(vec![Field::EtherDestination], "service_all"),
+            upcall_if_in(address.clone(), "service_addresses"),
+        ];
+        for protocol in CACHED_PROTOCOLS {
+            let taken = Statement::In(port.clone(), ip.name("service_ports"));
+            rules.push(rule([protocol.is_whole(ip), vec![taken, goto("engine")]].concat()));
+            // A cached flow whose backend is gone has left its slot in the mark.
+            rules.push(rule([protocol.is_whole(ip), vec![goto("finish")]].concat()));
+        }
+        rules.push(upcall_if_in(address, "service_pieces"));
+        self.chain(&ip.name("service"), rules);
+    }
 }

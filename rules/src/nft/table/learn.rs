@@ -2,7 +2,8 @@
 //! here, and the flow is cached.
 
 use super::BaseTable;
-use crate::mark::{ID, OPERATION, Operation};
+use super::own::dhcp_rules;
+use crate::mark::{ID, OPERATION, OWN, Operation, PORT};
 use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule};
 use crate::nft::family::{
     CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, TCP, cached_flows, flow_key,
@@ -141,6 +142,12 @@ impl BaseTable<'_> {
                 rules.push(rule([TCP.is_whole(ip), vec![rewrite, goto("finish")]].concat()));
             }
         }
+        let own = Statement::Is(
+            Field::Mark(OPERATION & !PORT),
+            Value::Mark(Operation::Upcall as u32 | OWN),
+        );
+        rules.push(commented(vec![own, goto("finish")], "the middlebox has begun it"));
+        rules.extend(dhcp_rules(&goto("finish")));
         for (ip, protocol) in cached_flows() {
             let redirects =
                 Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());

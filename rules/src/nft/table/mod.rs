@@ -1,18 +1,20 @@
 //! The base table: the part in the bridge family that does not depend on the policy, and the part
 //! of each network.
 //!
-//! The files follow a packet's order: [`steer`], [`filter`], [`reply`], [`flow`], [`upcall`], and
-//! behind the engine [`learn`]. Base chains are made once and stay, because deleting one drops
+//! The files follow a packet's order: [`own`] for one of a middlebox, [`steer`], [`filter`],
+//! [`reply`], [`flow`], [`upcall`], and behind the engine [`learn`]. Base chains are made once and stay, because deleting one drops
 //! every packet that waits in a queue. `docs/ARCHITECTURE.md` draws the path of a packet.
 
 mod filter;
 mod flow;
 mod learn;
+mod own;
 mod reply;
 mod sets;
 mod steer;
 mod upcall;
 
+pub(super) use steer::MiddleboxKind;
 pub(super) use upcall::queueing_table;
 
 use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
@@ -67,9 +69,9 @@ pub(super) fn network_table(network: NetworkId, options: &RulesetOptions) -> Tab
     base.filter_chains();
     if options.fast_path == FastPath::Full {
         base.reply_chains();
-        base.known_chain();
-        base.balance_chain();
+        base.flow_chains();
     }
+    base.own_chains();
     base.upcall_chain();
     base.verdict_chains();
     base.table

@@ -1,50 +1,69 @@
-//! The chains `reply4` and `reply6`: packets from addresses of backends.
+//! The chains `reply…` and `replies…`: packets from addresses of backends.
 
 use super::{BaseTable, RST, SYN};
 use crate::mark::ID;
 use crate::nft::dsl::{accept, commented, goto, jump, rule, verdict};
-use crate::nft::family::{CACHED_PROTOCOLS, FAMILIES, IpFamily, PORT_REWRITES, reply_key};
+use crate::nft::family::{
+    CACHED_PROTOCOLS, CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, cached_flows, reply_key,
+};
 use crate::nft::field::{Field, Value};
 use crate::nft::model::{Statement, Verdict};
 
 impl BaseTable<'_> {
     pub(super) fn reply_chains(&mut self) {
         for ip in FAMILIES {
-            self.reply_chain(ip);
+            let [replies, unknown] = ["replies", "unknown_reply"].map(|chain| ip.name(chain));
+            self.chain(
+                &ip.name("reply"),
+                vec![rule(vec![jump(&replies)]), rule(vec![goto(&unknown)])],
+            );
+            self.replies_chain(ip);
+            self.unknown_reply_chain(ip);
+        }
+        for (ip, protocol) in cached_flows() {
+            self.translated_chain(ip, protocol);
         }
     }
 
-    fn reply_chain(&mut self, ip: IpFamily) {
+    /// Translates cached replies; all others come back.
+    fn replies_chain(&mut self, ip: IpFamily) {
         let mut rules = Vec::new();
         for protocol in CACHED_PROTOCOLS {
-            for ports in PORT_REWRITES {
-                let mut statements = protocol.is_whole_without(ip, SYN | RST);
-                statements.push(Statement::RewriteFlow {
-                    key: reply_key(ip),
-                    flows: protocol.map("replies", ports, ip),
-                    writes: ip.reply_writes(ports),
-                });
-                statements.push(accept());
-                rules.push(commented(statements, "a cached reply; the mark is restored"));
-            }
+            let translated = jump(&protocol.name("translated", ip));
+            rules.push(rule([protocol.is(ip), vec![translated]].concat()));
         }
         let left_slot = vec![
             Statement::Is(Field::Mark(!ID), Value::Mark(0)),
             Statement::SetMark { keep: 0, set: 0 },
         ];
         rules.push(commented(left_slot, "clear the slot of a cached flow whose backend is gone"));
+        self.chain(&ip.name("replies"), rules);
+    }
+
+    fn translated_chain(&mut self, ip: IpFamily, protocol: CachedProtocol) {
+        let rewrite = |ports| {
+            let mut statements = protocol.is_whole_without(ip, SYN | RST);
+            statements.push(Statement::RewriteFlow {
+                key: reply_key(ip),
+                flows: protocol.map("replies", ports, ip),
+                writes: ip.reply_writes(ports),
+            });
+            statements.push(accept());
+            commented(statements, "a cached reply; the mark is restored")
+        };
+        self.chain(&protocol.name("translated", ip), PORT_REWRITES.map(rewrite).to_vec());
+    }
+
+    /// Sends packets to the engine that are not known as the backend's own.
+    fn unknown_reply_chain(&mut self, ip: IpFamily) {
+        let mut rules = Vec::new();
         for protocol in CACHED_PROTOCOLS {
             let bypass = Statement::In(reply_key(ip), protocol.name("bypass", ip));
             // A packet of the backend itself may still be redirected if it goes to a middlebox.
             let back = verdict(Verdict::Return);
             rules.push(rule([protocol.is_whole(ip), vec![bypass, back]].concat()));
         }
-        // The backend may be a client of a middlebox.
-        rules.push(rule(vec![
-            Statement::In(vec![Field::EtherDestination], "balanced".to_string()),
-            jump("known"),
-        ]));
         rules.push(rule(vec![goto("engine")]));
-        self.chain(&ip.name("reply"), rules);
+        self.chain(&ip.name("unknown_reply"), rules);
     }
 }

@@ -37,8 +37,9 @@ impl BaseTable<'_> {
         let mac = [Type::Mac];
         let verdicts = Some(Data::Verdict);
         let counting = |comment: &str| Set { counter: true, ..set_of(&mac, None, comment) };
-        self.set("middleboxes", counting("registered middleboxes"));
-        self.set("balanced", set_of(&mac, None, "middleboxes with load-balanced services"));
+        let comment = "middlebox to the chain of its kind";
+        self.set("middleboxes", Set { counter: true, ..set_of(&mac, verdicts, comment) });
+        self.set("with_services", set_of(&mac, None, "middleboxes with services"));
         self.set("filters", set_of(&mac, verdicts, "middleboxes with filters"));
         self.set("closed", counting("middleboxes that drop what no rule allows"));
         if self.options.engine_is_blind() {
@@ -78,10 +79,13 @@ impl BaseTable<'_> {
         }
     }
 
-    /// Sets of the addresses of backends.
+    /// Sets of the addresses of middleboxes and backends.
     fn backend_sets(&mut self) {
         for ip in FAMILIES {
             self.set(&ip.name("backends"), set_of(&[ip.address], None, "addresses of backends"));
+            let comment = "registered addresses: the MAC of their middlebox";
+            let owner = Some(Data::Value(Type::Mac));
+            self.set(&ip.name("addresses"), set_of(&[ip.address], owner, comment));
             let comment = "addresses of backends, alive or not";
             self.set(&ip.name("watched"), set_of(&[ip.address], None, comment));
             let neighbours = Set {
@@ -106,6 +110,9 @@ impl BaseTable<'_> {
                 self.set(&protocol.map("flows", ports, ip), flows);
                 self.set(&protocol.map("replies", ports, ip), replies);
             }
+            let comment = "answers to what middleboxes have begun";
+            let own = cache(flow_key(ip), None, protocol.own_timeout, comment);
+            self.set(&protocol.name("own", ip), own);
             let bypass = cache(reply_key(ip), None, BYPASS_TIMEOUT, "the backends' own flows");
             self.set(&protocol.name("bypass", ip), bypass);
         }

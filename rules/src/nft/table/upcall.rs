@@ -1,5 +1,6 @@
 //! The chain `engine` and the tables of the ip families: the path into the queue.
 
+use super::own::mark_rules;
 use super::{BaseTable, QUEUE_PRIORITY};
 use crate::mark::{Operation, Origin, UPCALL};
 use crate::nft::dsl::{accept, commented, rule, upcall};
@@ -20,7 +21,7 @@ impl BaseTable<'_> {
                 rule(vec![upcall(network), Statement::Counter, accept()]),
             ],
         };
-        self.chain("engine", rules);
+        self.chain("engine", [mark_rules(), rules].concat());
     }
 }
 

@@ -15,6 +15,11 @@ impl MacAddr {
         self.0 != [0; 6] && self.0[0] & 1 == 0
     }
 
+    /// Whether this is the address of a group of stations, such as all (IEEE 802, section 8.2).
+    pub fn is_group(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+
     fn and(self, mask: MacAddr) -> MacAddr {
         let mut out = self.0;
         out.iter_mut().zip(mask.0).for_each(|(byte, mask)| *byte &= mask);

@@ -3,12 +3,12 @@
 use crate::print;
 use nfqd::engine::flows::OriginalTuple;
 use nfqd::engine::verdict::Verdict;
-use nfqd::engine::{EngineState, Snapshot, decide};
+use nfqd::engine::{EngineState, Ingress, Snapshot, decide};
 use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{Slots, Unobserved};
-use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
+use nfqd_rules::{Desired, MiddleboxKey};
 use nfqd_tests::counting::allocations;
 use std::time::Instant;
 
@@ -55,7 +55,7 @@ pub(crate) fn run() {
         for at in (0..CAPACITY).step_by(NEW) {
             let some = syns(at, NEW);
             some.iter().for_each(|packet| {
-                let _ = decide(&snapshot, &state, NetworkId::ANY, packet, 0);
+                let _ = decide(&snapshot, &state, Ingress::ANY, packet, 0);
             });
         }
         state.flows.expire(u32::MAX);
@@ -65,7 +65,7 @@ pub(crate) fn run() {
                 let some = syns(there, (wanted - there).min(50_000));
                 there += some.len();
                 some.iter().for_each(|packet| {
-                    let _ = decide(&snapshot, &state, NetworkId::ANY, packet, 0);
+                    let _ = decide(&snapshot, &state, Ingress::ANY, packet, 0);
                 });
             }
             let mut costs = Vec::new();
@@ -75,7 +75,7 @@ pub(crate) fn run() {
                 let (before, start) = (allocations(), Instant::now());
                 let is_redirect = |packet: &&Packet| {
                     matches!(
-                        decide(&snapshot, &state, NetworkId::ANY, packet, 0)
+                        decide(&snapshot, &state, Ingress::ANY, packet, 0)
                             .decision()
                             .map(|decision| decision.verdict),
                         Some(Verdict::Redirect(_))

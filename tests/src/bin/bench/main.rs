@@ -9,6 +9,7 @@ mod classifier;
 mod control;
 mod flows;
 mod maglev;
+mod path;
 #[cfg(feature = "peers")]
 mod peers;
 mod scale;
@@ -36,6 +37,7 @@ fn print(name: &str, values: &[f64], unit: &str) -> f64 {
 /// Every benchmark, by name.
 const ALL: &[(&str, fn())] = &[
     ("throughput", throughput::run),
+    ("path", path::run),
     ("balance", balance::run),
     ("maglev", maglev::run),
     ("flows", flows::run),
