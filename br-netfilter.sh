@@ -71,6 +71,24 @@ queue_path() {
     fi
 }
 
+# Prints family, table and name of each chain that drops forwarded packets by its policy and has no rule that accepts
+# bridged ones: with bridge-nf-call-iptables, bridged packets pass there as well.
+forward_drops() {
+    command -v nft > /dev/null || return 0
+    [ "$(cat "$(sysctl_file bridge-nf-call-iptables)" 2> /dev/null)" = 1 ] || return 0
+    nft list chains 2> /dev/null | awk '
+        $1 == "table" { family = $2; table = $3 }
+        $1 == "chain" { chain = $2 }
+        /hook forward/ && /policy drop/ && family ~ /^(ip|ip6|inet)$/ { print family, table, chain }' \
+        | while read -r family table chain; do
+            nft list chain "$family" "$table" "$chain" 2> /dev/null \
+                | grep -q "iifname \"$BRIDGE\" oifname \"$BRIDGE\".* accept" || echo "$family $table $chain"
+        done
+}
+
+# Returns the rule that lets bridged packets pass such a chain.
+forward_rule() { printf "nft insert rule %s iifname %s oifname %s accept" "$1" "$BRIDGE" "$BRIDGE"; }
+
 # Notes what up did, newest first, so that down undoes it in that order.
 note() {
     { echo "$*"; cat "$RECORD" 2> /dev/null || true; } > "$RECORD.new"
@@ -137,6 +155,9 @@ up() {
         fi
     done
     say "note: bridged IP packets now pass the host's own ip and ip6 chains as well, and inconsistent ones are dropped there"
+    forward_drops | while read -r chain; do
+        say "note: the chain '$chain' drops what it does not accept, bridged packets as well; let them pass: $(forward_rule "$chain")"
+    done
 }
 
 down() {
@@ -211,6 +232,9 @@ status() {
             fi
         done
     fi
+    while read -r chain; do
+        [ -z "$chain" ] || lacks "a rule for bridged packets in '$chain'" "it drops what it does not accept: $(forward_rule "$chain")"
+    done <<< "$(forward_drops)"
     if [ -s "$RECORD" ]; then
         say "'br-netfilter.sh down' would undo:"
         sed 's/^/    /' "$RECORD"

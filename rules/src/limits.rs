@@ -19,3 +19,8 @@ pub(super) fn first_backend_over_limit(others: usize, backends: usize) -> Option
     let most = MAX_BACKENDS.min(MAX_MIDDLEBOX_BACKENDS.saturating_sub(others));
     (backends > most).then_some(most)
 }
+
+/// The most middleboxes of one network: the kernel's set of them has a fixed size.
+pub const MIDDLEBOXES_OF_NETWORK: u32 = 1 << 14;
+/// The most addresses of backends, of one family, on one network.
+pub const BACKENDS_OF_NETWORK: u32 = 1 << 13;

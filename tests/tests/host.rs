@@ -95,3 +95,27 @@ fn foreign_objects_stay_and_mistakes_are_named() {
         assert_eq!(br_netfilter(dir.path(), "sideways", &[]).0, 2);
     });
 }
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_chain_that_drops_forwarded_packets_is_named_with_the_rule_that_lets_them_pass() {
+    in_netns(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let variables = [("STEER", "br-netfilter")];
+        assert_eq!(br_netfilter(dir.path(), "up", &variables).0, 0);
+        assert_eq!(br_netfilter(dir.path(), "status", &variables).0, 0);
+        run("nft add table ip filter");
+        let hook = "{ type filter hook forward priority 0; policy drop; }";
+        let added = Command::new("nft").arg(format!("add chain ip filter FORWARD {hook}")).status();
+        assert!(added.unwrap().success());
+        let rule = "nft insert rule ip filter FORWARD iifname kvmbr0 oifname kvmbr0 accept";
+        let (code, text) = br_netfilter(dir.path(), "up", &variables);
+        assert!(code == 0 && text.contains(rule), "{text}");
+        let (code, text) = br_netfilter(dir.path(), "status", &variables);
+        assert!(code == 1 && text.contains("MISSING") && text.contains(rule), "{text}");
+        run(rule);
+        let (code, text) = br_netfilter(dir.path(), "status", &variables);
+        assert!(code == 0 && !text.contains("MISSING"), "{text}");
+        assert_eq!(br_netfilter(dir.path(), "down", &[]).0, 0);
+    });
+}

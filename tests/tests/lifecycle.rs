@@ -99,7 +99,7 @@ fn another_program_changes_our_tables() {
         for (number, interference) in [
             "nft delete table bridge nfqd",
             "nft flush chain bridge nfqd steer",
-            "nft flush set bridge nfqd br0/middleboxes",
+            "nft flush map bridge nfqd br0/middleboxes",
             "nft add rule bridge nfqd br0/balance drop",
         ]
         .into_iter()

@@ -331,3 +331,99 @@ fn a_group_address_is_no_way_around_the_filters() {
         });
     }
 }
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn what_the_host_sends_and_routes_is_filtered() {
+    in_netns(|| {
+        bridge("br0");
+        bridge("wan");
+        let segment = Segment::new("0", ["vm", "backend"]);
+        segment.plug("br0");
+        run("ip addr add 10.129.126.254/24 dev br0");
+        run("ip addr add 10.9.0.254/24 dev wan");
+        run("sysctl -qw net.ipv4.ip_forward=1");
+        let remote = Host::attach("wan", "remote", "02:00:00:00:09:01", &["10.9.0.1/24"]);
+        remote.run("ip route add default via 10.9.0.254");
+        segment.vm.run("ip route add default via 10.129.126.254");
+        let from_host = || {
+            let address = std::net::SocketAddr::from((VM, PORT));
+            std::net::TcpStream::connect_timeout(&address, Duration::from_millis(800)).is_ok()
+        };
+        assert!(from_host() && connect_plain(&remote, VM.into(), PORT));
+        let bound = Bound::new(&["bridge=br0"], &[]);
+        bound.guest(0).must(&format!("R F {VM_MAC} {VM}"));
+        bound.guest(0).must(&format!("A {VM_MAC} T 2 d 80"));
+        assert!(!from_host() && !connect_plain(&remote, VM.into(), PORT));
+        assert!(pings(&remote, VM) && !connect_plain(&segment.client, VM.into(), PORT));
+        bound.guest(0).must(&format!("D {VM_MAC} #1"));
+        assert!(from_host() && connect_plain(&remote, VM.into(), PORT));
+    });
+}
+
+/// Random policies and frames on two bridges, with hosts of equal addresses, while backends and ports
+/// come and go: frames of one bridge carry another source than those of the other.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn no_frame_of_one_network_gets_into_another() {
+    use nfqd_tests::frames::{HOSTS, MIDDLEBOXES, case_frames, policy};
+    use nfqd_tests::tap::Tap;
+    use proptest::strategy::{Strategy, ValueTree};
+    use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
+    in_netns(|| {
+        let taps = |bridge_name: &str, at: usize| -> Vec<Tap> {
+            bridge(bridge_name);
+            let macs = MIDDLEBOXES.iter().chain(&HOSTS).enumerate();
+            let port = |(n, mac): (usize, &&str)| {
+                Tap::on_bridge(bridge_name, &format!("t{at}{n}"), &[mac])
+            };
+            let mut taps: Vec<Tap> = macs.map(port).collect();
+            taps.push(Tap::on_bridge(bridge_name, &format!("t{at}u"), &[]));
+            taps
+        };
+        let networks = [taps("br0", 0), taps("br1", 1)];
+        let bound = Bound::new(&["bridge=br0", "bridge=br1"], &[]);
+        let seed = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+        let mut runner = TestRunner::new_with_rng(Default::default(), seed);
+        let (mut sent, mut received) = ([0, 0], [0, 0]);
+        for round in 0..20 {
+            for at in [0, 1] {
+                for mac in MIDDLEBOXES {
+                    bound.guest(at).tell(&format!("X {mac}"));
+                }
+                for command in policy().new_tree(&mut runner).unwrap().current() {
+                    bound.guest(at).tell(&command);
+                }
+            }
+            // A port leaves its bridge and comes back; a MAC moves to another port.
+            run("ip link set t02 nomaster");
+            run(&format!("bridge fdb replace {} dev t{}4 master static", HOSTS[1], round % 2));
+            for (at, taps) in networks.iter().enumerate() {
+                for frame in case_frames(20..=60).new_tree(&mut runner).unwrap().current() {
+                    // The source tells the network; the rest is the same in both.
+                    let mut frame = frame;
+                    if let Some(mark) = frame.get_mut(7) {
+                        *mark = 0xa0 + at as u8;
+                    }
+                    taps.last().unwrap().send(&frame);
+                    sent[at] += 1;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(50));
+            for (at, taps) in networks.iter().enumerate() {
+                for frame in taps.iter().flat_map(|tap| std::iter::from_fn(|| tap.try_receive())) {
+                    match frame.get(7) {
+                        Some(0xa0 | 0xa1) => {
+                            assert_eq!(frame[7], 0xa0 + at as u8, "round {round}: {frame:02x?}");
+                            received[at] += 1;
+                        }
+                        // A question of nfqd's own, or of the host.
+                        _ => {}
+                    }
+                }
+            }
+            run("ip link set t02 master br0");
+        }
+        assert!(sent.iter().chain(&received).all(|count| *count > 300), "{sent:?} {received:?}");
+    });
+}

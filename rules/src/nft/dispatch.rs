@@ -8,7 +8,8 @@
 //! | `BRIDGE/vlans` | the network of a tag |
 //! | `BRIDGE/untagged` | the network of untagged frames, by port |
 //!
-//! There is a second set of them for frames that come back from the engine.
+//! There is a second set of them for frames that come back from the engine, and a third one for those
+//! of the host itself, which are filtered at the port that they leave by.
 
 use super::dsl::{accept, commented, goto, jump, rule, set_of};
 use super::field::{Field, Type, Value};
@@ -21,7 +22,7 @@ use crate::slots::Slots;
 use nfqd_shmctl::EtherType;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The two times that a frame is dispatched.
+/// A time that a frame is dispatched.
 #[derive(Clone, Copy)]
 struct Pass {
     /// The end of the names of maps and chains.
@@ -32,11 +33,32 @@ struct Pass {
     vm_entry: &'static str,
     /// The base chain.
     base: &'static str,
+    /// The field of the port.
+    port: Field,
 }
 
-const PASSES: [Pass; 2] = [
-    Pass { suffix: "", entry: "frames", vm_entry: "vm_frames", base: "steer" },
-    Pass { suffix: "_back", entry: "verdicts", vm_entry: "verdicts", base: "learn" },
+const PASSES: [Pass; 3] = [
+    Pass {
+        suffix: "",
+        entry: "frames",
+        vm_entry: "vm_frames",
+        base: "steer",
+        port: Field::InputInterface,
+    },
+    Pass {
+        suffix: "_back",
+        entry: "verdicts",
+        vm_entry: "verdicts",
+        base: "learn",
+        port: Field::InputInterface,
+    },
+    Pass {
+        suffix: "_out",
+        entry: "from_host",
+        vm_entry: "from_host",
+        base: "host",
+        port: Field::OutputInterface,
+    },
 ];
 
 /// The most ports of all bridges together; a bridge has at most 1024 (BR_MAX_PORTS).
@@ -73,10 +95,10 @@ impl Dispatch<'_> {
         let ports = format!("ports{}", self.pass.suffix);
         let mut aware: BTreeMap<NetworkId, (EtherType, Vec<(u32, u16)>)> = BTreeMap::new();
         let rules = self.base_rules(&ports);
-        let (priority, mut begin) = base_chain(self.pass.base);
+        let (base, mut begin) = base_chain(self.pass.base);
         begin.extend(rules);
-        let base = Chain { priority: Some(priority), rules: begin };
-        self.out.chains.insert(self.pass.base.to_string(), base);
+        let chain = Chain { base: Some(base), rules: begin };
+        self.out.chains.insert(self.pass.base.to_string(), chain);
         for (index, port) in self.networks.ports() {
             let chain = match port.vlans {
                 PortVlans::Unaware => self.entry_by(port.bridge, index),
@@ -140,12 +162,11 @@ impl Dispatch<'_> {
 
     /// Returns the rules that lead a frame on. Middleboxes on no known network come first.
     fn base_rules(&self, ports: &str) -> Vec<Rule> {
-        let mut out =
-            vec![rule(vec![Statement::Vmap(vec![Field::InputInterface], ports.to_string())])];
+        let mut out = vec![rule(vec![Statement::Vmap(vec![self.pass.port], ports.to_string())])];
         let known: Vec<NetworkId> =
             self.slots.inhabited().filter(|network| *network != NetworkId::ANY).collect();
         let unplaced = self.slots.is_inhabited(NetworkId::ANY);
-        if self.pass.base == "steer" {
+        if self.pass.base != "learn" {
             if unplaced {
                 out.insert(0, rule(vec![jump(self.pass.vm_entry)]));
             }
@@ -203,8 +224,8 @@ impl Dispatch<'_> {
         let is_vlan = Statement::IsNot(Field::VlanId, Value::Port(0));
         let others = vec![tagged(), is_vlan, accept()];
         rules.push(commented(others, "of a VLAN without middleboxes"));
-        rules.push(rule(vec![Statement::Vmap(vec![Field::InputInterface], by_port)]));
+        rules.push(rule(vec![Statement::Vmap(vec![self.pass.port], by_port)]));
         let name = self.name(bridge, "by_vlan");
-        self.out.chains.insert(name, Chain { priority: None, rules });
+        self.out.chains.insert(name, Chain { base: None, rules });
     }
 }

@@ -23,6 +23,8 @@ pub enum Field {
     Mark(u32),
     /// `iif`: the index of the port that the frame came in by.
     InputInterface,
+    /// `oif`: the index of the port that the frame leaves by.
+    OutputInterface,
     /// `arp saddr ip`: the sender's address (RFC 826).
     ArpSenderIp,
     /// `arp saddr ether`: the sender's MAC.
@@ -162,7 +164,7 @@ impl Field {
                 Some(Type::Protocol)
             }
             Field::Mark(_) => Some(Type::Mark),
-            Field::InputInterface => Some(Type::Interface),
+            Field::InputInterface | Field::OutputInterface => Some(Type::Interface),
             // nft has no type for the ids of VLANs; this one has their length.
             Field::VlanId => Some(Type::Port),
             Field::Ip4Source
@@ -222,6 +224,7 @@ impl fmt::Display for Field {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self {
             Field::InputInterface => "iif",
+            Field::OutputInterface => "oif",
             Field::EtherDestination => "ether daddr",
             Field::EtherSource => "ether saddr",
             Field::ArpSenderIp => "arp saddr ip",

@@ -44,6 +44,7 @@ const TRANSPORT: u32 = 2;
 const META_PROTOCOL: u32 = 1;
 const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
+const META_OIF: u32 = 5;
 const META_L4PROTO: u32 = 16;
 
 const CMP_EQ: u32 = 0;
@@ -176,6 +177,7 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::EtherType => vec![meta(META_PROTOCOL, register)],
         Field::L4Protocol => vec![meta(META_L4PROTO, register)],
         Field::InputInterface => vec![meta(META_IIF, register)],
+        Field::OutputInterface => vec![meta(META_OIF, register)],
         Field::Mark(u32::MAX) => vec![meta(META_MARK, register)],
         Field::Mark(mask) => {
             vec![meta(META_MARK, register), bitwise(register, &mask.to_ne_bytes(), &[0; 4])]

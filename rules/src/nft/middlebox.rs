@@ -73,7 +73,7 @@ impl MiddleboxPart {
         let has_services = !middlebox.services().is_empty();
         let entry = MiddleboxKind { has_filters, has_services }.entry(options);
         let data = Some(ElementData::Verdict(entry));
-        let element = Element { comment, data, ..Element::default() };
+        let element = Element { data, comment, ..Element::default() };
         part.element("middleboxes", vec![Value::Mac(mac)], element);
         let network = part.network;
         for ip in middlebox.addresses().filter(|ip| slots.owner(network, *ip) == Some(key)) {
@@ -120,7 +120,7 @@ impl MiddleboxPart {
     fn own_chain(&mut self, map: &str, mac: MacAddr, comment: Option<String>, rules: Vec<Rule>) {
         let chain = own_name(map, mac);
         self.jump(map, mac, comment, &chain);
-        self.chains.insert(chain, Chain { priority: None, rules });
+        self.chains.insert(chain, Chain { base: None, rules });
     }
 
     /// Adds the filters. Returns whether there are any.

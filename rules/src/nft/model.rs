@@ -77,11 +77,48 @@ pub fn layout_of_comment(comment: &str) -> Option<u32> {
 /// A chain.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Chain {
-    /// The priority in the prerouting hook, for base chains. They are made once and never deleted
-    /// while nfqd works: deleting any base chain drops every packet that waits in a queue.
-    pub priority: Option<i32>,
+    /// The hook, for base chains. They are made once and never deleted while nfqd works: deleting any
+    /// base chain drops every packet that waits in a queue.
+    pub base: Option<Base>,
     /// The rules.
     pub rules: Vec<Rule>,
+}
+
+/// The hook of a base chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Base {
+    /// The hook.
+    pub hook: Hook,
+    /// The priority in it.
+    pub priority: i32,
+}
+
+/// A hook, in the bridge family (linux/netfilter_bridge.h) or the ip families.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hook {
+    /// Frames that come in.
+    Prerouting,
+    /// Frames that the host itself sends or routes.
+    Output,
+}
+
+impl Hook {
+    /// Returns the kernel's number.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Hook::Prerouting => 0,
+            Hook::Output => 3,
+        }
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Hook::Prerouting => "prerouting",
+            Hook::Output => "output",
+        })
+    }
 }
 
 /// A rule.
@@ -323,8 +360,8 @@ impl fmt::Display for Table {
         }
         for (name, chain) in &self.chains {
             writeln!(f, "\tchain {name} {{")?;
-            if let Some(priority) = chain.priority {
-                writeln!(f, "\t\ttype filter hook prerouting priority {priority}; policy accept;")?;
+            if let Some(Base { hook, priority }) = chain.base {
+                writeln!(f, "\t\ttype filter hook {hook} priority {priority}; policy accept;")?;
             }
             chain.rules.iter().try_for_each(|rule| writeln!(f, "\t\t{rule}"))?;
             writeln!(f, "\t}}\n")?;
@@ -407,6 +444,7 @@ impl fmt::Display for Statement {
             Statement::Is(field @ Field::Ip6TrafficClass, Value::Tos(tos)) => {
                 write!(f, "{field} {}", Value::tos_text(*tos, "ip6"))
             }
+            Statement::Is(Field::Mark(u32::MAX), value) => write!(f, "meta mark {value}"),
             // nft shows a mask that is a prefix as one.
             Statement::Is(Field::Mark(mask), value)
                 if mask.leading_ones() + mask.trailing_zeros() == 32 =>

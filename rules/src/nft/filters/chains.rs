@@ -52,7 +52,7 @@ impl LookUps {
         let LookUps { allow, allow_transport, deny, deny_transport } = self;
         let close: Vec<Rule> = closed.then(|| rule(vec![goto("closed")])).into_iter().collect();
         let (mut out, mut rules) = (BTreeMap::new(), allow);
-        let chain = |rules: Vec<Rule>| Chain { priority: None, rules };
+        let chain = |rules: Vec<Rule>| Chain { base: None, rules };
         if !allow_transport.is_empty() {
             let later = format!("{name}.later");
             rules.extend(later_fragments(&goto(&later)));

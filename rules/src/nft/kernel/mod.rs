@@ -261,7 +261,7 @@ impl Kernel {
             if !chains.keys().eq(table.chains.keys()) || !sets.keys().eq(table.sets.keys()) {
                 return Ok(false);
             }
-            for (name, chain) in table.chains.iter().filter(|(_, chain)| chain.priority.is_some()) {
+            for (name, chain) in table.chains.iter().filter(|(_, chain)| chain.base.is_some()) {
                 let rules = self.dump(&DumpRequest::Rules(family, Some(name.clone())))?.rules;
                 if rules.iter().filter(|rule| rule.chain == *name).count() != chain.rules.len() {
                     return Ok(false);

@@ -6,7 +6,7 @@ use super::super::lower::{
     Attribute, Expr, counter, key_bytes, key_len, key_type, lower, verdict_number,
 };
 use super::super::model::{
-    Chain, Data, Element, ElementData, Family, Rule, Set, TABLE_COMMENT, TABLE_NAME, Verdict,
+    Base, Chain, Data, Element, ElementData, Family, Rule, Set, TABLE_COMMENT, TABLE_NAME, Verdict,
 };
 use super::{
     DATA_VERDICT, ELEMENTS_A_MESSAGE, MAX_DATA, RuleObject, SCRATCH, SET_CONCAT, SET_EVAL,
@@ -194,10 +194,9 @@ impl Batch {
     /// Adds a chain; one that is there stays.
     pub(in crate::nft) fn add_chain(&mut self, family: Family, name: &str, chain: &Chain) {
         let object = named_chain(name);
-        if let Some(priority) = chain.priority {
-            const PREROUTING: u32 = 0;
+        if let Some(Base { hook, priority }) = chain.base {
             const ACCEPT: u32 = 1;
-            object.u32(sys::NFTNL_CHAIN_HOOKNUM, PREROUTING);
+            object.u32(sys::NFTNL_CHAIN_HOOKNUM, hook.number());
             object.u32(sys::NFTNL_CHAIN_POLICY, ACCEPT);
             object.str(sys::NFTNL_CHAIN_TYPE, "filter");
             // SAFETY: needed because a priority is signed; the object is alive.

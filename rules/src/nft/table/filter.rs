@@ -1,5 +1,5 @@
-//! The chains `filtered`, `filtered_balanced`, `blind` and `closed`: a frame to a middlebox meets the
-//! filter rules here.
+//! The chains `filtered`, `filtered_balanced`, `blind`, `from_host` and `closed`: a frame to a
+//! middlebox meets the filter rules here.
 
 use super::BaseTable;
 use super::flow::balanced;
@@ -30,6 +30,9 @@ impl BaseTable<'_> {
             rules.extend(others());
             self.chain("blind", rules);
         }
+        // What the host itself sends or routes is filtered by the kernel alone.
+        let from_host = self.options.kernel_filters().then(|| by_mac("filters"));
+        self.chain("from_host", from_host.into_iter().collect());
         let closed = Statement::In(vec![Field::EtherDestination], "closed".to_string());
         self.chain("closed", vec![rule(vec![closed, verdict(Verdict::Drop)])]);
     }

@@ -158,16 +158,18 @@ impl BaseTable<'_> {
     }
 }
 
-/// Returns the rule for frames that the engine has not seen, or has nothing to do for.
-pub(super) fn nothing_to_do() -> Rule {
+/// Returns the rules for frames that the engine has not seen, or has nothing to do for. Most have no
+/// mark at all, which is tested first.
+pub(super) fn nothing_to_do() -> [Rule; 2] {
     let nothing = vec![Statement::Is(Field::Mark(OPERATION), Value::Mark(0)), accept()];
-    commented(nothing, "not from the engine, or nothing to do")
+    let unmarked = vec![Statement::Is(Field::Mark(u32::MAX), Value::Mark(0)), accept()];
+    [rule(unmarked), commented(nothing, "not from the engine, or nothing to do")]
 }
 
 /// Returns the chain that ends the way of a frame with a mark of nfqd's.
 pub(super) fn finish_chain() -> Chain {
     let rules = vec![commented(vec![clear_mark(), accept()], "clear nfqd's mark bits")];
-    Chain { priority: None, rules }
+    Chain { base: None, rules }
 }
 
 /// Returns the rules that write addresses, and ports where they are translated.

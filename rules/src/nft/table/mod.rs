@@ -17,12 +17,12 @@ mod upcall;
 pub(super) use steer::MiddleboxKind;
 pub(super) use upcall::queueing_table;
 
-use super::model::{Chain, Family, Rule, TABLE_LAYOUT, Table};
+use super::model::{Base, Chain, Family, Hook, Rule, TABLE_LAYOUT, Table};
 use super::names::layout_chain;
 use super::options::{FastPath, RulesetOptions};
 use crate::network::NetworkId;
 
-/// Priority of the chain `steer`: before br_netfilter (0), and before the bridge learns or
+/// Priority of the chains `steer` and `host`: before br_netfilter (0), and before the bridge learns or
 /// forwards.
 const STEER_PRIORITY: i32 = -300;
 /// Priority of the chain `learn`: behind br_netfilter's hook.
@@ -53,12 +53,14 @@ pub(super) fn base_table() -> Table {
     table
 }
 
-/// Returns the priority of a base chain, and the rules before the dispatch to networks.
-pub(super) fn base_chain(name: &str) -> (i32, Vec<Rule>) {
-    match name {
-        "learn" => (LEARN_PRIORITY, vec![learn::nothing_to_do()]),
-        _ => (STEER_PRIORITY, Vec::new()),
-    }
+/// Returns the hook of a base chain, and the rules before the dispatch to networks.
+pub(super) fn base_chain(name: &str) -> (Base, Vec<Rule>) {
+    let (hook, priority, rules) = match name {
+        "learn" => (Hook::Prerouting, LEARN_PRIORITY, learn::nothing_to_do().to_vec()),
+        "host" => (Hook::Output, STEER_PRIORITY, Vec::new()),
+        _ => (Hook::Prerouting, STEER_PRIORITY, Vec::new()),
+    };
+    (Base { hook, priority }, rules)
 }
 
 /// Returns the part of a network, without its prefix.
@@ -79,6 +81,6 @@ pub(super) fn network_table(network: NetworkId, options: &RulesetOptions) -> Tab
 
 impl BaseTable<'_> {
     fn chain(&mut self, name: &str, rules: Vec<Rule>) {
-        self.table.chains.insert(name.to_string(), Chain { priority: None, rules });
+        self.table.chains.insert(name.to_string(), Chain { base: None, rules });
     }
 }

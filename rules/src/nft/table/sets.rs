@@ -2,6 +2,7 @@
 
 use super::BaseTable;
 use super::learn::OPERATIONS;
+use crate::limits::{BACKENDS_OF_NETWORK, MIDDLEBOXES_OF_NETWORK};
 use crate::mark::Operation;
 use crate::nft::dsl::set_of;
 use crate::nft::family::{FAMILIES, PORT_REWRITES, PortRewrite, cached_flows, flow_key, reply_key};
@@ -38,7 +39,9 @@ impl BaseTable<'_> {
         let verdicts = Some(Data::Verdict);
         let counting = |comment: &str| Set { counter: true, ..set_of(&mac, None, comment) };
         let comment = "middlebox to the chain of its kind";
-        self.set("middleboxes", Set { counter: true, ..set_of(&mac, verdicts, comment) });
+        let size = Some(MIDDLEBOXES_OF_NETWORK);
+        let middleboxes = Set { counter: true, size, ..set_of(&mac, verdicts, comment) };
+        self.set("middleboxes", middleboxes);
         self.set("with_services", set_of(&mac, None, "middleboxes with services"));
         self.set("filters", set_of(&mac, verdicts, "middleboxes with filters"));
         self.set("closed", counting("middleboxes that drop what no rule allows"));
@@ -82,7 +85,9 @@ impl BaseTable<'_> {
     /// Sets of the addresses of middleboxes and backends.
     fn backend_sets(&mut self) {
         for ip in FAMILIES {
-            self.set(&ip.name("backends"), set_of(&[ip.address], None, "addresses of backends"));
+            let backends = set_of(&[ip.address], None, "addresses of backends");
+            let size = Some(BACKENDS_OF_NETWORK);
+            self.set(&ip.name("backends"), Set { size, ..backends });
             let comment = "registered addresses: the MAC of their middlebox";
             let owner = Some(Data::Value(Type::Mac));
             self.set(&ip.name("addresses"), set_of(&[ip.address], owner, comment));

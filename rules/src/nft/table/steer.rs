@@ -59,12 +59,12 @@ impl BaseTable<'_> {
         self.chain("group", group);
         self.neighbour_chains();
         for ip in FAMILIES {
-            self.from_chain(ip);
+            self.source_chain(ip);
         }
     }
 
     /// Packets that go to no middlebox with services.
-    fn from_chain(&mut self, ip: IpFamily) {
+    fn source_chain(&mut self, ip: IpFamily) {
         let full = self.options.fast_path == FastPath::Full;
         let target = if full { goto(&ip.name("reply")) } else { goto("engine") };
         let rules = vec![ip.icmp_rule(), rule([from_backend(ip), vec![target]].concat())];

@@ -5,7 +5,7 @@ use super::{BaseTable, QUEUE_PRIORITY};
 use crate::mark::{Operation, Origin, UPCALL};
 use crate::nft::dsl::{accept, commented, rule, upcall};
 use crate::nft::field::{Field, Value};
-use crate::nft::model::{Chain, Family, Queues, Statement, Table};
+use crate::nft::model::{Base, Chain, Family, Hook, Queues, Statement, Table};
 use crate::nft::options::QueuePath;
 
 impl BaseTable<'_> {
@@ -34,7 +34,8 @@ pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     ];
     let rule = commented(statements, "to the engine: xt target NFQUEUE, which nft does not show");
     let mut table = Table::new(family);
-    let chain = Chain { priority: Some(QUEUE_PRIORITY), rules: vec![rule] };
+    let base = Base { hook: Hook::Prerouting, priority: QUEUE_PRIORITY };
+    let chain = Chain { base: Some(base), rules: vec![rule] };
     table.chains.insert("to_engine".to_string(), chain);
     table
 }

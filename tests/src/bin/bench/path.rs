@@ -6,11 +6,14 @@ use nfqd_tests::daemon::{Daemon, steer};
 use nfqd_tests::netns::{Host, run as shell};
 use nfqd_tests::topology::wait_for;
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns, unshare};
-use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrIn, bind, sendmmsg,
+    setsockopt, socket, sockopt,
+};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io::IoSlice;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
@@ -80,7 +83,7 @@ impl Lab {
         lab.other_client.run(&format!("ping -q -c 1 -W 5 {ELSEWHERE}"));
         for port in [53, 54, 55] {
             for host in [&lab.vm, &lab.backend, &lab.bystander, &lab.elsewhere] {
-                let sink = host.enter(|| UdpSocket::bind(("0.0.0.0", port)).expect("a sink"));
+                let sink = host.enter(|| bound((Ipv4Addr::UNSPECIFIED, port)));
                 lab.sinks.push(sink);
             }
         }
@@ -183,6 +186,16 @@ const STREAMS: &[Stream] = &[
     },
 ];
 
+/// Returns a socket that shares its port with others.
+fn bound((ip, port): (Ipv4Addr, u16)) -> UdpSocket {
+    let (kind, flags) = (SockType::Datagram, SockFlag::SOCK_CLOEXEC);
+    let socket = socket(AddressFamily::Inet, kind, flags, None).expect("a socket");
+    setsockopt(&socket, sockopt::ReuseAddr, &true).expect("a shared port");
+    let address = SockaddrIn::from(SocketAddrV4::new(ip, port));
+    bind(socket.as_raw_fd(), &address).expect("a port");
+    UdpSocket::from(socket)
+}
+
 /// Sends packets from a host; returns packets a second.
 fn rate(lab: &Lab, from: fn(&Lab) -> &Host, local: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> f64 {
     lab.enter(|| {
@@ -190,19 +203,7 @@ fn rate(lab: &Lab, from: fn(&Lab) -> &Host, local: (Ipv4Addr, u16), to: (Ipv4Add
             let mut core = CpuSet::new();
             core.set(0).expect("a core");
             sched_setaffinity(Pid::from_raw(0), &core).expect("a core of its own");
-            let reuse = nix::sys::socket::socket(
-                nix::sys::socket::AddressFamily::Inet,
-                nix::sys::socket::SockType::Datagram,
-                nix::sys::socket::SockFlag::SOCK_CLOEXEC,
-                None,
-            )
-            .expect("a socket");
-            nix::sys::socket::setsockopt(&reuse, nix::sys::socket::sockopt::ReuseAddr, &true)
-                .expect("reuse");
-            let address =
-                nix::sys::socket::SockaddrIn::from(std::net::SocketAddrV4::new(local.0, local.1));
-            nix::sys::socket::bind(reuse.as_raw_fd(), &address).expect("bind");
-            let socket = UdpSocket::from(reuse);
+            let socket = bound(local);
             socket.connect(SocketAddr::from(to)).expect("connect");
             let payload = [IoSlice::new(&PAYLOAD)];
             let batch = [payload; BATCH];
