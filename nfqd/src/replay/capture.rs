@@ -20,7 +20,7 @@ pub struct Captured<'a> {
     pub frame: &'a [u8],
     /// The full length in bytes.
     pub length: usize,
-    /// The link type of its interface (https://www.tcpdump.org/linktypes.html).
+    /// The link type of its interface (<https://www.tcpdump.org/linktypes.html>).
     pub link: u16,
 }
 

@@ -392,14 +392,14 @@ impl Batch {
     }
 }
 
-/// Returns the byte orders (nft assumes wrong ones for marks otherwise) and the comment, as nft
-/// itself stores them.
+/// Returns the byte orders and the comment, as nft itself stores them. Without the orders, nft shows
+/// wrong marks and interfaces.
 fn set_user_data(set: &Set) -> Vec<u8> {
     const KEY_ORDER: u8 = 0;
     const DATA_ORDER: u8 = 1;
     const COMMENT: u8 = 7;
     let order = |kind: u8, of: Type| {
-        let host_or_big: u32 = if of == Type::Mark { 1 } else { 2 };
+        let host_or_big: u32 = if matches!(of, Type::Mark | Type::Interface) { 1 } else { 2 };
         user_data(kind, &host_or_big.to_ne_bytes())
     };
     let mut out = Vec::new();

@@ -30,16 +30,20 @@ impl BaseTable<'_> {
 
     /// A packet of a backend may be a reply to the middlebox, or the backend its client.
     fn balanced_chain(&mut self, ip: IpFamily) {
-        let from_backend = |chain: &str| rule([from_backend(ip), vec![jump(chain)]].concat());
-        let mut rules = vec![ip.icmp_rule(), from_backend(&ip.name("replies"))];
-        for protocol in CACHED_PROTOCOLS {
+        let known = |protocol: CachedProtocol| {
             let known = jump(&protocol.name("known", ip));
-            rules.push(rule([protocol.is(ip), vec![known]].concat()));
-        }
-        rules.extend(own_rules(ip));
-        rules.push(from_backend(&ip.name("unknown_reply")));
-        rules.push(rule(vec![goto(&ip.name("service"))]));
-        self.chain(&ip.name("balanced"), rules);
+            rule([protocol.is(ip), vec![known]].concat())
+        };
+        let known: Vec<Rule> =
+            CACHED_PROTOCOLS.map(known).into_iter().chain(own_rules(ip)).collect();
+        let service = rule(vec![goto(&ip.name("service"))]);
+        let client = ip.name("client_is_backend");
+        let is_backend = rule([from_backend(ip), vec![goto(&client)]].concat());
+        let rules = [vec![ip.icmp_rule(), is_backend], known.clone(), vec![service.clone()]];
+        self.chain(&ip.name("balanced"), rules.concat());
+        let jump = |chain: &str| rule(vec![jump(&ip.name(chain))]);
+        let rules = [vec![jump("replies")], known, vec![jump("unknown_reply"), service]];
+        self.chain(&client, rules.concat());
     }
 
     /// Rewrites packets of cached flows. Packets that begin or end a connection go to the engine.

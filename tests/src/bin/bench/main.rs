@@ -9,6 +9,7 @@ mod classifier;
 mod control;
 mod flows;
 mod maglev;
+mod neighbours;
 mod path;
 #[cfg(feature = "peers")]
 mod peers;
@@ -38,6 +39,7 @@ fn print(name: &str, values: &[f64], unit: &str) -> f64 {
 const ALL: &[(&str, fn())] = &[
     ("throughput", throughput::run),
     ("path", path::run),
+    ("neighbours", neighbours::run),
     ("balance", balance::run),
     ("maglev", maglev::run),
     ("flows", flows::run),
