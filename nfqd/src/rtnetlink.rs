@@ -117,13 +117,14 @@ impl RouteMonitor {
         Ok(RouteMonitor { socket, buffer: vec![0; DATAGRAM] })
     }
 
-    /// Passes each notification since the last call to `each`.
+    /// Passes notifications to `each`, a limited number of datagrams in a call: guests cause them.
     ///
     /// # Errors
     /// `ENOBUFS` if some were lost.
     pub(crate) fn read(&mut self, mut each: impl FnMut(&Message<'_>)) -> Result<(), Errno> {
+        const DATAGRAMS: usize = 1024;
         let mut result = Ok(());
-        loop {
+        for _ in 0..DATAGRAMS {
             match recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
                 Ok(len) => {
                     let bytes = self.buffer.get(..len).unwrap_or_default();
@@ -131,9 +132,10 @@ impl RouteMonitor {
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOBUFS) => result = Err(Errno::ENOBUFS),
-                Err(_) => return result,
+                Err(_) => break,
             }
         }
+        result
     }
 }
 

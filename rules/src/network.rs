@@ -223,6 +223,11 @@ impl Networks {
         }
     }
 
+    /// Returns the port that [`Networks::set_vm_port`] has noted.
+    pub fn vm_port(&self, network: NetworkId, mac: MacAddr) -> Option<u32> {
+        self.vm_ports.get(&(network, mac)).copied()
+    }
+
     /// Returns the ports of middleboxes with services, each with its network.
     pub fn vm_ports(&self) -> impl Iterator<Item = (NetworkId, u32)> {
         self.vm_ports.iter().map(|((network, _), port)| (*network, *port))

@@ -5,7 +5,7 @@
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::netns::{Host, in_netns, run};
 use nfqd_tests::segment::{Guest, PORT, Segment, middlebox_on, wait_for_backends};
-use nfqd_tests::topology::{BACKEND, VM, VM_MAC, connect_plain, pings, wait_for, who};
+use nfqd_tests::topology::{BACKEND, CLIENT, VM, VM_MAC, connect_plain, pings, wait_for, who};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -206,6 +206,21 @@ fn a_port_is_filtered_from_its_first_frame_on_even_without_nfqd() {
         late.run("ping -q -c 1 -W 5 10.129.126.17");
         bound.daemon.restart();
         assert!(!pings(&late, VM) && one.at_vm().is_none());
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn backends_of_a_middlebox_that_nobody_has_seen_are_no_way_around_filters() {
+    in_netns(|| {
+        let (one, other) = two_bridges();
+        let bound = Bound::new(&["bridge=br1"], &[]);
+        bound.guest(0).must(&format!("R F {VM_MAC} {VM} deny"));
+        assert!(one.at_vm().is_some() && other.at_vm().is_none());
+        bound.daemon.must(&format!("R L 02:00:00:00:00:99 10.9.9.9 rr {CLIENT}"));
+        assert!(one.at_vm().is_some() && other.at_vm().is_none());
+        assert!(!pings(&other.client, VM));
+        assert!(run("nft list chain bridge nfqd steer").contains("jump to_middlebox"));
     });
 }
 

@@ -41,6 +41,9 @@ impl HostView<'_> {
     pub fn misplaced_reason(&self, mac: MacAddr, network: NetworkId) -> Option<&'static str> {
         match self.networks.name(network) {
             None => Some("the middlebox has not been seen on any network yet"),
+            Some(name) if self.host.has_vlans(name) => {
+                Some("the middlebox has not been seen in any VLAN of its bridge yet")
+            }
             Some(name) if self.host.is_elsewhere(mac, name) => {
                 Some("the backend's MAC is on another network than the middlebox")
             }
@@ -146,7 +149,8 @@ impl Backends {
             let probe = Probe::of(network, service, name, backend);
             let probe = probe.filter(|_| service.method().is_pool());
             // Nobody can be asked where nobody knows the way.
-            if network == NetworkId::ANY {
+            let its_name = desired.networks.name(network);
+            if its_name.is_none_or(|name| host.has_vlans(name)) {
                 continue;
             }
             if backend.mac.is_none() || matches!(probe, Some(Probe::Neighbour(..))) {

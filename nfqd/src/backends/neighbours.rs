@@ -33,6 +33,10 @@ const CLOCK_GRAIN: Duration = Duration::from_millis(50);
 /// may have moved.
 const ASK_ALL_AFTER: u32 = 1;
 
+/// The most questions on a network in a call of [`Neighbours::refresh`], each on every port that it
+/// leaves by: guests name the addresses, and a flood of questions would reach everybody.
+const MAX_QUESTIONS: usize = 4096;
+
 /// The events of a call of [`Neighbours::refresh`].
 #[derive(Debug, Default)]
 pub(super) struct Events {
@@ -118,8 +122,13 @@ impl Neighbours {
     fn ask(&mut self, host: &HostNetworks, networks: &Networks, now: Instant) {
         let Some(injector) = &self.injector else { return };
         let mut askers: BTreeMap<NetworkId, Option<(Network, Asker)>> = BTreeMap::new();
-        for (&(id, ip), watched) in &mut self.watched {
-            if now < watched.next {
+        let mut sent: BTreeMap<NetworkId, usize> = BTreeMap::new();
+        let mut due: Vec<_> = self.watched.iter_mut().filter(|(_, one)| one.next <= now).collect();
+        // Who waits longest comes first, so a limit delays all alike.
+        due.sort_by_key(|(_, watched)| watched.next);
+        for (&(id, ip), watched) in due {
+            let sent = sent.entry(id).or_default();
+            if *sent >= MAX_QUESTIONS {
                 continue;
             }
             let known = watched.mac.filter(|_| watched.unanswered < ASK_ALL_AFTER);
@@ -133,6 +142,7 @@ impl Neighbours {
             for exit in host.exits(network, known) {
                 // A port that is down just now does not matter for the others.
                 let _ = injector.send(exit.port, &question(*asker, ip, known, exit.tag));
+                *sent += 1;
             }
         }
     }

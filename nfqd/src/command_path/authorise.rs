@@ -28,6 +28,8 @@ pub fn authorise(
     let slots = &desired.slots;
     let mac = parsed.command.mac();
     let home = mac.and_then(|mac| slots.network_of(MiddleboxKey { network, mac }));
+    // Before the first registration, the network that the channel is bound to.
+    let home = home.or(Some(network).filter(|network| *network != NetworkId::ANY));
     let is_registered_by_other = |ip: IpAddr| {
         desired.policy.middleboxes().iter().any(|(key, middlebox)| {
             let is_near = home.is_none() || slots.network_of(*key) == home;

@@ -150,3 +150,24 @@ fn is_in_effect(policy: &Policy, network: NetworkId, command: &Command) -> bool 
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lines_with_networks_in_the_reference_are_read_and_written_back() {
+        let text = include_str!("../../../docs/COMMANDS.md");
+        let lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("    [")).collect();
+        assert_eq!(lines.len(), 2);
+        for line in lines {
+            let line = format!("[{line}");
+            let mut desired = Desired::default();
+            apply_line(&mut desired, &line, |_, _, _| false).unwrap();
+            let keys: Vec<MiddleboxKey> = desired.policy.middleboxes().keys().copied().collect();
+            let (_, command, _) = split_network(&line).unwrap();
+            let command = ParsedCommand::parse(command).unwrap().command;
+            assert_eq!(line_of(&desired.networks, keys[0].network, &command), line);
+        }
+    }
+}

@@ -67,6 +67,9 @@ impl ControlPlane {
     /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves
     /// what could not be saved.
     pub fn tick(&mut self) {
+        if self.host.is_stale() {
+            self.follow_networks();
+        }
         let noted = self.enforcer.neighbours(&self.desired);
         if self.backends.refresh(&self.desired, &self.host, &noted) || self.lacks_ids {
             self.follow_observations();
@@ -98,14 +101,16 @@ impl ControlPlane {
         if changes.is_empty() {
             return;
         }
+        let before = self.desired.networks.clone();
+        if changes.concern_ports() {
+            self.host.describe(&mut self.desired.networks);
+        }
         let policy = &self.desired.policy;
         let middleboxes: Vec<MiddleboxKey> = policy.middleboxes().keys().copied().collect();
         let concerns = |key: &MiddleboxKey| changes.concern(key.mac);
         let given = |backend: BackendRef<'_>| backend.backend.mac;
         let is_concerned = middleboxes.iter().any(concerns)
             || policy.backends().filter_map(given).any(|mac| changes.concern(mac));
-        let before = self.desired.networks.clone();
-        self.host.describe(&mut self.desired.networks);
         if !is_concerned {
             return;
         }

@@ -25,6 +25,8 @@ pub struct HostNetworks {
     /// The bridges that nfqd is limited to; all if there are none.
     only: Vec<String>,
     placements: BTreeMap<MiddleboxKey, Placement>,
+    /// Whether notifications were lost, and what there is could not be read since.
+    is_stale: bool,
 }
 
 /// The place of a middlebox.
@@ -45,6 +47,11 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// Whether bridges, ports or VLANs may have changed.
+    pub fn concern_ports(&self) -> bool {
+        self.all
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         !self.all && self.macs.is_empty()
@@ -76,7 +83,15 @@ impl HostNetworks {
         let monitor = RouteMonitor::open()?;
         let (links, fdb) = (Links::read(&socket)?, ForwardingDatabase::read(&socket)?);
         let only = only.to_vec();
-        Ok(HostNetworks { socket, monitor, links, fdb, only, placements: BTreeMap::new() })
+        Ok(HostNetworks {
+            socket,
+            monitor,
+            links,
+            fdb,
+            only,
+            placements: BTreeMap::new(),
+            is_stale: false,
+        })
     }
 
     /// Returns the descriptor that is readable when something has changed.
@@ -95,16 +110,33 @@ impl HostNetworks {
             RTM_NEWLINK | RTM_DELLINK => changes.all = true,
             _ => changes.macs.extend(fdb.note(message)),
         });
-        if result.is_err() {
-            self.fdb = ForwardingDatabase::read(&self.socket)?;
-            changes.all = true;
-        }
-        if changes.all {
+        let is_lost = result.is_err() || self.is_stale;
+        if is_lost || changes.all {
+            // Until it is read, whatever comes of it.
+            self.is_stale = true;
+            if is_lost {
+                self.socket = RouteSocket::open()?;
+                self.fdb = ForwardingDatabase::read(&self.socket)?;
+            }
             let links = Links::read(&self.socket)?;
-            changes.all = result.is_err() || links != self.links;
+            self.is_stale = false;
+            changes.all = is_lost || links != self.links;
             self.links = links;
         }
         Ok(changes)
+    }
+
+    /// Whether notifications were lost, and must be made up for.
+    pub fn is_stale(&self) -> bool {
+        self.is_stale
+    }
+
+    /// Whether a network is a bridge whose VLANs are networks of their own.
+    pub fn has_vlans(&self, network: &Network) -> bool {
+        let mut bridges = self.links.bridges.values();
+        network.vlan.is_none()
+            && bridges
+                .any(|bridge| *bridge.name == *network.bridge && bridge.vlan_protocol.is_some())
     }
 
     fn serves(&self, bridge: &str) -> bool {
@@ -162,16 +194,8 @@ impl HostNetworks {
         let at = |network| Placement { network, also_on: BTreeSet::new() };
         let scope = networks.name(key.network).cloned();
         let bridge = scope.as_ref().map(|scope| Network::bridge(&scope.bridge));
-        let is_aware = |name: &str| {
-            let mut bridges = self.links.bridges.values();
-            bridges.any(|bridge| bridge.name == name && bridge.vlan_protocol.is_some())
-        };
-        match &scope {
-            // A VLAN of a bridge, or a bridge without VLANs.
-            Some(scope) if scope.vlan.is_some() || !is_aware(&scope.bridge) => {
-                return at(key.network);
-            }
-            _ => {}
+        if scope.as_ref().is_some_and(|scope| !self.has_vlans(scope)) {
+            return at(key.network);
         }
         let mut seen = self.networks_of(key.mac);
         seen.retain(|network| bridge.as_ref().is_none_or(|bridge| bridge.bridge == network.bridge));
@@ -203,7 +227,11 @@ impl HostNetworks {
             let mut segments = self.fdb.segments(key.mac);
             segments.find(|(segment, _)| self.network(*segment).as_ref() == Some(&name))
         });
-        networks.set_vm_port(network, key.mac, seen.map(|(_, port)| port));
+        // The bridge forgets a MAC that is silent, but its next frame comes by the same port.
+        let before = networks
+            .vm_port(network, key.mac)
+            .filter(|port| has_services && self.links.ports.contains_key(port));
+        networks.set_vm_port(network, key.mac, seen.map(|(_, port)| port).or(before));
     }
 
     /// Returns the network that a MAC is on; [`NetworkId::ANY`] if that is not known.
@@ -248,7 +276,9 @@ impl HostNetworks {
     /// Returns the ways out to a network: those ports of it that a MAC was seen on, all of them if
     /// it was on none or there is no MAC.
     pub fn exits(&self, network: &Network, mac: Option<MacAddr>) -> Vec<Exit> {
-        let Some((index, _)) = self.bridge(network) else { return Vec::new() };
+        let Some((index, _)) = self.bridge(network).filter(|_| !self.has_vlans(network)) else {
+            return Vec::new();
+        };
         let all: Vec<Exit> = self
             .links
             .ports
@@ -282,7 +312,7 @@ impl HostNetworks {
     /// bridge, or a VLAN device on it.
     pub fn host_device(&self, network: &Network) -> Option<String> {
         let (index, _) = self.bridge(network)?;
-        let bridge = self.links.bridges.get(&index)?;
+        let bridge = self.links.bridges.get(&index).filter(|_| !self.has_vlans(network))?;
         let Some(vlan) = network.vlan else { return Some(bridge.name.clone()) };
         if bridge.vlans.pvid == Some(vlan) {
             return Some(bridge.name.clone());

@@ -39,6 +39,9 @@ impl OwnConversations {
         if begins || self.is_known(&answers, now) {
             let timeout = if is_tcp { OWN_TCP_TIMEOUT } else { OWN_UDP_TIMEOUT };
             self.0.insert(answers, now.saturating_add(timeout));
+            if self.0.len() == self.0.capacity() {
+                self.0.retain(|_, until| now < *until);
+            }
         }
     }
 

@@ -11,7 +11,7 @@
 //! There is a second set of them for frames that come back from the engine, and a third one for those
 //! of the host itself, which are filtered at the port that they leave by.
 
-use super::dsl::{accept, commented, goto, jump, rule, set_of};
+use super::dsl::{commented, goto, jump, rule, set_of, verdict};
 use super::field::{Field, Type, Value};
 use super::model::{
     Chain, Data, Element, ElementData, Family, Rule, Set, Statement, Table, Verdict,
@@ -31,6 +31,8 @@ struct Pass {
     entry: &'static str,
     /// The same for a port of a middlebox with services.
     vm_entry: &'static str,
+    /// The chain that only filters, for frames that may be of another network.
+    filter_entry: &'static str,
     /// The base chain.
     base: &'static str,
     /// The field of the port.
@@ -42,6 +44,7 @@ const PASSES: [Pass; 3] = [
         suffix: "",
         entry: "frames",
         vm_entry: "vm_frames",
+        filter_entry: "to_middlebox",
         base: "steer",
         port: Field::InputInterface,
     },
@@ -49,6 +52,7 @@ const PASSES: [Pass; 3] = [
         suffix: "_back",
         entry: "verdicts",
         vm_entry: "verdicts",
+        filter_entry: "verdicts",
         base: "learn",
         port: Field::InputInterface,
     },
@@ -56,6 +60,7 @@ const PASSES: [Pass; 3] = [
         suffix: "_out",
         entry: "from_host",
         vm_entry: "from_host",
+        filter_entry: "from_host",
         base: "host",
         port: Field::OutputInterface,
     },
@@ -112,12 +117,23 @@ impl Dispatch<'_> {
                     is_inhabited.then(|| self.name(port.bridge, "by_vlan"))
                 }
             };
-            let verdict = chain.map_or(Verdict::Accept, Verdict::Goto);
+            let verdict = chain.map_or_else(|| self.elsewhere(), Verdict::Goto);
             self.element(&ports, Value::Interface(index), verdict);
         }
         for (bridge, (protocol, untagged)) in aware {
             self.vlan_aware(bridge, protocol, &untagged);
         }
+    }
+
+    /// Returns the verdict on a frame of a network without middleboxes. One that comes back from the
+    /// engine was led there by a middlebox on no known network, or by one that is gone.
+    fn elsewhere(&self) -> Verdict {
+        let back = if self.slots.is_inhabited(NetworkId::ANY) { self.pass.entry } else { "finish" };
+        if self.is_back() { Verdict::Goto(back.to_string()) } else { Verdict::Accept }
+    }
+
+    fn is_back(&self) -> bool {
+        self.pass.base == "learn"
     }
 
     /// Returns the name of a network's chain of this pass, if the network has middleboxes.
@@ -166,15 +182,20 @@ impl Dispatch<'_> {
         let known: Vec<NetworkId> =
             self.slots.inhabited().filter(|network| *network != NetworkId::ANY).collect();
         let unplaced = self.slots.is_inhabited(NetworkId::ANY);
-        if self.pass.base != "learn" {
+        if !self.is_back() {
             if unplaced {
-                out.insert(0, rule(vec![jump(self.pass.vm_entry)]));
+                out.insert(0, rule(vec![jump(self.pass.filter_entry)]));
             }
-            for network in known {
-                let prefix = self.networks.prefix(network);
-                let filtered = vec![jump(&format!("{prefix}{}", self.pass.vm_entry))];
-                out.push(commented(filtered, "a port that is not known yet"));
+            let lead = |network: &NetworkId, entry: &str| {
+                let chain = format!("{}{entry}", self.networks.prefix(*network));
+                commented(vec![jump(&chain)], "a port that is not known yet")
+            };
+            // A frame to a middlebox must not leave for the engine as one from a backend of another
+            // network, so the filters of all networks come first.
+            if known.len() > 1 {
+                out.extend(known.iter().map(|network| lead(network, self.pass.filter_entry)));
             }
+            out.extend(known.iter().map(|network| lead(network, self.pass.vm_entry)));
             return out;
         }
         // The verdict is one of the only network there is, or of nobody knows which.
@@ -216,15 +237,26 @@ impl Dispatch<'_> {
             }
         }
         // Middleboxes of which only the bridge is known.
-        let unplaced = self.entry(bridge).map(|chain| rule(vec![jump(&chain)]));
-        let mut rules: Vec<Rule> = unplaced.into_iter().collect();
+        let unplaced = self.slots.is_inhabited(bridge);
+        let first = (unplaced && !self.is_back()).then_some(self.pass.filter_entry);
+        let prefix = self.networks.prefix(bridge);
+        let first = first.map(|entry| rule(vec![jump(&format!("{prefix}{entry}"))]));
+        let mut rules: Vec<Rule> = first.into_iter().collect();
+        // A verdict on a frame to one of them, or to one that is gone.
+        let last = match self.elsewhere() {
+            Verdict::Goto(_) if unplaced => Verdict::Goto(self.chain_of(bridge)),
+            other => other,
+        };
         let tagged = || Statement::Is(Field::OuterType, Value::EtherType(protocol));
         rules.push(rule(vec![tagged(), Statement::Vmap(vec![Field::VlanId], by_tag)]));
         // The bridge takes a tag without a VLAN for none.
         let is_vlan = Statement::IsNot(Field::VlanId, Value::Port(0));
-        let others = vec![tagged(), is_vlan, accept()];
+        let others = vec![tagged(), is_vlan, verdict(last.clone())];
         rules.push(commented(others, "of a VLAN without middleboxes"));
         rules.push(rule(vec![Statement::Vmap(vec![self.pass.port], by_port)]));
+        if self.is_back() {
+            rules.push(rule(vec![verdict(last)]));
+        }
         let name = self.name(bridge, "by_vlan");
         self.out.chains.insert(name, Chain { base: None, rules });
     }

@@ -45,6 +45,8 @@ pub enum Field {
     Ip6Destination,
     /// `ip6 nexthdr`: the protocol, if there are no extension headers.
     Ip6NextHeader,
+    /// `ip6 hoplimit`.
+    Ip6HopLimit,
     /// The traffic class, which nft shows as `ip6 dscp … ip6 ecn …`.
     Ip6TrafficClass,
     /// `frag frag-off`: the offset in the first fragment header.
@@ -181,6 +183,7 @@ impl Field {
             Field::OuterType
             | Field::Ip4FragmentOffset(_)
             | Field::Ip4Tos
+            | Field::Ip6HopLimit
             | Field::Ip6TrafficClass
             | Field::Ip6FragmentOffset
             | Field::Ip6FragmentHeader
@@ -198,6 +201,7 @@ impl Field {
     pub(super) fn len(self) -> usize {
         match self {
             Field::Ip4Tos
+            | Field::Ip6HopLimit
             | Field::Ip6FragmentHeader
             | Field::TcpFlags
             | Field::IcmpCode
@@ -242,6 +246,7 @@ impl fmt::Display for Field {
             Field::Ip6Source => "ip6 saddr",
             Field::Ip6Destination => "ip6 daddr",
             Field::Ip6NextHeader => "ip6 nexthdr",
+            Field::Ip6HopLimit => "ip6 hoplimit",
             Field::Ip6TrafficClass => "ip6 dscp",
             Field::SourcePort => "th sport",
             Field::DestinationPort => "th dport",
@@ -285,6 +290,8 @@ pub enum Value {
     Tos(u8),
     /// Whether a header is present.
     Exists(bool),
+    /// A hop limit.
+    HopLimit(u8),
     /// TCP flags.
     Flags(u8),
     /// An ICMP type.
@@ -310,6 +317,7 @@ impl Value {
             Value::Mark(number) | Value::Interface(number) => u128::from(number),
             Value::Exists(there) => u128::from(there),
             Value::Tos(byte)
+            | Value::HopLimit(byte)
             | Value::Flags(byte)
             | Value::IcmpType(byte)
             | Value::IcmpCode(byte)
@@ -330,6 +338,7 @@ impl Value {
             Value::Mark(number) | Value::Interface(number) => number.to_ne_bytes().to_vec(),
             Value::Exists(there) => vec![u8::from(there)],
             Value::Tos(byte)
+            | Value::HopLimit(byte)
             | Value::Flags(byte)
             | Value::IcmpType(byte)
             | Value::IcmpCode(byte)
@@ -488,6 +497,7 @@ impl fmt::Display for Value {
             Value::Interface(index) => index.fmt(f),
             Value::Tos(tos) => tos.fmt(f),
             Value::Exists(there) => f.write_str(if *there { "exists" } else { "missing" }),
+            Value::HopLimit(limit) => write!(f, "{limit}"),
             Value::Flags(flags) => {
                 let on = TCP_FLAGS.iter().enumerate().filter(|(at, _)| flags & 1 << at != 0);
                 f.write_str(&on.map(|(_, name)| *name).collect::<Vec<_>>().join(","))

@@ -191,6 +191,7 @@ fn load(field: Field, register: u32) -> Vec<Expr> {
         Field::Ip4Destination => vec![payload(NETWORK, 16, len, register)],
         Field::Ip6TrafficClass => masked(NETWORK, 0, 0x0ff0),
         Field::Ip6NextHeader => vec![payload(NETWORK, 6, len, register)],
+        Field::Ip6HopLimit => vec![payload(NETWORK, 7, len, register)],
         Field::Ip6Source => vec![payload(NETWORK, 8, len, register)],
         Field::Ip6Destination => vec![payload(NETWORK, 24, len, register)],
         Field::SourcePort => vec![payload(TRANSPORT, 0, len, register)],

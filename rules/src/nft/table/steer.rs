@@ -45,6 +45,7 @@ impl BaseTable<'_> {
             || Statement::Vmap(vec![Field::EtherDestination], "middleboxes".to_string());
         let is_group = Statement::Masked(Field::EtherDestination, GROUP, GROUP);
         let frames = vec![rule(vec![to_middlebox()]), rule(vec![is_group, jump("group")])];
+        self.chain("to_middlebox", vec![rule(vec![to_middlebox()])]);
         self.chain("frames", [frames, others().to_vec()].concat());
         self.chain("others", others().to_vec());
         let to_owner = |ip: IpFamily| {
@@ -82,7 +83,9 @@ impl BaseTable<'_> {
         self.chain("arp_packets", vec![rule(arp)]);
         const ADVERTISEMENT: u8 = 136;
         let is_advertisement = Statement::Is(Field::Icmp6Type, Value::Icmp6Type(ADVERTISEMENT));
-        let guards = [IPV6.is_icmp(), vec![is_advertisement]].concat();
+        // Nobody beyond a router may send one (RFC 4861, section 7.1.2).
+        let is_from_link = Statement::Is(Field::Ip6HopLimit, Value::HopLimit(255));
+        let guards = [IPV6.is_icmp(), vec![is_advertisement, is_from_link]].concat();
         let advertisement = [guards, note(IPV6, Field::AdvertisedIp6, Field::EtherSource)].concat();
         self.chain("icmp6", vec![rule(advertisement), icmp_error_rule(IPV6)]);
         self.chain("icmp4", vec![icmp_error_rule(IPV4)]);
