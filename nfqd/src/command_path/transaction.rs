@@ -5,7 +5,7 @@ use super::channel::Channel;
 use super::{ControlPlane, has_services};
 use crate::backends::HostView;
 use crate::bindings::Bindings;
-use nfqd_rules::{Desired, NetworkId, Policy};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
 use nfqd_shmctl::mailbox::MailboxMessage;
 use nfqd_shmctl::{Command, ErrorCode, ParsedCommand, Reply};
 use nix::time::{ClockId, clock_gettime};
@@ -17,10 +17,11 @@ pub enum CommitError {
     /// The kernel refuses.
     #[error("the command cannot be enforced: {0}")]
     Kernel(#[from] nfqd_rules::nft::kernel::KernelError),
-    /// There are no slot identifiers left for the middlebox.
+    /// There are no slots left for the middlebox.
     #[error(
-        "no slot identifier is left for this middlebox, because its services changed too often; try \
-         again later: identifiers are free two hours and five minutes after each change"
+        "no slot is left for this middlebox: its services changed too often (identifiers are free two \
+         hours and five minutes after each change; try again later), or its network has too many \
+         backends (delete some)"
     )]
     NoIds,
 }
@@ -177,11 +178,25 @@ impl ControlPlane {
         let view = HostView { backends, host, networks, bindings: &bindings };
         let now = Instant::now();
         let mut is_enough = true;
-        for key in changed {
-            is_enough &= slots.sync(key, policy.get(key), &view, now);
+        for key in &changed {
+            is_enough &= slots.sync(*key, policy.get(*key), &view, now);
+        }
+        // One of several with the same MAC on a network takes the place of another, or leaves it.
+        for key in
+            changed.iter().filter(|key| is_registered(before, key) != is_registered(policy, key))
+        {
+            let networks = networks.names().map(|(network, _)| network).chain([NetworkId::ANY]);
+            let namesakes = networks.map(|network| MiddleboxKey { network, mac: key.mac });
+            for other in namesakes.filter(|other| other != key && is_registered(policy, other)) {
+                slots.sync(other, policy.get(other), &view, now);
+            }
         }
         is_enough
     }
+}
+
+fn is_registered(policy: &Policy, key: &MiddleboxKey) -> bool {
+    policy.get(*key).is_some()
 }
 
 /// Returns the CPU time that this thread has used.

@@ -4,6 +4,7 @@ use super::allocator::IdAllocator;
 use super::version::{SlotVersion, fingerprint};
 use super::{BackendObservation, BackendView, Slot, SlotKey};
 use crate::ids::{MiddleboxId, SlotId};
+use crate::limits::BACKENDS_OF_NETWORK;
 use crate::network::{MiddleboxKey, NetworkId};
 use crate::policy::{Middlebox, Policy};
 use crate::service::BackendRef;
@@ -34,6 +35,8 @@ pub struct Slots {
     by_id: OrdMap<SlotId, SlotKey>,
     /// The number of slots that each backend address has on a network.
     backends: OrdMap<(NetworkId, IpAddr), u32>,
+    /// The number of backend addresses of a network, those of IPv4 and those of IPv6.
+    backend_counts: OrdMap<(NetworkId, bool), u32>,
     middlebox_ids: IdAllocator<MiddleboxKey, MiddleboxId>,
     by_middlebox_id: OrdMap<MiddleboxId, MiddleboxKey>,
     /// The addresses of the registered backends of each middlebox, alive or not, and the number of
@@ -55,6 +58,7 @@ impl Default for Slots {
             current: OrdMap::new(),
             by_id: OrdMap::new(),
             backends: OrdMap::new(),
+            backend_counts: OrdMap::new(),
             middlebox_ids: IdAllocator::new(MIDDLEBOX_QUARANTINE, MAX_QUARANTINED),
             by_middlebox_id: OrdMap::new(),
             claims: OrdSet::new(),
@@ -122,8 +126,18 @@ impl Slots {
         for middlebox in gone {
             self.sync(middlebox, None, view, now);
         }
+        // Those that move leave first, so that two may change places, and those that name their
+        // network come before those that were only seen there.
+        let all = policy.middleboxes();
+        for key in all.keys() {
+            if self.network_of(*key) != Some(view.network(*key)) {
+                self.settle(*key, None);
+            }
+        }
+        let (named, seen): (Vec<_>, Vec<_>) =
+            all.iter().partition(|(key, _)| view.network(**key) == key.network);
         let mut enough = true;
-        for (key, middlebox) in policy.middleboxes() {
+        for (key, middlebox) in named.into_iter().chain(seen) {
             enough &= self.sync(*key, Some(middlebox), view, now);
         }
         enough
@@ -174,19 +188,27 @@ impl Slots {
         }
         let mut enough = true;
         for (version, Wanted { observation, dsr }) in wanted {
-            let Some(id) = self.slot_ids.allocate(version, now) else {
-                enough = false;
-                continue;
-            };
             let SlotVersion { key, fingerprint } = version;
             let BackendObservation { mac, alive } = observation;
             let network = network.unwrap_or(NetworkId::ANY);
+            let has_room = dsr || self.has_room(network, key.backend.ip);
+            let id = if has_room { self.slot_ids.allocate(version, now) } else { None };
+            let Some(id) = id else {
+                enough = false;
+                continue;
+            };
             let slot = Slot { id, mac, alive, dsr, network, fingerprint };
             self.current.insert(key, slot);
             self.by_id.insert(id, key);
             self.count_backend(key, slot, |count| count + 1);
         }
         enough
+    }
+
+    /// Whether the kernel's set of a network's backends has room for an address.
+    fn has_room(&self, network: NetworkId, ip: IpAddr) -> bool {
+        let count = self.backend_counts.get(&(network, ip.is_ipv4())).copied().unwrap_or(0);
+        count < BACKENDS_OF_NETWORK || self.is_backend(network, ip)
     }
 
     /// Counts the slots of a backend's address. Packets of a backend that owns the frontend's
@@ -196,9 +218,14 @@ impl Slots {
             return;
         }
         let address = (slot.network, key.backend.ip);
-        match change(self.backends.get(&address).copied().unwrap_or(0)) {
-            0 => drop(self.backends.remove(&address)),
-            count => drop(self.backends.insert(address, count)),
+        let is_new = match change(self.backends.get(&address).copied().unwrap_or(0)) {
+            0 => self.backends.remove(&address).map(|_| false),
+            count => self.backends.insert(address, count).is_none().then_some(true),
+        };
+        if let Some(is_new) = is_new {
+            let family = (slot.network, key.backend.ip.is_ipv4());
+            let count = self.backend_counts.entry(family).or_default();
+            *count = if is_new { *count + 1 } else { count.saturating_sub(1) };
         }
     }
 
@@ -362,7 +389,8 @@ impl Slots {
         })
     }
 
-    /// Moves a middlebox to its network. If another one with its MAC is there, that one stays.
+    /// Moves a middlebox to its network. If another one with its MAC is there, that one stays, unless
+    /// only the new one names this network.
     fn settle(&mut self, key: MiddleboxKey, network: Option<NetworkId>) {
         let before = self.network_of(key);
         if before == network && before.is_some() {
@@ -373,7 +401,9 @@ impl Slots {
             self.residents.remove(&(before, key.mac));
         }
         let Some(network) = network else { return };
-        if self.middlebox_at(network, key.mac).is_none() {
+        let other = self.middlebox_at(network, key.mac);
+        if other.is_none_or(|other| key.network == network && other.network != network) {
+            other.and_then(|other| self.homes.remove(&other));
             self.homes.insert(key, network);
             self.residents.insert((network, key.mac), key);
         }

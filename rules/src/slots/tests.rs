@@ -1,6 +1,7 @@
 use super::*;
 use crate::policy::Policy;
 use crate::service::BackendRef;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -173,4 +174,71 @@ fn ids_found_in_the_kernel_are_kept() {
     // A backend under other options is another version.
     second.sync_all(&policy("R L 2:0:0:0:0:1 10.0.0.1 1 10.0.0.9 10.0.0.2"), &Unobserved, now);
     assert_eq!(second.get(&key).unwrap().id, id(10), "the kernel may carry any number up to 9");
+}
+
+/// A host whose middleboxes are all on one network.
+struct OneNetwork(NetworkId);
+
+impl BackendView for OneNetwork {
+    fn observe(&self, _: &BackendRef<'_>, _: NetworkId) -> BackendObservation {
+        BackendObservation::UNKNOWN
+    }
+
+    fn network(&self, _: MiddleboxKey) -> NetworkId {
+        self.0
+    }
+}
+
+#[test]
+fn a_middlebox_that_names_its_network_takes_the_place_of_one_that_was_seen_there() {
+    let network = NetworkId::new(1).unwrap();
+    let mac = MacAddr([2, 0, 0, 0, 0, 1]);
+    let (seen, named) = (MiddleboxKey::anywhere(mac), MiddleboxKey { network, mac });
+    let view = OneNetwork(network);
+    let now = Instant::now();
+    let mut policy = policy("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.2");
+    let mut slots = Slots::default();
+    slots.sync_all(&policy, &view, now);
+    assert_eq!(slots.middlebox_at(network, mac), Some(seen));
+    let command = nfqd_shmctl::Command::parse("R L 2:0:0:0:0:1 10.0.0.1 0 10.0.0.3").unwrap();
+    policy.apply(network, &command).unwrap();
+    slots.sync(named, policy.get(named), &view, now);
+    slots.sync(seen, policy.get(seen), &view, now);
+    let places = |slots: &Slots| (slots.network_of(named), slots.network_of(seen));
+    assert_eq!(places(&slots), (Some(network), None));
+    assert_eq!((slots.of(named).count(), slots.of(seen).count()), (1, 0));
+    slots.sync_all(&policy, &view, now);
+    assert_eq!(places(&slots), (Some(network), None));
+    slots.sync(named, None, &view, now);
+    slots.sync(seen, policy.get(seen), &view, now);
+    assert_eq!(places(&slots), (None, Some(network)));
+    assert_eq!((slots.of(named).count(), slots.of(seen).count()), (0, 1));
+}
+
+#[test]
+fn a_network_has_no_more_backends_than_the_kernel_has_room_for() {
+    use crate::limits::BACKENDS_OF_NETWORK;
+    let mut policy = Policy::default();
+    let backends = |middlebox: u32| {
+        let names = (0..100).map(|n| format!("10.{}.{}.{}", middlebox / 200, middlebox % 200, n));
+        names.collect::<Vec<_>>().join(" ")
+    };
+    for n in 0..90_u32 {
+        let line = format!("R L 2:0:0:0:0:{n:x} 192.0.2.{n}:80 rr {}", backends(n));
+        policy.apply_line(&line).unwrap();
+    }
+    let now = Instant::now();
+    let mut slots = Slots::default();
+    assert!(!slots.sync_all(&policy, &Unobserved, now));
+    let all: BTreeSet<IpAddr> = slots.iter().map(|(key, _)| key.backend.ip).collect();
+    let backends = all.iter().filter(|ip| slots.is_backend(NetworkId::ANY, **ip)).count();
+    assert_eq!(backends, BACKENDS_OF_NETWORK as usize);
+    // One that leaves makes room, and one that shares its backends needs none.
+    let all = policy.middleboxes().clone();
+    let (key, first) = all.iter().next().unwrap();
+    assert!(slots.sync(*key, Some(first), &Unobserved, now));
+    slots.sync(*key, None, &Unobserved, now);
+    let (last, its) = all.iter().next_back().unwrap();
+    assert!(slots.sync(*last, Some(its), &Unobserved, now));
+    assert_eq!(slots.of(*last).count(), 101, "its own address is one");
 }

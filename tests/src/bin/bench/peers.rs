@@ -3,7 +3,6 @@
 
 use crate::print;
 use nfqd::packet_path::queue::{Inbox, Queue, VerdictBatch};
-use nfqd_rules::Policy;
 use nfqd_rules::mark::Operation;
 use nfqd_rules::nft::build::build;
 use nfqd_rules::nft::field::{Type, Value};
@@ -11,6 +10,7 @@ use nfqd_rules::nft::kernel::Kernel;
 use nfqd_rules::nft::model::{Element, Family, Queues, Set, Statement, Table};
 use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
 use nfqd_rules::slots::{Slots, Unobserved};
+use nfqd_rules::{Desired, Policy};
 use nfqd_shmctl::MacAddr;
 use nfqd_tests::netns::{in_netns, run as shell};
 use nfqd_tests::tap::Tap;
@@ -53,7 +53,8 @@ impl QueueBridge {
             shell("sysctl -qw net.bridge.bridge-nf-call-iptables=1");
         }
         let options = RulesetOptions { queue_path, fast_path: FastPath::Off, queues: QUEUES };
-        kernel.load(&build(&policy, &slots, &options)).expect("the ruleset");
+        let desired = Desired { policy, slots, ..Desired::default() };
+        kernel.load(&build(&desired, &options)).expect("the ruleset");
         QueueBridge { uplink, _middlebox: middlebox }
     }
 
