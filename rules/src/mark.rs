@@ -81,9 +81,9 @@ pub fn slot_bits(slot: SlotId) -> u32 {
 /// The origin of a packet on its way to the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Origin {
-    /// It goes to this middlebox, which the queue does not show otherwise.
+    /// The middlebox that the packet goes to, which the queue does not show otherwise.
     Middlebox(MiddleboxId),
-    /// It is on this network.
+    /// The network that the packet is on.
     Network(NetworkId),
 }
 

@@ -100,7 +100,7 @@ fn another_program_changes_our_tables() {
             "nft delete table bridge nfqd",
             "nft flush chain bridge nfqd steer",
             "nft flush map bridge nfqd br0/middleboxes",
-            "nft add rule bridge nfqd br0/balance drop",
+            "nft add rule bridge nfqd br0/balanced drop",
         ]
         .into_iter()
         .enumerate()

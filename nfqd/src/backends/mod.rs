@@ -28,7 +28,7 @@ use tcp_check::{Outcome, Target, TcpChecks};
 pub struct HostView<'a> {
     /// The observations of backends.
     pub backends: &'a Backends,
-    /// Where MACs are.
+    /// The networks of the host, and the places of MACs.
     pub host: &'a HostNetworks,
     /// The names of networks.
     pub networks: &'a Networks,

@@ -124,7 +124,7 @@ impl Neighbours {
         let mut askers: BTreeMap<NetworkId, Option<(Network, Asker)>> = BTreeMap::new();
         let mut sent: BTreeMap<NetworkId, usize> = BTreeMap::new();
         let mut due: Vec<_> = self.watched.iter_mut().filter(|(_, one)| one.next <= now).collect();
-        // Who waits longest comes first, so a limit delays all alike.
+        // The longest wait comes first, so a limit delays all alike.
         due.sort_by_key(|(_, watched)| watched.next);
         for (&(id, ip), watched) in due {
             let sent = sent.entry(id).or_default();

@@ -153,7 +153,7 @@ impl ControlPlane {
                 log::log!(level, "{error}");
                 self.desired.policy = before.policy;
                 self.desired.slots.restore(before.slots, Instant::now());
-                // What the command had noted about ports.
+                // The command had noted ports.
                 let Desired { policy, networks, .. } = &mut self.desired;
                 for key in &changed {
                     self.host.note_port(*key, has_services(policy, *key), networks);

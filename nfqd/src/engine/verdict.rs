@@ -92,7 +92,7 @@ pub enum AcceptReason {
     NotForMiddlebox,
     /// No rule denies it and no service takes it.
     NoMatch,
-    /// It is of a conversation that the middlebox itself has begun.
+    /// The packet belongs to a conversation that the middlebox itself has begun.
     OwnConversation,
     /// A service takes it, but the backend's MAC is not known yet.
     BackendUnresolved,

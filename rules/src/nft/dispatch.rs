@@ -29,7 +29,7 @@ struct Pass {
     suffix: &'static str,
     /// The chain of a network that the frame is led to.
     entry: &'static str,
-    /// The same for a port of a middlebox with services.
+    /// The chain for frames that come in by the port of a middlebox with services.
     vm_entry: &'static str,
     /// The chain that only filters, for frames that may be of another network.
     filter_entry: &'static str,

@@ -126,7 +126,7 @@ impl Slots {
         for middlebox in gone {
             self.sync(middlebox, None, view, now);
         }
-        // Those that move leave first, so that two may change places, and those that name their
+        // Moving middleboxes leave first, so that two may change places, and those that name their
         // network come before those that were only seen there.
         let all = policy.middleboxes();
         for key in all.keys() {

@@ -334,7 +334,7 @@ impl Shard {
         }
         let entry = &mut self.entries[at as usize];
         entry.reply = None;
-        // It stays closing: without its reply direction it must not go on.
+        // The flow stays closing: without its reply direction it must not go on.
         entry.reset_by = None;
     }
 

@@ -30,7 +30,7 @@ impl BaseTable<'_> {
             rules.extend(others());
             self.chain("blind", rules);
         }
-        // What the host itself sends or routes is filtered by the kernel alone.
+        // The kernel alone filters frames that the host itself sends or routes.
         let from_host = self.options.kernel_filters().then(|| by_mac("filters"));
         self.chain("from_host", from_host.into_iter().collect());
         let closed = Statement::In(vec![Field::EtherDestination], "closed".to_string());
