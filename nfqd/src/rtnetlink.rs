@@ -1,13 +1,16 @@
 //! rtnetlink: requests about links and forwarding entries, and notifications of their changes
 //! (linux/rtnetlink.h).
 
-use nfqd_rules::netlink::{Message, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, finish, messages, put};
+use nfqd_rules::netlink::{
+    Message, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, finish, messages, put,
+};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send,
     setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// `RTM_NEWLINK`.
@@ -43,7 +46,11 @@ fn open(flags: SockFlag, groups: u32) -> Result<OwnedFd, Errno> {
 }
 
 /// A socket for requests.
-pub(crate) struct RouteSocket(OwnedFd);
+pub(crate) struct RouteSocket {
+    socket: OwnedFd,
+    /// The sequence number of the last request.
+    sequence: Cell<u32>,
+}
 
 impl RouteSocket {
     /// Opens the socket.
@@ -53,14 +60,14 @@ impl RouteSocket {
     pub(crate) fn open() -> Result<RouteSocket, Errno> {
         let socket = open(SockFlag::empty(), 0)?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(RouteSocket(socket))
+        Ok(RouteSocket { socket, sequence: Cell::new(0) })
     }
 
     /// Asks for all objects of a kind in a family, and passes each message of the answer to `each`.
     /// The body is a header of `header` bytes, the first of which is the family, and attributes.
     ///
     /// # Errors
-    /// If the kernel cannot be asked.
+    /// If the kernel cannot be asked; `EINTR` if the objects changed while it answered.
     pub(crate) fn dump(
         &self,
         kind: u16,
@@ -69,24 +76,33 @@ impl RouteSocket {
         attributes: &[(u16, &[u8])],
         mut each: impl FnMut(&Message<'_>),
     ) -> Result<(), Errno> {
+        let sequence = self.sequence.get().wrapping_add(1);
+        self.sequence.set(sequence);
         let mut request = vec![0; 4];
         request.extend(kind.to_ne_bytes());
         request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-        request.extend([0; 8]);
+        request.extend(sequence.to_ne_bytes());
+        request.extend([0; 4]);
         request.push(family);
         request.resize(request.len() + header - 1, 0);
         attributes.iter().for_each(|(kind, value)| put(&mut request, *kind, value));
         finish(&mut request, 0);
-        send(self.0.as_raw_fd(), &request, MsgFlags::empty())?;
+        send(self.socket.as_raw_fd(), &request, MsgFlags::empty())?;
+        let mut is_interrupted = false;
         let mut buffer = vec![0; DATAGRAM];
         loop {
-            let len = match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            let len = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Err(Errno::EINTR) => continue,
                 other => other?,
             };
             for message in messages(buffer.get(..len).unwrap_or_default()) {
+                // The rest of an answer that was not waited for.
+                if message.sequence != sequence {
+                    continue;
+                }
+                is_interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 if message.kind == NLMSG_DONE {
-                    return Ok(());
+                    return if is_interrupted { Err(Errno::EINTR) } else { Ok(()) };
                 }
                 match message.result() {
                     Some(result) => return result,

@@ -11,6 +11,8 @@ pub const NLMSG_DONE: u16 = 3;
 pub const NLM_F_REQUEST: u16 = 1;
 /// `NLM_F_ACK`.
 pub const NLM_F_ACK: u16 = 4;
+/// `NLM_F_DUMP_INTR`: the objects changed during a dump.
+pub const NLM_F_DUMP_INTR: u16 = 0x10;
 /// `NLM_F_DUMP`.
 pub const NLM_F_DUMP: u16 = 0x300;
 /// Size of a message header (`struct nlmsghdr`) in bytes.
@@ -59,6 +61,8 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 pub struct Message<'a> {
     /// The type.
     pub kind: u16,
+    /// The flags.
+    pub flags: u16,
     /// The sequence number.
     pub sequence: u32,
     /// All bytes of the message, header included.
@@ -83,7 +87,8 @@ pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
         let message = bytes.get(..len).filter(|message| message.len() >= HEADER)?;
         bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
         let sequence = u32::from_ne_bytes(bytes_at(message, 8)?);
-        Some(Message { kind: u16_at(message, 4)?, sequence, bytes: message })
+        let (kind, flags) = (u16_at(message, 4)?, u16_at(message, 6)?);
+        Some(Message { kind, flags, sequence, bytes: message })
     })
 }
 

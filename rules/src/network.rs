@@ -223,6 +223,11 @@ impl Networks {
         }
     }
 
+    /// Takes the ports of middleboxes from an earlier value.
+    pub fn restore_vm_ports(&mut self, before: &Networks) {
+        self.vm_ports = before.vm_ports.clone();
+    }
+
     /// Returns the port that [`Networks::set_vm_port`] has noted.
     pub fn vm_port(&self, network: NetworkId, mac: MacAddr) -> Option<u32> {
         self.vm_ports.get(&(network, mac)).copied()

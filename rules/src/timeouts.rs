@@ -18,6 +18,10 @@ pub const BYPASS_TIMEOUT: u32 = 90;
 pub const CLOSE_TIMEOUT: u32 = 5;
 /// Lifetime of a TCP conversation that a middlebox itself has begun: as of a redirected one.
 pub const OWN_TCP_TIMEOUT: u32 = TCP_REPLY_TIMEOUT;
+/// Lifetime of a TCP conversation that a middlebox itself has begun, from its SYN to its next packet
+/// and after its FIN or RST: as in connection tracking (nf_conntrack_proto_tcp.c, SYN_SENT and
+/// TIME_WAIT).
+pub const OWN_TCP_SHORT_TIMEOUT: u32 = 120;
 /// Lifetime of a UDP conversation that a middlebox itself has begun (RFC 4787, REQ-5).
 pub const OWN_UDP_TIMEOUT: u32 = 300;
 /// Lifetime of the note of a backend's own ARP packet or neighbour advertisement: longer than nfqd

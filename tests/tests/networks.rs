@@ -81,7 +81,7 @@ fn tenants_with_the_same_addresses_on_two_bridges_never_meet() {
             let after = (middlebox_on(&bound.daemon, "br0"), middlebox_on(&bound.daemon, "br1"));
             assert_eq!(before.0.commands, after.0.commands);
             assert_eq!(before.1.commands, after.1.commands);
-            // What the engine counts ends with it.
+            // The engine's own counters end with it.
             let kept = mode == "off" || after.1.rules[0].packets >= before.1.rules[0].packets;
             assert!(kept, "{before:?} {after:?}");
             assert_eq!(one.at_vm().as_deref(), Some("backend0"), "{mode}");
@@ -181,7 +181,7 @@ fn an_unbound_middlebox_is_where_its_mac_is_seen() {
             daemon.status().middleboxes[0].network.as_deref() == Some("br0")
         });
         assert!(!connect_plain(&segment.client, VM.into(), PORT));
-        // Its MAC on the other bridge as well is said, and changes nothing.
+        // The status names the other bridge that the MAC is seen on, and nothing else changes.
         let double = Host::attach("br1", "double", VM_MAC, &["10.129.126.15/24"]);
         let other = Host::attach("br1", "other", "02:00:00:00:00:09", &["10.129.126.9/24"]);
         assert!(pings(&other, VM));
@@ -309,6 +309,13 @@ fn what_the_vm_begins_comes_back_to_it() {
                 }
                 let tcp = who(&segment.vm, address, 8080);
                 assert_eq!(tcp.as_deref(), Some("server"), "{mode}, {service}");
+                // The connection has ended, so it is not kept for as long as an open one.
+                let elements = |set: &str| {
+                    let listed = run(&format!("nft list set bridge nfqd br0/{set}"));
+                    listed.matches(" . 8080 . ").count()
+                };
+                assert_eq!(elements("own_tcp4"), 0, "{mode}, {service}");
+                assert!(elements("own_closing_tcp4") > 0, "{mode}, {service}");
                 assert!(pings(&segment.vm, address), "{mode}, {service}: ping");
                 // Fragmented answers.
                 let big = segment

@@ -122,7 +122,7 @@ fn an_unbound_middlebox_is_in_the_vlan_where_its_mac_is_seen() {
             backend.health_unknown_reason.is_none()
         });
         assert_eq!(second.at_vm().as_deref(), Some("backend20"));
-        // Its port changes its VLAN, and nfqd follows.
+        // The VLAN of its port changes, and nfqd follows.
         run("bridge vlan del vid 20 dev m20");
         run("bridge vlan add vid 30 dev m20 pvid untagged");
         second.vm.command("arping").output().ok();

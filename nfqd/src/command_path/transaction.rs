@@ -153,26 +153,33 @@ impl ControlPlane {
                 log::log!(level, "{error}");
                 self.desired.policy = before.policy;
                 self.desired.slots.restore(before.slots, Instant::now());
-                // The command had noted ports.
-                let Desired { policy, networks, .. } = &mut self.desired;
-                for key in &changed {
-                    self.host.note_port(*key, has_services(policy, *key), networks);
-                }
+                self.place(&changed);
+                self.desired.networks.restore_vm_ports(&before.networks);
                 self.enforcer.roll_back(&self.desired);
             }
         }
         result
     }
 
+    /// Places those of the middleboxes that are registered, and notes their ports.
+    fn place<'a>(&mut self, middleboxes: impl IntoIterator<Item = &'a MiddleboxKey>) {
+        let Desired { policy, networks, .. } = &mut self.desired;
+        for key in middleboxes {
+            if is_registered(policy, key) {
+                self.host.place_one(*key, networks);
+                self.host.note_port(*key, has_services(policy, *key), networks);
+            } else {
+                self.host.forget(*key, networks);
+            }
+        }
+    }
+
     /// Gives the middleboxes that differ from `before` their slots. Returns false if there are not
     /// enough identifiers.
     fn sync_slots(&mut self, before: &Policy) -> bool {
+        let changed = self.desired.policy.changed(before);
+        self.place(&changed);
         let Desired { policy, slots, networks } = &mut self.desired;
-        let changed = policy.changed(before);
-        for key in &changed {
-            self.host.place_one(*key, networks);
-            self.host.note_port(*key, has_services(policy, *key), networks);
-        }
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
         let (backends, host) = (&self.backends, &self.host);
         let view = HostView { backends, host, networks, bindings: &bindings };

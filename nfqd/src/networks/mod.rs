@@ -81,7 +81,8 @@ impl HostNetworks {
         let socket = RouteSocket::open()?;
         // Opened before the first reading, so that no change is missed.
         let monitor = RouteMonitor::open()?;
-        let (links, fdb) = (Links::read(&socket)?, ForwardingDatabase::read(&socket)?);
+        let (links, fdb) =
+            (consistent(|| Links::read(&socket))?, ForwardingDatabase::read(&socket)?);
         let only = only.to_vec();
         Ok(HostNetworks {
             socket,
@@ -118,7 +119,7 @@ impl HostNetworks {
                 self.socket = RouteSocket::open()?;
                 self.fdb = ForwardingDatabase::read(&self.socket)?;
             }
-            let links = Links::read(&self.socket)?;
+            let links = consistent(|| Links::read(&self.socket))?;
             self.is_stale = false;
             changes.all = is_lost || links != self.links;
             self.links = links;
@@ -184,10 +185,16 @@ impl HostNetworks {
         moved
     }
 
-    /// Places one middlebox, which a command is about.
+    /// Places one middlebox, which a command has registered or changed.
     pub fn place_one(&mut self, key: MiddleboxKey, networks: &mut Networks) {
         let placement = self.placement(key, networks);
         self.placements.insert(key, placement);
+    }
+
+    /// Forgets a middlebox that is not registered any more.
+    pub fn forget(&mut self, key: MiddleboxKey, networks: &mut Networks) {
+        networks.set_vm_port(self.network_of(key), key.mac, None);
+        self.placements.remove(&key);
     }
 
     fn placement(&self, key: MiddleboxKey, networks: &mut Networks) -> Placement {
@@ -330,6 +337,13 @@ impl HostNetworks {
         let port = seen.and_then(|(_, port)| self.links.ports.get(&port));
         port.is_some_and(|port| port.is_isolated)
     }
+}
+
+/// Reads something again that has changed meanwhile, a few times.
+fn consistent<T>(read: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    const TRIES: usize = 10;
+    let mut results = (0..TRIES).map(|_| read());
+    results.find(|result| !matches!(result, Err(Errno::EINTR))).unwrap_or(Err(Errno::EINTR))
 }
 
 fn report_move(key: MiddleboxKey, before: &Placement, now: &Placement, networks: &Networks) {

@@ -45,7 +45,13 @@ pub fn read_capture(
     let is_compressed = file.fill_buf().map_err(io)?.starts_with(&GZIP_MAGIC);
     let input: Box<dyn Read + Send> =
         if is_compressed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-    let mut capture = Capture { path, packets: 0, interfaces: Vec::new(), nanoseconds: false };
+    let mut capture = Capture {
+        path,
+        packets: 0,
+        interfaces: Vec::new(),
+        nanoseconds: false,
+        is_big_endian: false,
+    };
     // A pipe may give less than a header at a time.
     let mut reader =
         create_reader(BUFFER.0, WholeReads(input)).map_err(|error| capture.broken(&error))?;
@@ -97,6 +103,8 @@ struct Capture<'p> {
     interfaces: Vec<Interface>,
     /// Whether a pcap file has nanoseconds.
     nanoseconds: bool,
+    /// Whether a pcapng section is in big-endian order.
+    is_big_endian: bool,
 }
 
 /// An interface of a capture.
@@ -157,8 +165,9 @@ impl Capture<'_> {
                 let time = Duration::from_secs(u64::from(packet.ts_sec)) + fraction;
                 self.packet(0, None, time, packet.data, packet.origlen, each)
             }
-            PcapBlockOwned::NG(Block::SectionHeader(_)) => {
+            PcapBlockOwned::NG(Block::SectionHeader(section)) => {
                 self.interfaces.clear();
+                self.is_big_endian = section.big_endian();
                 Ok(())
             }
             PcapBlockOwned::NG(Block::InterfaceDescription(described)) => {
@@ -181,9 +190,38 @@ impl Capture<'_> {
                 let data = data.get(..data.len().min(limit)).unwrap_or_default();
                 self.packet(0, None, Duration::ZERO, data, packet.origlen, each)
             }
+            PcapBlockOwned::NG(Block::Unknown(block)) if is_packet_block(block.block_type) => {
+                self.packet_block(block.data, each)
+            }
             // Statistics, names, and what this version does not know.
             PcapBlockOwned::NG(_) => Ok(()),
         }
+    }
+
+    /// Reads a packet block, which old programs write (pcapng, appendix A, obsolete blocks).
+    fn packet_block(
+        &mut self,
+        body: &[u8],
+        each: &mut impl FnMut(&Captured<'_>) -> Result<(), ReplayError>,
+    ) -> Result<(), ReplayError> {
+        const HEADER: usize = 20;
+        let word = |at: usize| {
+            let bytes: [u8; 4] = body.get(at..at + 4)?.try_into().ok()?;
+            let from = if self.is_big_endian { u32::from_be_bytes } else { u32::from_le_bytes };
+            Some(from(bytes))
+        };
+        let fields = || Some((word(0)?, word(4)?, word(8)?, word(12)? as usize, word(16)?));
+        let whole = fields().and_then(|(numbers, high, low, captured, length)| {
+            let data = body.get(HEADER..)?.get(..captured)?;
+            // The number of the interface and that of lost packets, of 16 bits each.
+            let id = if self.is_big_endian { numbers >> 16 } else { numbers & 0xffff };
+            Some((id, u64::from(high) << 32 | u64::from(low), data, length))
+        });
+        let Some((id, ticks, data, length)) = whole else {
+            return Err(self.broken::<&[u8]>(&PcapError::Incomplete(0)));
+        };
+        let time = time(ticks, self.interface(id));
+        self.packet(id, None, time, data, length, each)
     }
 
     fn interface(&self, id: u32) -> Interface {
@@ -207,6 +245,12 @@ impl Capture<'_> {
         let frame = data.get(..data.len().min(length)).unwrap_or_default();
         each(&Captured { time, frame, length, link: interface.link })
     }
+}
+
+/// Whether a block is a packet block; the parser leaves its type in the section's byte order.
+fn is_packet_block(kind: u32) -> bool {
+    const PACKET_BLOCK: u32 = 2;
+    kind == PACKET_BLOCK || kind == PACKET_BLOCK.swap_bytes()
 }
 
 /// Returns the interface of a pcap file. The upper half of the link type tells whether frames have

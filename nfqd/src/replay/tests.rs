@@ -145,6 +145,47 @@ fn options_blocks_and_interfaces_of_other_kinds_do_not_matter() {
 }
 
 #[test]
+fn packet_blocks_of_old_programs_are_read_in_both_byte_orders() {
+    let big = |kind: u32, body: &[u8]| {
+        let length = (body.len() as u32 + 12).to_be_bytes();
+        [&kind.to_be_bytes()[..], &length, body, &length].concat()
+    };
+    let all = frames();
+    let mut little = [section(), interface(1, &[])].concat();
+    let mut other = [
+        big(
+            0x0a0d_0d0a,
+            &[0x1a, 0x2b, 0x3c, 0x4d, 0, 1, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255],
+        ),
+        big(1, &[0, 1, 0, 0, 0, 0, 0, 0]),
+    ]
+    .concat();
+    for frame in &all {
+        let length = frame.len() as u32;
+        // Interface 0, and 7 packets that were lost before.
+        let mut body = words(&[7 << 16, 0, 9_123_456, length, length]);
+        body.extend(frame);
+        little.extend(block(2, &body));
+        let numbers = [7, 0, 9_123_456, length, length].map(u32::to_be_bytes);
+        let mut body = numbers.concat();
+        body.extend(frame);
+        body.resize(body.len().next_multiple_of(4), 0);
+        other.extend(big(2, &body));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("enhanced");
+    write_pcapng(&path);
+    let enhanced = replayed(&std::fs::read(&path).unwrap());
+    assert_eq!(replayed(&little), enhanced);
+    assert_eq!(replayed(&other), enhanced);
+    // One that is longer than its block.
+    let long = words(&[0, 0, 0, 1000, 1000]);
+    std::fs::write(&path, [section(), interface(1, &[]), block(2, &long)].concat()).unwrap();
+    let error = replay(&path, &policy(), false, None, &mut Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("packet 1: it ends in the middle"), "{error}");
+}
+
+#[test]
 fn whatever_is_read_can_be_written() {
     // A packet that is longer than any frame, after the end of the format's time.
     let mut long = frames()[3].clone();

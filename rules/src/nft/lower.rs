@@ -353,8 +353,8 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             out.push(dynset(DYNSET_ADD, map, Some(register), None));
             out
         }
-        Statement::Remember { key, set } => {
-            [load_key(key).0, vec![dynset(DYNSET_UPDATE, set, None, None)]].concat()
+        Statement::Remember { key, set, timeout } => {
+            [load_key(key).0, vec![dynset(DYNSET_UPDATE, set, None, *timeout)]].concat()
         }
         Statement::Forget { key, set } => {
             [load_key(key).0, vec![dynset(DYNSET_DELETE, set, None, None)]].concat()

@@ -229,6 +229,8 @@ pub enum Statement {
         key: Vec<Field>,
         /// The set.
         set: String,
+        /// The lifetime in seconds; `None` stands for the set's.
+        timeout: Option<u32>,
     },
     /// Removes the fields from a set, if they are there.
     Forget {
@@ -345,6 +347,20 @@ impl Set {
     }
 }
 
+/// Writes a duration as nft shows it: `2h4m`.
+fn duration_text(seconds: u32) -> String {
+    let units = [(86_400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')];
+    let mut rest = seconds;
+    let mut out = String::new();
+    for (length, unit) in units {
+        if rest >= length {
+            out += &format!("{}{unit}", rest / length);
+        }
+        rest %= length;
+    }
+    if out.is_empty() { "0s".to_string() } else { out }
+}
+
 fn key_text(fields: &[Field]) -> String {
     fields.iter().map(Field::to_string).collect::<Vec<_>>().join(" . ")
 }
@@ -381,7 +397,11 @@ impl fmt::Display for Set {
         }
         writeln!(f)?;
         if let Some(Dynamic { timeout, size }) = self.dynamic {
-            writeln!(f, "\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {timeout}s")?;
+            writeln!(
+                f,
+                "\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {}",
+                duration_text(timeout)
+            )?;
         }
         if let Some(size) = self.size {
             writeln!(f, "\t\tsize {size}")?;
@@ -501,8 +521,9 @@ impl fmt::Display for Statement {
             }
             Statement::Learn { key, map, timeout } => {
                 let (key, slot) = (key_text(key), format!("meta mark & {:#010x}", mark::ID));
-                let timeout =
-                    timeout.map(|timeout| format!(" timeout {timeout}s")).unwrap_or_default();
+                let timeout = timeout
+                    .map(|timeout| format!(" timeout {}", duration_text(timeout)))
+                    .unwrap_or_default();
                 write!(
                     f,
                     "delete @{map} {{ {key} : {slot} }} add @{map} {{ {key}{timeout} : {slot} }}"
@@ -515,7 +536,13 @@ impl fmt::Display for Statement {
                 let element = format!("{{ {key} : {data} }}");
                 write!(f, "delete @{map} {element} add @{map} {element}")
             }
-            Statement::Remember { key, set } => write!(f, "update @{set} {{ {} }}", key_text(key)),
+            Statement::Remember { key, set, timeout } => {
+                write!(f, "update @{set} {{ {}", key_text(key))?;
+                if let Some(timeout) = timeout {
+                    write!(f, " timeout {}", duration_text(*timeout))?;
+                }
+                f.write_str(" }")
+            }
             Statement::Forget { key, set } => write!(f, "delete @{set} {{ {} }}", key_text(key)),
             Statement::Queue(queues) => {
                 let bypass = if queues.bypass { " flags bypass" } else { "" };

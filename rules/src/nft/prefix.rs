@@ -106,7 +106,9 @@ fn statement_with(prefix: &str, statement: Statement) -> Statement {
         Statement::Learn { key, map, timeout } => Statement::Learn { key, map: name(map), timeout },
         Statement::ForgetFlow { key, map } => Statement::ForgetFlow { key, map: name(map) },
         Statement::Note { key, data, map } => Statement::Note { key, data, map: name(map) },
-        Statement::Remember { key, set } => Statement::Remember { key, set: name(set) },
+        Statement::Remember { key, set, timeout } => {
+            Statement::Remember { key, set: name(set), timeout }
+        }
         Statement::Forget { key, set } => Statement::Forget { key, set: name(set) },
         Statement::Verdict(verdict) => Statement::Verdict(verdict_with(prefix, verdict)),
         // The maps of slots are shared.

@@ -233,7 +233,7 @@ fn a_network_has_no_more_backends_than_the_kernel_has_room_for() {
     let all: BTreeSet<IpAddr> = slots.iter().map(|(key, _)| key.backend.ip).collect();
     let backends = all.iter().filter(|ip| slots.is_backend(NetworkId::ANY, **ip)).count();
     assert_eq!(backends, BACKENDS_OF_NETWORK as usize);
-    // One that leaves makes room, and one that shares its backends needs none.
+    // A middlebox that leaves makes room, and one that shares its backends needs none.
     let all = policy.middleboxes().clone();
     let (key, first) = all.iter().next().unwrap();
     assert!(slots.sync(*key, Some(first), &Unobserved, now));

@@ -121,6 +121,7 @@ impl BaseTable<'_> {
         let bypass = |ip: IpFamily, protocol: CachedProtocol| Statement::Remember {
             key: reply_key(ip),
             set: protocol.name("bypass", ip),
+            timeout: None,
         };
         self.chain("learn_bypass", each_or_full("bypass", "finish", bypass));
         let rules = install(flow_key, "flows", PortRewrite::Kept, Some(CLOSE_TIMEOUT), "finish");

@@ -11,7 +11,7 @@ use crate::nft::model::{Data, Dynamic, Element, ElementData, Set, Verdict};
 use crate::nft::names::NETWORKS;
 use crate::nft::options::QueuePath;
 use crate::packet::{EXTENSIONS, ICMP_ERRORS, ICMP6_ERRORS};
-use crate::timeouts::{BYPASS_TIMEOUT, FLOW_TIMEOUT, NEIGHBOUR_TIMEOUT};
+use crate::timeouts::{BYPASS_TIMEOUT, FLOW_TIMEOUT, NEIGHBOUR_TIMEOUT, OWN_TCP_SHORT_TIMEOUT};
 use nfqd_shmctl::Protocol;
 use std::collections::BTreeMap;
 
@@ -118,6 +118,11 @@ impl BaseTable<'_> {
             let comment = "answers to what middleboxes have begun";
             let own = cache(flow_key(ip), None, protocol.own_timeout, comment);
             self.set(&protocol.name("own", ip), own);
+            if protocol.protocol == Protocol::TCP {
+                let comment = "answers to what middleboxes have ended";
+                let closing = cache(flow_key(ip), None, OWN_TCP_SHORT_TIMEOUT, comment);
+                self.set(&protocol.name("own_closing", ip), closing);
+            }
             let bypass = cache(reply_key(ip), None, BYPASS_TIMEOUT, "the backends' own flows");
             self.set(&protocol.name("bypass", ip), bypass);
         }

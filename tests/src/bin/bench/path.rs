@@ -129,7 +129,7 @@ struct Stream {
     from: fn(&Lab) -> &Host,
     local: (Ipv4Addr, u16),
     to: (Ipv4Addr, u16),
-    /// What the plain bridge carries instead.
+    /// The address and port of the packets that the plain bridge carries instead.
     plain: (Ipv4Addr, u16),
 }
 
