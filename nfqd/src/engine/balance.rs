@@ -159,6 +159,7 @@ impl PacketContext<'_> {
         }
         match found.current.and_then(|slot| self.in_use(slot)) {
             Some(_) if found.ended_before(event) => {}
+            Some((_, key)) if !self.is_owner_addressed(&key, ip) => {}
             Some((slot, key)) if self.snapshot.is_reachable(&key) => {
                 if self.is_of_other_kind(&found, &key) {
                     let cache = self.begin_flow(&key, slot, ip, event);

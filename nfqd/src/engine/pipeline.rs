@@ -121,7 +121,9 @@ impl PacketContext<'_> {
         {
             return Ok(verdict);
         }
-        let reply = if from_backend { self.reply(&ip)? } else { None };
+        // What the middlebox has begun takes over what a client had with the same addresses and ports.
+        let is_begun = balanced && self.ingress.is_own;
+        let reply = if from_backend && !is_begun { self.reply(&ip)? } else { None };
         let verdict = match reply {
             Some(verdict) => verdict,
             None if balanced && self.is_own(&ip) => Verdict::Accept(AcceptReason::OwnConversation),
@@ -212,6 +214,18 @@ impl PacketContext<'_> {
         Some((slot, self.snapshot.desired().slots.key_of(slot)?))
     }
 
+    /// Whether a packet of a flow can be sent to the backend of a slot: its MAC is known, and if it
+    /// has come to own the frontend's address, the packet goes there.
+    fn can_take(&self, key: &SlotKey, ip: &IpHeader) -> bool {
+        self.snapshot.is_reachable(key) && self.is_owner_addressed(key, ip)
+    }
+
+    /// Whether the backend of a slot does not own its frontend's address, or the packet goes to that:
+    /// what an owner gets is not translated.
+    pub(super) fn is_owner_addressed(&self, key: &SlotKey, ip: &IpHeader) -> bool {
+        !self.snapshot.is_dsr(key) || key.frontend.ip == ip.destination
+    }
+
     fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
         FragmentKey {
             network: self.ingress.network,
@@ -226,15 +240,18 @@ impl PacketContext<'_> {
     /// Sends a later fragment where the first one went.
     fn later_fragment(&self, ip: &IpHeader) -> Option<Verdict> {
         // Without its backend the datagram is lost: the fragment alone is of no use anywhere.
-        let follow = |slot: SlotId, verdict: fn(Translation) -> Verdict| {
-            Some(match self.current(slot) {
+        let follow = |to: Option<(SlotId, SlotKey)>, verdict: fn(Translation) -> Verdict| {
+            Some(match to {
                 Some((slot, key)) => verdict(self.translation(slot, key, ip, CacheAction::None)),
                 None => Verdict::Drop(DropReason::FirstFragmentDropped),
             })
         };
         match self.state.fragments.get(&self.fragment_key(ip), self.now) {
-            Some(FragmentRoute::Redirect(slot)) => follow(slot, Verdict::Redirect),
-            Some(FragmentRoute::Reply(slot)) => follow(slot, Verdict::Reply),
+            Some(FragmentRoute::Redirect(slot)) => {
+                let to = self.current(slot).filter(|(_, key)| self.can_take(key, ip));
+                follow(to, Verdict::Redirect)
+            }
+            Some(FragmentRoute::Reply(slot)) => follow(self.current(slot), Verdict::Reply),
             Some(FragmentRoute::Unchanged) => Some(self.unchanged(false)),
             Some(FragmentRoute::Dropped) => Some(Verdict::Drop(DropReason::FirstFragmentDropped)),
             None => {
@@ -309,7 +326,7 @@ impl PacketContext<'_> {
                 ports: reversed(ports),
             };
             let found = flows.slot_of(&tuple, now).and_then(|slot| self.current(slot));
-            if let Some((slot, key)) = found.filter(|(_, key)| self.snapshot.is_reachable(key)) {
+            if let Some((slot, key)) = found.filter(|(_, key)| self.can_take(key, ip)) {
                 let to = self.translation(slot, key, ip, CacheAction::None);
                 if self.snapshot.is_dsr(&key) {
                     return Some(Verdict::Redirect(to));
@@ -319,7 +336,11 @@ impl PacketContext<'_> {
                 return Some(Verdict::Error { quote, to: Some(to), from: None });
             }
         }
-        // From the backend's side: about what the client sent, as the backend saw it.
+        // From the backend's side: about what the client sent, as the backend saw it. The backend
+        // may have come to own the frontend's address since: its packets are no longer translated.
+        if !self.is_backend(quoted.destination) {
+            return None;
+        }
         let tuple = ReplyTuple {
             network: self.ingress.network,
             backend: quoted.destination,

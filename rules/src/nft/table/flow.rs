@@ -34,15 +34,16 @@ impl BaseTable<'_> {
             let known = jump(&protocol.name("known", ip));
             rule([protocol.is(ip), vec![known]].concat())
         };
-        let known: Vec<Rule> =
-            CACHED_PROTOCOLS.map(known).into_iter().chain(own_rules(ip)).collect();
+        let (known, own) = (CACHED_PROTOCOLS.map(known).to_vec(), own_rules(ip));
         let service = rule(vec![goto(&ip.name("service"))]);
         let client = ip.name("client_is_backend");
         let is_backend = rule([from_backend(ip), vec![goto(&client)]].concat());
-        let rules = [vec![ip.icmp_rule(), is_backend], known.clone(), vec![service.clone()]];
+        // A flow that is cached is none of the middlebox' own: those take over.
+        let first = vec![ip.icmp_rule(), is_backend];
+        let rules = [first, known.clone(), own.clone(), vec![service.clone()]];
         self.chain(&ip.name("balanced"), rules.concat());
         let jump = |chain: &str| rule(vec![jump(&ip.name(chain))]);
-        let rules = [vec![jump("replies")], known, vec![jump("unknown_reply"), service]];
+        let rules = [own, vec![jump("replies")], known, vec![jump("unknown_reply"), service]];
         self.chain(&client, rules.concat());
     }
 

@@ -81,7 +81,7 @@ impl BaseTable<'_> {
         self.chain(&name("learn_flow"), rules.concat());
         let rules = [
             to_backend.clone(),
-            no_bypass,
+            no_bypass.clone(),
             forget(reply_key_of_request, "replies", other),
             install(reply_key_of_request, "replies", ports, None, "finish"),
         ];
@@ -90,7 +90,7 @@ impl BaseTable<'_> {
         let (closed, soon) = (name("closed_flow"), Some(CLOSE_TIMEOUT));
         self.chain(&name("close_flow"), install(flow_key, "flows", ports, soon, &closed));
         let replies = install(reply_key_of_request, "replies", ports, soon, "finish");
-        self.chain(&closed, [to_backend, replies].concat());
+        self.chain(&closed, [to_backend, no_bypass, replies].concat());
     }
 
     /// Chains of the verdicts that translate a reply.
