@@ -3,7 +3,8 @@
 use clap::Args;
 use nfqd_rules::Network;
 use nfqd_rules::nft::options::FastPath;
-use nfqd_shmctl::{AddressRange, MacAddr};
+use nfqd_shmctl::{AddressRange, MacAddr, Ownership};
+use nix::unistd::{Group, User};
 use serde::Deserialize;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,8 +20,12 @@ pub struct DaemonArgs {
 
     /// An ivshmem-plain region, created (1 MiB) if it does not exist; repeatable, one per VM. mac=
     /// (repeatable) binds it to the MACs it may speak for, to= (repeatable) to the addresses it may
-    /// redirect to, bridge= and vlan= to the network it is on
-    #[arg(long, value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]]")]
+    /// redirect to, bridge= and vlan= to the network it is on. owner=, group= and mode= are those of
+    /// a region that nfqd creates [default: nfqd's own, and 0600]
+    #[arg(
+        long,
+        value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]][,KEY=VALUE]..."
+    )]
     #[serde(default)]
     pub shm: Vec<ShmSpec>,
 
@@ -126,10 +131,18 @@ pub enum ConfigError {
     NoPath,
     /// A word behind the path of a region.
     #[error(
-        "'{0}' behind the path is not a binding; write mac=MAC, to=ADDRESS[/LENGTH], bridge=NAME, or \
-         vlan=ID from 1 to 4094"
+        "'{0}' behind the path is not a binding; write mac=MAC, to=ADDRESS[/LENGTH], bridge=NAME, \
+         vlan=ID from 1 to 4094, owner=USER, group=GROUP, or mode=MODE such as 0660"
     )]
     Binding(String),
+    /// An owner that does not exist on this host.
+    #[error("there is no {what} '{name}' on this host; write another name, or a number")]
+    Unknown {
+        /// What is unknown.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// A VLAN without its bridge.
     #[error("'vlan={0}' without a bridge; write bridge=NAME as well")]
     VlanWithoutBridge(u16),
@@ -180,6 +193,8 @@ pub struct ShmSpec {
     pub to: Vec<AddressRange>,
     /// The network that it is on; wherever its MACs are seen if there is none.
     pub network: Option<Network>,
+    /// The owner and the mode of the region if nfqd makes it.
+    pub ownership: Ownership,
 }
 
 impl ShmSpec {
@@ -196,7 +211,8 @@ impl FromStr for ShmSpec {
         let mut parts = text.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
         let path = PathBuf::from(path);
-        let mut spec = ShmSpec { path, macs: Vec::new(), to: Vec::new(), network: None };
+        let ownership = Ownership::default();
+        let mut spec = ShmSpec { path, macs: vec![], to: vec![], network: None, ownership };
         let (mut bridge, mut vlan) = (None, None);
         for part in parts {
             let wrong = || ConfigError::Binding(part.to_string());
@@ -208,6 +224,11 @@ impl FromStr for ShmSpec {
                 }
                 Some(("vlan", id)) if vlan.is_none() => {
                     vlan = Some(vlan_id(id).ok_or_else(wrong)?);
+                }
+                Some(("owner", name)) => spec.ownership.owner = Some(user_id(name)?),
+                Some(("group", name)) => spec.ownership.group = Some(group_id(name)?),
+                Some(("mode", mode)) => {
+                    spec.ownership.mode = permissions(mode).ok_or_else(wrong)?;
                 }
                 _ => return Err(wrong()),
             }
@@ -232,6 +253,27 @@ fn vlan_id(text: &str) -> Option<u16> {
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
     let id = if is_number { text.parse().ok() } else { None };
     id.filter(|id| (1..=4094).contains(id))
+}
+
+/// Returns the number of a user, by name or number.
+fn user_id(name: &str) -> Result<u32, ConfigError> {
+    let found = || User::from_name(name).ok().flatten().map(|user| user.uid.as_raw());
+    let id = name.parse().ok().or_else(found);
+    id.ok_or_else(|| ConfigError::Unknown { what: "user", name: name.to_string() })
+}
+
+/// Returns the number of a group, by name or number.
+fn group_id(name: &str) -> Result<u32, ConfigError> {
+    let found = || Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
+    let id = name.parse().ok().or_else(found);
+    id.ok_or_else(|| ConfigError::Unknown { what: "group", name: name.to_string() })
+}
+
+/// Parses permissions: three or four octal digits.
+fn permissions(text: &str) -> Option<u32> {
+    let is_octal = matches!(text.len(), 3 | 4) && text.bytes().all(|byte| byte.is_ascii_digit());
+    let mode = if is_octal { u32::from_str_radix(text, 8).ok() } else { None };
+    mode.filter(|mode| *mode <= 0o777)
 }
 
 impl TryFrom<String> for ShmSpec {

@@ -5,6 +5,7 @@ use crate::bindings::Bindings;
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::config::{Config, DaemonArgs};
+use crate::host_lock::HostLock;
 use crate::observe::control_socket::{ClientId, ControlSocket, Interest, Progress, Socket};
 use crate::observe::status::StatusSource;
 use crate::packet_path::worker::Worker;
@@ -55,6 +56,7 @@ pub struct Daemon {
     observed: Option<ObservedStatus>,
     observer_limiter: RateLimiter,
     start: Instant,
+    _lock: HostLock,
 }
 
 /// The status that observers get: it is made again when it is [`OBSERVE_AGE`] times as old as its
@@ -76,7 +78,7 @@ impl Daemon {
     /// # Errors
     /// See [`StartError`].
     pub fn start(args: &DaemonArgs) -> Result<Daemon, StartError> {
-        let Started { config, plane, control, signals } = start(args)?;
+        let Started { config, plane, control, signals, lock } = start(args)?;
         let system = |errno: Errno| StartError::system("reactor", errno);
         let daemon = Daemon {
             args: args.clone(),
@@ -91,6 +93,7 @@ impl Daemon {
             observed: None,
             observer_limiter: RateLimiter::new(OBSERVER_REQUESTS),
             start: Instant::now(),
+            _lock: lock,
         };
         daemon.register().map_err(system)?;
         Ok(daemon)
@@ -149,7 +152,12 @@ impl Daemon {
                 self.mailbox_timer.acknowledge();
                 self.plane.poll_channels(Instant::now());
             }
-            token::NFTABLES => self.plane.enforcer.check_tables(),
+            token::NFTABLES => {
+                let plane = &mut self.plane;
+                if let Some(wait) = plane.enforcer.repair_changes(&plane.desired) {
+                    self.set_tick(wait)?;
+                }
+            }
             token::WORKER_ENDED => self.check_workers()?,
             token::NETWORKS => self.plane.follow_networks(),
             token if token >= token::CLIENTS => self.serve((token - token::CLIENTS) as ClientId),
@@ -320,8 +328,15 @@ impl Daemon {
             channels: plane.channels.iter().map(channel_status).collect(),
             flows: source.flow_table(),
             repairs: plane.enforcer.repairs(),
+            steering_error: plane.enforcer.steering_error().map(str::to_string),
             repair_error: plane.enforcer.broken().map(str::to_string),
             state: plane.journal.path().display().to_string(),
+            rejected: plane
+                .journal
+                .rejected()
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect(),
             state_error: plane.unsaved.as_ref().map(ToString::to_string),
         }
     }

@@ -44,10 +44,7 @@ pub(crate) fn reload(
     plane.channels.retain(is_wanted);
     for spec in &new.shm {
         if plane.channels.iter().all(|channel| channel.spec() != spec) {
-            match Channel::open(spec) {
-                Ok(channel) => plane.channels.push(channel),
-                Err(error) => log::error!("{error}"),
-            }
+            plane.channels.push(Channel::open(spec));
         }
     }
     let reloadable =

@@ -10,6 +10,7 @@ use crate::enforce::Enforcer;
 use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
 use crate::engine::EngineState;
 use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple};
+use crate::host_lock::{HostLock, HostLockError};
 use crate::networks::HostNetworks;
 use crate::observe::control_socket::ControlSocket;
 use crate::packet_path::queue::{Queue, QueueError};
@@ -52,6 +53,9 @@ pub enum StartError {
     /// A region.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// Another nfqd.
+    #[error(transparent)]
+    HostLock(#[from] HostLockError),
     /// The path into the queues.
     #[error(transparent)]
     QueuePath(#[from] QueuePathError),
@@ -87,6 +91,8 @@ pub struct Started {
     pub control: ControlSocket,
     /// SIGTERM, SIGINT and SIGHUP.
     pub signals: SignalFd,
+    /// The lock of the network namespace.
+    pub lock: HostLock,
 }
 
 /// Starts everything: reads the registrations, probes the kernel, binds the queues, loads the
@@ -97,6 +103,7 @@ pub struct Started {
 /// See [`StartError`]. The kernel is as it was before.
 pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let config = args.resolve()?;
+    let lock = HostLock::take()?;
     let journal = Journal::open(&config.state)?;
     let mut kernel = Kernel::open()?;
     let recovered = kernel.recover()?;
@@ -107,7 +114,8 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         log::error!("{error}; this registration is not restored");
     }
     apply_startup_commands(&mut desired, config.commands.as_deref())?;
-    let channels = config.shm.iter().map(Channel::open).collect::<Result<Vec<_>, _>>()?;
+    let open = |spec| Channel::open(spec).refuse_mistake();
+    let channels = config.shm.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let control = ControlSocket::open(&config.sockets)
         .map_err(|error| StartError::system("control socket", error))?;
     let signals = SignalFd::new(&[SIGTERM, SIGINT, SIGHUP])
@@ -162,7 +170,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     }
     plane.save();
     plane.has_new_backend = true;
-    Ok(Started { config, plane, control, signals })
+    Ok(Started { config, plane, control, signals, lock })
 }
 
 /// A view of the places of middleboxes, before anything is known about backends.

@@ -2,8 +2,9 @@
 //!
 //! * [`language`]: the command language. [`Command::parse`] parses one line of it, [`Display`]
 //!   writes the canonical form back.
-//! * [`Region`]: a mapped ivshmem region. It is the only module with `unsafe`: bytes are copied out
-//!   once and no Rust reference into the region ever exists.
+//! * [`Region`]: the guest's side of an ivshmem region, a mapping. It is the only module with
+//!   `unsafe`: bytes are copied out once and no Rust reference into the region ever exists.
+//! * [`RegionFile`]: the host's side, which reads and writes the file.
 //! * [`mailbox`]: the protocol at offset 0, both ends of it.
 //!
 //! # Layout of the region
@@ -29,6 +30,7 @@
 pub mod language;
 pub mod mailbox;
 mod region;
+mod region_file;
 
 pub use language::command::{
     Action, Command, FilterRemoval, FilterUpdate, RuleId, RuleNumber, UnregisterScope,
@@ -46,3 +48,4 @@ pub use language::value::{
     ParseValueError, Protocol, TcpFlags,
 };
 pub use region::{DEFAULT_SIZE, Region, RegionError};
+pub use region_file::{Ownership, RegionFile};

@@ -1,4 +1,5 @@
-//! A mapped ivshmem region: bytes in, bytes out, and single bytes atomically.
+//! The guest's side of an ivshmem region, a mapping: bytes in, bytes out, and single bytes
+//! atomically.
 //!
 //! The other side may change any byte at any time. So there is never a Rust reference into the
 //! region: ranges are copied by volatile reads and writes, and only the copy is parsed. This is the
@@ -6,10 +7,8 @@
 #![allow(unsafe_code)]
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::posix_fallocate;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -17,14 +16,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub const DEFAULT_SIZE: usize = 1 << 20;
 
 /// The smallest size of a region, in bytes: that of the mailbox.
-const MIN_SIZE: u64 = 4096;
+pub(crate) const MIN_SIZE: u64 = 4096;
 
 /// A shared mapping of a region.
 #[derive(Debug)]
 pub struct Region {
     map: MmapRaw,
-    file: File,
-    path: PathBuf,
 }
 
 /// The reason a region cannot be used.
@@ -39,20 +36,28 @@ pub enum RegionError {
         source: io::Error,
     },
     /// The path is not a file that can be shared memory.
-    #[error("{path}: not a regular file; give the mem-path of the VM's memory-backend-file")]
+    #[error(
+        "{path}: {kind}, not a regular file; give the mem-path of the VM's memory-backend-file"
+    )]
     Kind {
         /// The path asked for.
         path: PathBuf,
+        /// What it is.
+        kind: &'static str,
     },
-    /// The file is too small for the mailbox, or smaller than it was.
-    #[error("{path}: {size} bytes long; a region has at least {needed}")]
+    /// The file is too small for the mailbox.
+    #[error("{path}: {size} bytes long; a region has at least {MIN_SIZE}")]
     Size {
         /// The path asked for.
         path: PathBuf,
         /// The size in bytes.
         size: u64,
-        /// The size that it must have, in bytes.
-        needed: u64,
+    },
+    /// The path names another file than before.
+    #[error("{path}: replaced by another file")]
+    Replaced {
+        /// The path asked for.
+        path: PathBuf,
     },
 }
 
@@ -62,70 +67,22 @@ impl Region {
     /// # Errors
     /// If it is missing, unreadable, not a file, or too small.
     pub fn open(path: &Path) -> Result<Region, RegionError> {
-        Region::map(path, OpenOptions::new().read(true).write(true), false)
-    }
-
-    /// Maps a region, which is created if it does not exist: [`DEFAULT_SIZE`] long, and for this
-    /// user only.
-    ///
-    /// # Errors
-    /// As [`Region::open`].
-    pub fn open_or_create(path: &Path) -> Result<Region, RegionError> {
-        let mut options = OpenOptions::new();
-        Region::map(path, options.read(true).write(true).create(true).mode(0o600), true)
-    }
-
-    fn map(path: &Path, options: &OpenOptions, create: bool) -> Result<Region, RegionError> {
         let io = |source| RegionError::Io { path: path.to_path_buf(), source };
-        let file = options.open(path).map_err(io)?;
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
         let about = file.metadata().map_err(io)?;
         // In sysfs, the memory of a PCI device is a regular file as well.
         if !about.is_file() {
-            return Err(RegionError::Kind { path: path.to_path_buf() });
+            return Err(RegionError::Kind { path: path.to_path_buf(), kind: "a special file" });
         }
-        if create {
-            if about.len() == 0 {
-                file.set_len(DEFAULT_SIZE as u64).map_err(io)?;
-            }
-            // Touching a hole that a full file system cannot fill is a SIGBUS; here it is an error.
-            let len = file.metadata().map_err(io)?.len().min(DEFAULT_SIZE as u64);
-            posix_fallocate(&file, 0, len as i64).map_err(|errno| io(errno.into()))?;
+        if about.len() < MIN_SIZE {
+            return Err(RegionError::Size { path: path.to_path_buf(), size: about.len() });
         }
-        let size = file.metadata().map_err(io)?.len();
-        if size < MIN_SIZE {
-            return Err(RegionError::Size { path: path.to_path_buf(), size, needed: MIN_SIZE });
-        }
-        let map = MmapOptions::new().map_raw(&file).map_err(io)?;
-        Ok(Region { map, file, path: path.to_path_buf() })
-    }
-
-    /// Returns the path of the region.
-    pub fn path(&self) -> &Path {
-        &self.path
+        Ok(Region { map: MmapOptions::new().map_raw(&file).map_err(io)? })
     }
 
     /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.map.len()
-    }
-
-    /// Checks that the file still backs the whole mapping. Touching a mapping of a file that was
-    /// truncated is a SIGBUS, so this comes before reading a region that another user could
-    /// truncate.
-    ///
-    /// # Errors
-    /// If the file has become smaller, or its size is not known.
-    pub fn check_size(&self) -> Result<(), RegionError> {
-        let size = self
-            .file
-            .metadata()
-            .map_err(|source| RegionError::Io { path: self.path.clone(), source })?
-            .len();
-        let needed = self.map.len() as u64;
-        if size < needed {
-            return Err(RegionError::Size { path: self.path.clone(), size, needed });
-        }
-        Ok(())
     }
 
     /// Returns a pointer to `len` bytes at `offset`.
@@ -210,47 +167,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_mappings_see_each_other() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("region");
-        assert!(matches!(Region::open(&path), Err(RegionError::Io { .. })));
-        let host = Region::open_or_create(&path).unwrap();
-        let guest = Region::open(&path).unwrap();
-        assert_eq!((host.size(), guest.size()), (DEFAULT_SIZE, DEFAULT_SIZE));
-        guest.write(DEFAULT_SIZE - 3, b"end");
-        let mut out = [0; 3];
-        host.read(DEFAULT_SIZE - 3, &mut out);
-        assert_eq!(&out, b"end");
-        guest.store(0, b'@');
-        assert_eq!(host.load(0), b'@');
-        assert!(host.replace(0, b'@', b'$'));
-        assert!(!host.replace(0, b'@', b'$'));
-    }
-
-    #[test]
-    fn files_that_are_not_regions_are_rejected() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(Region::open_or_create(dir.path()).is_err());
-        let small = dir.path().join("small");
-        std::fs::write(&small, [0; 100]).unwrap();
-        assert!(matches!(Region::open_or_create(&small), Err(RegionError::Size { size: 100, .. })));
-    }
-
-    #[test]
-    fn a_cut_file_is_noticed_before_it_is_touched() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("region");
-        let region = Region::open_or_create(&path).unwrap();
-        region.check_size().unwrap();
-        File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
-        assert!(matches!(region.check_size(), Err(RegionError::Size { size: 4096, .. })));
-    }
-
-    #[test]
     #[should_panic(expected = "2 bytes at 1048575")]
     fn a_range_outside_the_region_panics() {
         let dir = tempfile::tempdir().unwrap();
-        let region = Region::open_or_create(&dir.path().join("region")).unwrap();
+        let path = dir.path().join("region");
+        std::fs::write(&path, vec![0; DEFAULT_SIZE]).unwrap();
+        let region = Region::open(&path).unwrap();
         region.read(DEFAULT_SIZE - 1, &mut [0; 2]);
     }
 }

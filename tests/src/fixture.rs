@@ -1,8 +1,9 @@
 //! The fixture of the labs: a topology with a running daemon.
 
 use crate::daemon::Daemon;
-use crate::netns::in_netns;
+use crate::netns::{in_netns, run};
 use crate::topology::{Server, Topology, VM, wait_for, who};
+use nfqd_rules::nft::model::TABLE_COMMENT;
 
 /// The redirect of all IP traffic, as in the documented examples.
 pub const STATIC: &str = "R L 12:13:14:15:16:17 10.129.126.15 0 10.129.126.17";
@@ -29,6 +30,19 @@ impl Fixture {
         let vm = Server::start(topology.vm.as_ref().unwrap(), "vm", 80);
         let backend = Server::start(&topology.backend, "backend", 80);
         Fixture { topology, daemon, backend, _vm: vm }
+    }
+
+    /// Makes the hosts and starts the daemon on a table that other programs can change, as on a kernel
+    /// before Linux 6.9.
+    ///
+    /// # Panics
+    /// If anything does not start.
+    pub fn unprotected() -> Fixture {
+        let script = tempfile::NamedTempFile::new().expect("script");
+        let text = format!("table bridge nfqd {{ comment \"{TABLE_COMMENT}\"; }}\n");
+        std::fs::write(script.path(), text).expect("script");
+        run(&format!("nft -f {}", script.path().display()));
+        Fixture::new(&[])
     }
 
     /// Returns the host that answers the client at the middlebox' address.

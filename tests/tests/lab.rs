@@ -167,7 +167,7 @@ fn changes_of_a_guest_are_not_interference() {
 #[ignore = "needs root: tests/run.sh netns"]
 fn a_repair_that_fails_is_tried_again() {
     in_netns(|| {
-        let fixture = Fixture::new(&[]);
+        let fixture = Fixture::unprotected();
         fixture.redirect();
         let script = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(script.path(), "delete table bridge nfqd\nadd table bridge nfqd\n").unwrap();

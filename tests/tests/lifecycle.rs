@@ -7,8 +7,10 @@ use nfqd_tests::daemon::{Daemon, NFQD, program};
 use nfqd_tests::fixture::{Fixture, STATIC};
 use nfqd_tests::netns::{in_netns, run};
 use nfqd_tests::topology::{VM, connect, wait_for, who};
+use std::cell::RefCell;
+use std::os::unix::fs::FileExt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The handles of the base chains, which change if one is made anew.
 fn base_chains() -> Vec<String> {
@@ -92,12 +94,68 @@ fn fail_closed_drops_packets_without_a_daemon() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
+fn a_pools_connection_outlives_an_absence_that_the_kernels_cache_does_not() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15:80 rr 10.129.126.17");
+        wait_for("the backend's MAC", || {
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
+        let chunk = vec![7; 1 << 10];
+        connection.send(&chunk);
+        fixture.daemon.kill();
+        for map in ["flows_tcp4", "flows_port_tcp4"] {
+            run(&format!("nft flush map bridge nfqd br0/{map}"));
+        }
+        connection.send(&chunk);
+        std::thread::sleep(Duration::from_millis(500));
+        fixture.daemon.restart();
+        connection.send(&chunk);
+        assert!(connection.finish().starts_with(&format!("{} ", 3 << 10)), "it was not reset");
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn br_netfilter_is_switched_off() {
+    in_netns(|| {
+        let fixture = Fixture::new(&["--fail", "closed"]);
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15:80 rr 10.129.126.17");
+        wait_for("the backend's MAC", || {
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        let sysctl = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        let by_br_netfilter = fixture.daemon.status().steer == "br-netfilter";
+        for _ in 0..3 {
+            std::fs::write(sysctl, "0").unwrap();
+            let answers = RefCell::new(Vec::new());
+            wait_for("the switch", || {
+                answers.borrow_mut().push(fixture.at_vm());
+                !by_br_netfilter || std::fs::read_to_string(sysctl).unwrap().trim() == "1"
+            });
+            let answers = answers.into_inner();
+            assert!(!answers.contains(&Some("vm".to_string())), "closed is closed: {answers:?}");
+            assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        }
+        assert_eq!(fixture.daemon.status().steering_error, None);
+        assert_eq!(
+            fixture.daemon.log().contains("changed net.bridge.bridge-nf-call-iptables"),
+            by_br_netfilter
+        );
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn another_program_changes_our_tables() {
     in_netns(|| {
-        let fixture = Fixture::new(&[]);
+        let fixture = Fixture::unprotected();
         fixture.redirect();
+        let handle =
+            |text: &str| text.lines().find(|line| line.contains("chain steer")).map(str::to_string);
         for (number, interference) in [
-            "nft delete table bridge nfqd",
             "nft flush chain bridge nfqd steer",
             "nft flush map bridge nfqd br0/middleboxes",
             "nft add rule bridge nfqd br0/balanced drop",
@@ -109,21 +167,144 @@ fn another_program_changes_our_tables() {
             run(interference);
             wait_for(interference, || fixture.daemon.status().repairs == number as u64 + 1);
             assert_eq!(fixture.at_vm().as_deref(), Some("backend"), "{interference}");
-            let handle =
-                |text: &str| text.lines().find(|l| l.contains("chain steer")).map(str::to_string);
-            if number != 0 {
-                assert_eq!(
-                    handle(&run("nft -a list table bridge nfqd")),
-                    handle(&chains),
-                    "base chains stand"
-                );
-            }
+            assert_eq!(
+                handle(&run("nft -a list table bridge nfqd")),
+                handle(&chains),
+                "base chains stand"
+            );
         }
+        // Two programs that fight do it slowly.
+        let start = Instant::now();
+        let before = fixture.daemon.status().repairs;
+        while start.elapsed() < Duration::from_secs(3) {
+            run("nft flush chain bridge nfqd steer");
+        }
+        let fought = fixture.daemon.status().repairs - before;
+        assert!((2..20).contains(&fought), "{fought} repairs");
         // Our own changes and other tables are no interference.
+        std::thread::sleep(Duration::from_millis(2500));
+        let repairs = fixture.daemon.status().repairs;
         fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
         run("nft add table bridge other");
         std::thread::sleep(Duration::from_millis(1500));
-        assert_eq!(fixture.daemon.status().repairs, 4);
+        assert_eq!(fixture.daemon.status().repairs, repairs);
+        run("nft delete table bridge nfqd");
+        wait_for("the repair", || fixture.daemon.status().repairs == repairs + 1);
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_flush_of_the_ruleset_resets_no_connection() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.redirect();
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15");
+        fixture.daemon.must("A 12:13:14:15:16:17 T 2 d 81");
+        let is_protected = run("nft list table bridge nfqd").contains("flags ");
+        let mut connection = connect(&fixture.topology.client, VM, 80).unwrap();
+        let chunk = vec![7; 1 << 16];
+        for _ in 0..5 {
+            run("nft flush ruleset");
+            if is_protected {
+                assert_eq!(who(&fixture.topology.client, VM, 81), None, "denied stays denied");
+            }
+            connection.send(&chunk);
+        }
+        assert!(connection.finish().starts_with(&format!("{} ", 5 << 16)), "it was not reset");
+        if is_protected {
+            assert_eq!(fixture.daemon.status().repairs, 0, "there was nothing to repair");
+            let delete = "nft delete table bridge nfqd".split(' ').collect::<Vec<_>>();
+            let output = Command::new(delete[0]).args(&delete[1..]).output().unwrap();
+            assert!(!output.status.success(), "nobody else may");
+        }
+        let flush = || Command::new(program(NFQD)).arg("flush").output().unwrap();
+        let refused = String::from_utf8(flush().stderr).unwrap();
+        assert!(refused.contains(&format!("pid {}", fixture.daemon.pid())), "{refused}");
+        // The next nfqd takes the table over.
+        fixture.daemon.kill();
+        fixture.daemon.restart();
+        fixture.daemon.must("A 12:13:14:15:16:17 T 2 d 82");
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        assert!(fixture.daemon.terminate().success());
+        assert!(flush().status.success());
+        assert!(!run("nft list tables").contains("nfqd"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_second_nfqd_is_refused_without_a_trace() {
+    in_netns(|| {
+        let fixture = Fixture::new(&[]);
+        fixture.redirect();
+        // The handles change if one is made anew.
+        let chains = || {
+            let text = run("nft -a list ruleset");
+            let is_chain = |line: &&str| line.contains("chain ");
+            text.lines().filter(is_chain).map(str::to_string).collect::<Vec<_>>()
+        };
+        let before = chains();
+        let state = tempfile::tempdir().unwrap();
+        for queues in ["0-3", "8-9"] {
+            let output = Command::new(program(NFQD))
+                .args(["--queue", queues, "--state"])
+                .arg(state.path().join("state"))
+                .arg("--control")
+                .arg(state.path().join("control"))
+                .output()
+                .unwrap();
+            let message = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(3), "{message}");
+            assert!(message.contains(&format!("pid {}", fixture.daemon.pid())), "{message}");
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_eq!(fixture.daemon.status().repairs, 0);
+        assert_eq!(chains(), before);
+        assert_eq!(std::fs::read_dir(state.path()).unwrap().count(), 0);
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_region_is_cut_and_made_anew_while_commands_come() {
+    in_netns(|| {
+        let fixture = Fixture::new(&[]);
+        let path = fixture.daemon.region();
+        for round in 0..100_u64 {
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.write_all_at(b"@Q@", 0).unwrap();
+            std::thread::sleep(Duration::from_micros(round * 40));
+            file.set_len(0).unwrap();
+            file.set_len(1 << 20).unwrap();
+        }
+        fixture.daemon.status();
+        for command in ["R F 2:0:0:0:0:1 10.0.0.1", "X 2:0:0:0:0:1"] {
+            // A VM's stop and start.
+            std::fs::remove_file(&path).unwrap();
+            wait_for("the notice", || fixture.daemon.status().channels[0].error.is_some());
+            std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+            wait_for("the new one", || fixture.daemon.status().channels[0].error.is_none());
+            fixture.daemon.must(command);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_state_directory_that_vanishes_is_in_the_status() {
+    in_netns(|| {
+        let fixture = Fixture::new(&[]);
+        let state = std::path::PathBuf::from(fixture.daemon.status().state);
+        let (directory, away) = (state.parent().unwrap(), state.with_file_name("away"));
+        let away = directory.with_file_name(away.file_name().unwrap());
+        std::fs::rename(directory, &away).unwrap();
+        wait_for("the notice", || fixture.daemon.status().state_error.is_some());
+        fixture.daemon.must("R F 2:0:0:0:0:1 10.0.0.1");
+        std::fs::create_dir(directory).unwrap();
+        wait_for("the end of it", || fixture.daemon.status().state_error.is_none());
+        assert!(std::fs::read_to_string(&state).unwrap().contains("R F 02:00:00:00:00:01"));
     });
 }
 
@@ -231,12 +412,11 @@ fn start_error(arguments: &[&str]) -> (Option<i32>, String) {
 fn errors_at_the_start_name_their_cause() {
     in_netns(|| {
         run("ip link add br0 type bridge");
-        let daemon = Daemon::start(&["--queue", "5-6"]);
+        let queue = nfqd::packet_path::queue::Queue::open(6, true).unwrap();
         let (code, message) = start_error(&["--queue", "6-7"]);
         assert_eq!(code, Some(3), "{message}");
         assert!(message.contains("queue 6 is in use") && message.contains("--queue"), "{message}");
-        drop(daemon);
-        assert!(Command::new(program(NFQD)).arg("flush").status().unwrap().success());
+        drop(queue);
 
         run("nft add table bridge nfqd");
         let (code, message) = start_error(&[]);

@@ -28,8 +28,14 @@ pub struct Status {
     pub repairs: u64,
     /// The reason our tables are not as they should be at the moment.
     pub repair_error: Option<String>,
+    /// The reason frames do not reach the queues at the moment.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub steering_error: Option<String>,
     /// The path of the file of registrations.
     pub state: String,
+    /// The files with registrations that an earlier start could not restore.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub rejected: Vec<String>,
     /// The reason registrations are not saved at the moment.
     pub state_error: Option<String>,
 }

@@ -7,6 +7,7 @@ pub mod status;
 use crate::command_path::command_file::{CommandFileError, read_commands};
 use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice};
 use crate::daemon::Daemon;
+use crate::host_lock::HostLock;
 use crate::startup::StartError;
 use crate::{api, replay};
 use clap::{Args, Parser, Subcommand};
@@ -200,6 +201,8 @@ fn show_status(socket: &Path, json: bool) -> Result<(), Failure> {
 }
 
 fn flush() -> Result<(), Failure> {
+    // A running nfqd would load them again.
+    let _lock = HostLock::take().map_err(|error| Failure::System(error.to_string()))?;
     let removed = Kernel::open().and_then(|mut kernel| kernel.remove());
     if removed.map_err(|error| Failure::System(error.to_string()))? {
         println!("removed nfqd's tables");

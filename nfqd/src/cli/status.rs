@@ -55,8 +55,17 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     if status.repairs != 0 {
         writeln!(out, "another program changed nfqd's tables; repairs: {}", status.repairs)?;
     }
+    if let Some(error) = &status.steering_error {
+        writeln!(out, "NOT STEERED: {error}")?;
+    }
     if let Some(error) = &status.repair_error {
         writeln!(out, "NOT ENFORCED: {error}")?;
+    }
+    for path in &status.rejected {
+        writeln!(
+            out,
+            "NOT RESTORED: registrations in {path}; remove it when you have looked at it"
+        )?;
     }
     let error = suffix("NOT SAVED", status.state_error.as_deref());
     writeln!(out, "registrations in {}{error}", status.state)
@@ -181,6 +190,8 @@ mod tests {
             }],
             flows: FlowTableStatus { evicted: 9, ..FlowTableStatus::default() },
             repair_error: Some("gone".to_string()),
+            steering_error: Some("off".to_string()),
+            rejected: vec!["/s/commands.rejected.1".to_string()],
             state: "/s".to_string(),
             state_error: Some("disk full".to_string()),
             ..Status::default()
@@ -192,6 +203,8 @@ mod tests {
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",
             "NOT ENFORCED: gone",
+            "NOT STEERED: off",
+            "NOT RESTORED: registrations in /s/commands.rejected.1; remove it when you have looked at it",
             "registrations in /s - NOT SAVED: disk full",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

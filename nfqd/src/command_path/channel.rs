@@ -2,10 +2,11 @@
 //! and when to poll it.
 
 use crate::config::ShmSpec;
+use crate::rate_limiter::RateLimiter;
 use nfqd_shmctl::mailbox::host::HostMailbox;
 use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage};
 use nfqd_shmctl::{
-    CommandError, ErrorCode, MacAddr, ParsedCommand, Place, Region, RegionError, Reply,
+    CommandError, ErrorCode, MacAddr, ParsedCommand, Place, RegionError, RegionFile, Reply,
 };
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -13,10 +14,14 @@ use std::time::{Duration, Instant};
 /// A guest's channel.
 pub struct Channel {
     spec: ShmSpec,
-    region: Result<Region, RegionError>,
+    /// The region, or why it is not read.
+    region: Result<RegionFile, RegionError>,
     mailbox: HostMailbox,
     budget: Budget,
     schedule: PollSchedule,
+    log_limiter: RateLimiter,
+    /// Accepted commands since the last one that was logged.
+    unlogged: u32,
 }
 
 /// Commands a second that a channel may send in the long run, and how many at once. Further ones
@@ -29,25 +34,68 @@ const BURST: f64 = 500.0;
 const COMMAND_TIME: Duration = Duration::from_millis(1);
 
 impl Channel {
-    /// Opens the region, which is created if it does not exist.
-    ///
-    /// # Errors
-    /// If it cannot be used.
-    pub fn open(spec: &ShmSpec) -> Result<Channel, RegionError> {
+    /// A channel with its region, which is made if it does not exist. A region that cannot be used is
+    /// [tried again](Channel::follow).
+    pub fn open(spec: &ShmSpec) -> Channel {
         if spec.macs.is_empty() {
             log::warn!(
                 "{}: bound to no MAC, so its guest may speak for every middlebox; add mac=",
                 spec.path.display()
             );
         }
+        let region = RegionFile::open_or_create(&spec.path, spec.ownership);
+        if let Err(error) = &region {
+            log::error!("{error}; its commands are not read until that changes");
+        }
         let now = Instant::now();
-        Ok(Channel {
+        Channel {
             spec: spec.clone(),
-            region: Ok(Region::open_or_create(&spec.path)?),
+            region,
             mailbox: HostMailbox::default(),
             budget: Budget { commands: BURST, counted: now },
             schedule: PollSchedule::new(now),
-        })
+            log_limiter: RateLimiter::new(LOGGED_PER_SECOND),
+            unlogged: 0,
+        }
+    }
+
+    /// Refuses a path that is no region and will not become one.
+    ///
+    /// # Errors
+    /// What it is.
+    pub fn refuse_mistake(self) -> Result<Channel, RegionError> {
+        let is_mistake = |error: &RegionError| match error {
+            RegionError::Kind { .. } => true,
+            RegionError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            RegionError::Size { .. } | RegionError::Replaced { .. } => false,
+        };
+        match self.region {
+            Err(error) if is_mistake(&error) => Err(error),
+            region => Ok(Channel { region, ..self }),
+        }
+    }
+
+    /// Follows the path: a region that a VM's start has made anew, or that could not be used, is
+    /// opened again.
+    pub fn follow(&mut self) {
+        if let Ok(region) = &self.region {
+            let Err(error) = region.check_path() else { return };
+            self.close(error);
+        }
+        match RegionFile::open(&self.spec.path) {
+            Ok(region) => {
+                log::info!("{}: its commands are read again", self.spec.path.display());
+                self.region = Ok(region);
+                self.mailbox = HostMailbox::default();
+                self.schedule = PollSchedule::new(Instant::now());
+            }
+            Err(error) => self.region = Err(error),
+        }
+    }
+
+    fn close(&mut self, error: RegionError) {
+        log::warn!("{error}; its commands are not read until that changes");
+        self.region = Err(error);
     }
 
     /// Returns the specification of the channel.
@@ -75,7 +123,7 @@ impl Channel {
     }
 
     /// Polls the mailbox. Returns the messages that wait, as many as the budget allows. A region
-    /// whose file was cut is closed before it is touched.
+    /// that was cut is closed.
     pub fn poll(&mut self, now: Instant) -> Vec<MailboxMessage> {
         let messages = self.take(now);
         self.schedule.polled(now, !messages.is_empty(), now + self.budget.wait());
@@ -88,14 +136,16 @@ impl Channel {
             return Vec::new();
         }
         let Ok(region) = &self.region else { return Vec::new() };
-        if let Err(error) = region.check_size() {
-            log::error!("{error}; its commands are no longer read; SIGHUP opens the region again");
-            self.region = Err(error);
-            return Vec::new();
+        match self.mailbox.take(region, now) {
+            Ok(messages) => {
+                self.budget.commands -= messages.len() as f64;
+                messages
+            }
+            Err(error) => {
+                self.close(error);
+                Vec::new()
+            }
         }
-        let messages = self.mailbox.take(region, now);
-        self.budget.commands -= messages.len() as f64;
-        messages
     }
 
     /// Charges the CPU time that the host has spent on commands beyond their share.
@@ -105,10 +155,37 @@ impl Channel {
         self.budget.commands -= excess / COMMAND_TIME.as_secs_f64();
     }
 
+    /// Logs answered messages: accepted commands, a bounded number of bounded lines. Rejections and
+    /// queries are logged at debug level.
+    pub fn log(&mut self, answered: &[(MailboxMessage, Reply)]) {
+        let second = self.budget.counted.saturating_duration_since(*GRID).as_secs() as u32;
+        for (message, reply) in answered {
+            let text = message.text.as_deref().unwrap_or("a message that is not text");
+            let is_change = reply.is_ok() && !text.trim_start().starts_with(['q', 'Q']);
+            if is_change && !self.log_limiter.has_room(second) {
+                self.unlogged += 1;
+                continue;
+            }
+            let level = if is_change { log::Level::Info } else { log::Level::Debug };
+            if is_change {
+                self.log_limiter.count();
+                let unlogged = std::mem::take(&mut self.unlogged);
+                if unlogged != 0 {
+                    let path = self.spec.path.display();
+                    log::info!("{path}: {unlogged} more commands were accepted");
+                }
+            }
+            let (text, reply) = (abridged(text), abridged(&reply.to_string()));
+            log::log!(level, "{}: {text}: {reply}", self.spec.path.display());
+        }
+    }
+
     /// Writes the replies to messages.
     pub fn reply(&mut self, answered: &[(MailboxMessage, Reply)]) {
-        if let Ok(region) = &self.region {
-            self.mailbox.reply(region, answered);
+        if let Ok(region) = &self.region
+            && let Err(error) = self.mailbox.reply(region, answered)
+        {
+            self.close(error);
         }
     }
 
@@ -133,6 +210,18 @@ impl Channel {
         let expected = format!("this channel may not speak for it, only for {}", bound.join(", "));
         Err(parsed.error(Place::Mac, ErrorCode::Denied, &expected))
     }
+}
+
+/// Accepted commands of a channel that are logged in a second; the rest is counted.
+const LOGGED_PER_SECOND: u32 = 5;
+/// Characters of a command, or of a reply, in the log.
+const LOGGED_LENGTH: usize = 200;
+
+/// Returns the beginning of a text.
+fn abridged(text: &str) -> String {
+    let mut chars = text.chars();
+    let start: String = chars.by_ref().take(LOGGED_LENGTH).collect();
+    if chars.next().is_some() { start + "…" } else { start }
 }
 
 /// The commands that a channel may still send, which are refilled over time.
@@ -213,11 +302,12 @@ fn next_on_grid(time: Instant, interval: Duration) -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nfqd_shmctl::Region;
 
     fn channel(binding: &str) -> (tempfile::TempDir, Channel) {
         let dir = tempfile::tempdir().unwrap();
         let spec = format!("{}{binding}", dir.path().join("vm").display()).parse().unwrap();
-        let channel = Channel::open(&spec).unwrap();
+        let channel = Channel::open(&spec);
         (dir, channel)
     }
 
@@ -246,6 +336,30 @@ mod tests {
         }
         assert!(taken > BURST as usize - 2 * MAX_MESSAGES && taken <= BURST as usize, "{taken}");
         assert_eq!(channel.poll(now + Duration::from_millis(25)).len(), 2);
+    }
+
+    #[test]
+    fn a_region_that_is_made_anew_is_followed() {
+        let (_dir, mut channel) = channel("");
+        let path = channel.spec.path.clone();
+        std::fs::remove_file(&path).unwrap();
+        channel.follow();
+        assert!(channel.error().is_some_and(|error| error.to_string().contains("No such file")));
+        assert_eq!(channel.next_poll(), None);
+        std::fs::write(&path, vec![0; 8192]).unwrap();
+        channel.follow();
+        assert!(channel.error().is_none() && channel.next_poll().is_some());
+        Region::open(&path).unwrap().write(0, b"@Q@");
+        let later = Instant::now() + Duration::from_secs(1);
+        assert_eq!(channel.poll(later).len(), 1);
+        // Cut, and grown again.
+        std::fs::write(&path, [0; 100]).unwrap();
+        assert_eq!(channel.poll(later), []);
+        channel.follow();
+        assert!(channel.error().is_some_and(|error| error.to_string().contains("100 bytes")));
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        channel.follow();
+        assert!(channel.error().is_none());
     }
 
     #[test]

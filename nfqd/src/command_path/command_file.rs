@@ -6,6 +6,7 @@ use nfqd_rules::{Desired, MiddleboxKey, Network, NetworkId, Networks, Policy};
 use nfqd_shmctl::{
     BackendChange, Command, CommandError, ErrorCode, MacAddr, ParsedCommand, split_lines,
 };
+use std::io::{self, BufRead, Read};
 use std::path::{Path, PathBuf};
 
 /// The reason a file of commands is not applied.
@@ -17,7 +18,7 @@ pub enum CommandFileError {
         /// The path of the file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Some commands are wrong: a line each, as `FILE:LINE:COLUMN: message`.
     #[error("{0}")]
@@ -42,6 +43,70 @@ pub fn apply_text(
         }
     }
     errors
+}
+
+/// The longest line of a file of registrations, in bytes: a command with its network.
+const MAX_LINE: usize = 1 << 14;
+/// The errors of a file of registrations that are told one by one.
+const MAX_ERRORS: usize = 100;
+
+/// Applies the lines of a reader to a desired state, as [`apply_text`] does, in memory that does not
+/// depend on what is read. Returns the first errors, and how many there were in all. A last line
+/// without its end is one of them.
+///
+/// # Errors
+/// If the reader fails.
+pub(super) fn apply_lines(
+    desired: &mut Desired,
+    path: &Path,
+    mut reader: impl BufRead,
+) -> io::Result<(Vec<String>, usize)> {
+    let (mut errors, mut count) = (Vec::new(), 0);
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        if (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line)? == 0 {
+            break;
+        }
+        let is_complete = line.last() == Some(&b'\n');
+        let text = String::from_utf8_lossy(&line);
+        let result = if is_complete {
+            split_lines(&text).try_for_each(|(_, line)| apply_line(desired, line, |_, _, _| false))
+        } else {
+            Err(unusable(&text, line.len() == MAX_LINE))
+        };
+        if let Err(CommandError { column, message, .. }) = result {
+            count += 1;
+            if errors.len() < MAX_ERRORS {
+                errors.push(format!("{}:{number}:{column}: {message}", path.display()));
+            }
+        }
+        if !is_complete {
+            skip_line(&mut reader)?;
+        }
+    }
+    Ok((errors, count))
+}
+
+/// Returns the error of a line that is too long, or was being written when the host went down.
+fn unusable(text: &str, is_long: bool) -> CommandError {
+    let start: String = text.chars().take(80).flat_map(char::escape_default).collect();
+    let what = if is_long { "too long" } else { "incomplete last line, not restored" };
+    CommandError { code: ErrorCode::Syntax, column: 1, message: format!("'{start}': {what}") }
+}
+
+/// Reads to the end of a line.
+fn skip_line(reader: &mut impl BufRead) -> io::Result<()> {
+    loop {
+        let buffer = reader.fill_buf()?;
+        let end = buffer.iter().position(|&byte| byte == b'\n');
+        let (len, is_done) =
+            (end.map_or(buffer.len(), |at| at + 1), end.is_some() || buffer.is_empty());
+        reader.consume(len);
+        if is_done {
+            return Ok(());
+        }
+    }
 }
 
 fn apply_line(

@@ -7,12 +7,13 @@
 //! its command was never answered and is not restored. If the disk is full, the policy stays in
 //! effect in memory and in the kernel; the daemon reports it and tries again.
 
-use super::command_file::{apply_text, line_of};
+use super::command_file::{apply_lines, line_of};
 use nfqd_rules::{Desired, NetworkId};
 use nfqd_shmctl::Command;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The directory of `--state`, which one daemon has at a time.
@@ -29,6 +30,9 @@ pub struct Journal {
 
 /// The lines over twice the needed ones that the file may have before it is written anew.
 const SPARE_LINES: usize = 1000;
+
+/// The name of files with lines that were not restored, before their number.
+const REJECTED: &str = "commands.rejected";
 
 /// The reason registrations cannot be saved.
 #[derive(Debug, thiserror::Error)]
@@ -73,35 +77,79 @@ impl Journal {
     }
 
     /// Restores the saved registrations, none at first. Returns the errors of lines that are not
-    /// restored. If there are any, the file is copied to `commands.rejected` first, so that nothing
-    /// is lost, and one wrong line does not affect the others.
+    /// restored: one wrong line does not affect the others. If there are any, the file is kept under
+    /// a new name, see [`Journal::rejected`].
     ///
     /// # Errors
-    /// If the file cannot be read or copied.
+    /// If the file cannot be read or kept.
     pub fn load(&self, desired: &mut Desired) -> Result<Vec<String>, JournalError> {
         let path = self.path();
-        let text = match fs::read(&path) {
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Vec::new());
-            }
-            Err(source) => return Err(JournalError::Io { path, source }),
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other,
         };
-        let complete = text.rfind('\n').map_or(0, |at| at + 1);
-        let (text, rest) = text.split_at(complete);
-        let mut errors = apply_text(desired, &path, text, |_, _, _| false);
-        if !rest.is_empty() {
-            let (path, line) = (path.display(), text.lines().count() + 1);
-            errors.push(format!(
-                "{path}:{line}:1: '{}': incomplete last line, not restored",
-                rest.escape_default()
-            ));
-        }
-        if !errors.is_empty() {
-            let copy = self.directory.join("commands.rejected");
-            fs::copy(&path, &copy).map_err(|source| JournalError::Io { path: copy, source })?;
+        let found = file.and_then(|file| apply_lines(desired, &path, BufReader::new(file)));
+        let io = |source| JournalError::Io { path: path.clone(), source };
+        let (mut errors, count) = found.map_err(io)?;
+        if count != 0 {
+            let kept = self.keep_rejected().map_err(io)?;
+            let hidden = count - errors.len();
+            if hidden != 0 {
+                errors.push(format!("{}: {hidden} more lines", path.display()));
+            }
+            log::error!(
+                "{count} lines of {} are not restored; the file is kept as {}",
+                path.display(),
+                kept.display()
+            );
         }
         Ok(errors)
+    }
+
+    /// Gives the file a further name, by which it stays when it is written anew. A name in use is
+    /// left alone: it may be the only copy of what an earlier start rejected.
+    fn keep_rejected(&self) -> io::Result<PathBuf> {
+        for number in 1_u32.. {
+            let name = self.directory.join(format!("{REJECTED}.{number}"));
+            match fs::hard_link(self.path(), &name) {
+                Ok(()) => return Ok(name),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                // A file system without hard links.
+                Err(_) if !name.exists() => return fs::copy(self.path(), &name).map(|_| name),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// Returns the files with lines that were not restored. The operator removes them when they have
+    /// been looked at.
+    pub fn rejected(&self) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(&self.directory) else { return Vec::new() };
+        let is_rejected = |entry: &fs::DirEntry| {
+            entry.file_name().to_str().is_some_and(|name| name.starts_with(REJECTED))
+        };
+        let mut out: Vec<PathBuf> =
+            entries.flatten().filter(is_rejected).map(|entry| entry.path()).collect();
+        out.sort_unstable();
+        out
+    }
+
+    /// Checks that the file is still where it was written.
+    ///
+    /// # Errors
+    /// If it has been removed or moved; the next [`Journal::save`] writes it as a whole.
+    pub fn check(&mut self) -> Result<(), JournalError> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let identity = |about: fs::Metadata| (about.dev(), about.ino());
+        let source = match (fs::metadata(self.path()).map(identity), file.metadata().map(identity))
+        {
+            (Ok(there), Ok(ours)) if there == ours => return Ok(()),
+            (Ok(_), Ok(_)) => io::Error::other("replaced by another file"),
+            (Err(error), _) | (_, Err(error)) => error,
+        };
+        self.file = None;
+        Err(JournalError::Io { path: self.path(), source })
     }
 
     /// Saves all registrations: writes the file as a whole.
@@ -205,8 +253,41 @@ mod tests {
             "commands:3:17: '99': not a bit value of this class; write a number from 0 to 15";
         assert!(errors[0].ends_with(expected) && errors.len() == 2, "{errors:?}");
         journal.save(&desired(&policy)).unwrap();
-        let rejected = fs::read(dir.path().join("commands.rejected")).unwrap();
+        let rejected = fs::read(dir.path().join("commands.rejected.1")).unwrap();
         assert!(rejected.windows(4).any(|word| word == b"I 99"));
+        // The next accident does not overwrite it.
+        fs::write(journal.path(), "junk\n").unwrap();
+        assert_eq!(loaded(&journal).1.len(), 1);
+        assert_eq!(fs::read(dir.path().join("commands.rejected.1")).unwrap(), rejected);
+        assert_eq!(journal.rejected().len(), 2);
+    }
+
+    #[test]
+    fn garbage_is_read_in_bounded_memory_and_told_in_bounded_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let long = "x".repeat(1 << 20);
+        let text = "junk\n".repeat(5000) + &long + "\nR F 2:0:0:0:0:1 10.0.0.1\n";
+        fs::write(journal.path(), text).unwrap();
+        let (policy, errors) = loaded(&journal);
+        assert_eq!(policy.commands().count(), 1, "the line behind it");
+        assert!(errors.len() == 101 && errors.iter().all(|error| error.len() < 500), "{errors:?}");
+        assert!(errors[100].ends_with("4901 more lines"), "{}", errors[100]);
+    }
+
+    #[test]
+    fn a_directory_that_vanishes_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let mut journal = Journal::open(&state).unwrap();
+        journal.save(&Desired::default()).unwrap();
+        journal.check().unwrap();
+        fs::rename(&state, dir.path().join("away")).unwrap();
+        assert!(matches!(journal.check(), Err(JournalError::Io { .. })));
+        assert!(matches!(journal.save(&Desired::default()), Err(JournalError::Io { .. })));
+        fs::create_dir(&state).unwrap();
+        journal.save(&Desired::default()).unwrap();
+        journal.check().unwrap();
     }
 
     #[test]

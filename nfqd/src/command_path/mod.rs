@@ -67,6 +67,7 @@ impl ControlPlane {
     /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves
     /// what could not be saved.
     pub fn tick(&mut self) {
+        self.channels.iter_mut().for_each(Channel::follow);
         if self.host.is_stale() {
             self.follow_networks();
         }
@@ -76,8 +77,10 @@ impl ControlPlane {
         }
         self.enforcer.expire_flows();
         self.enforcer.tick(&self.desired);
-        if self.unsaved.is_some() {
-            self.save();
+        match self.journal.check() {
+            Ok(()) if self.unsaved.is_none() => {}
+            Ok(()) => self.save(),
+            lost => self.record_saved(lost),
         }
     }
 

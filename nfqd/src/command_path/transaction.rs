@@ -68,12 +68,7 @@ impl ControlPlane {
         };
         let answered: Vec<(MailboxMessage, Reply)> = messages.into_iter().zip(replies).collect();
         let Some(channel) = self.channels.get_mut(channel) else { return };
-        for (message, reply) in &answered {
-            let text = message.text.as_deref().unwrap_or("a message that is not text");
-            // Rejections are logged at debug level: a guest must not be able to fill the disk.
-            let level = if reply.is_ok() { log::Level::Info } else { log::Level::Debug };
-            log::log!(level, "{}: {text}: {reply}", channel.spec().path.display());
-        }
+        channel.log(&answered);
         channel.charge(answered.len(), cpu_time().saturating_sub(start));
         channel.reply(&answered);
     }

@@ -23,6 +23,7 @@ use nft_monitor::NftMonitor;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The kernel, the workers, and what both enforce.
 pub struct Enforcer {
@@ -42,6 +43,11 @@ pub struct Enforcer {
     /// The reason the kernel's tables are not as we left them and must be loaded as a whole.
     broken: Option<String>,
     repairs: u64,
+    /// When the tables may be loaded again, and the pause after that.
+    next_repair: Instant,
+    repair_pause: Duration,
+    /// The reason frames do not reach the queues.
+    steering_error: Option<String>,
     counters: CarriedCounters,
 }
 
@@ -69,6 +75,9 @@ impl Enforcer {
             is_stale: false,
             broken: None,
             repairs: 0,
+            next_repair: Instant::now(),
+            repair_pause: Duration::ZERO,
+            steering_error: None,
             counters: CarriedCounters::default(),
         })
     }
@@ -144,6 +153,11 @@ impl Enforcer {
     /// Returns why our tables are not as they should be at the moment.
     pub fn broken(&self) -> Option<&str> {
         self.broken.as_deref()
+    }
+
+    /// Returns why frames do not reach the queues at the moment.
+    pub fn steering_error(&self) -> Option<&str> {
+        self.steering_error.as_deref()
     }
 
     /// Returns the descriptor that is readable when nftables has changed.

@@ -61,10 +61,8 @@ pub fn detect_queue_path(
             _ => QueuePathError::NoBrNetfilter,
         });
     }
-    for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
-        if !is_set(name) {
-            return Err(QueuePathError::NotCalled);
-        }
+    if !CALLS.into_iter().all(is_set) {
+        return Err(QueuePathError::NotCalled);
     }
     if !is_set("bridge-nf-filter-vlan-tagged") {
         log::warn!(
@@ -75,8 +73,36 @@ pub fn detect_queue_path(
     Ok(QueuePath::BrNetfilter)
 }
 
+/// The sysctls without which br_netfilter passes no bridged packet to the queues.
+const CALLS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+
+/// Returns the path of a sysctl of br_netfilter.
+fn path_of(name: &str) -> String {
+    format!("/proc/sys/net/bridge/{name}")
+}
+
 /// Whether a sysctl of br_netfilter is 1.
 fn is_set(name: &str) -> bool {
-    let value = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
-    value.is_ok_and(|value| value.trim() == "1")
+    std::fs::read_to_string(path_of(name)).is_ok_and(|value| value.trim() == "1")
+}
+
+/// Sets the sysctls of br_netfilter that the path into the queues needs and another program has
+/// changed (libvirt, a sysctl.d file that is applied again). Returns the reason there is no path, if
+/// that cannot be done.
+pub(super) fn restore_calls() -> Option<String> {
+    let mut reason = None;
+    for name in CALLS.into_iter().filter(|name| !is_set(name)) {
+        match std::fs::write(path_of(name), "1") {
+            Ok(()) => {
+                log::warn!("another program changed net.bridge.{name}; it is 1 again");
+            }
+            Err(error) => {
+                reason = Some(format!(
+                    "net.bridge.{name} is not 1, so br_netfilter passes no packet to the queues, \
+                     and it cannot be set: {error}; run 'br-netfilter.sh up'"
+                ));
+            }
+        }
+    }
+    reason
 }

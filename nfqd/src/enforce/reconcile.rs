@@ -2,6 +2,7 @@
 //! are repaired.
 
 use super::Enforcer;
+use super::queue_path::restore_calls;
 use crate::engine::{FilterScope, Snapshot};
 use nfqd_rules::nft::delta::Installed;
 use nfqd_rules::nft::kernel::{KernelError, Progress};
@@ -13,6 +14,11 @@ use std::time::{Duration, Instant};
 
 /// The longest wait for packets that are being decided, before old slots are removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// The pauses between two repairs at the first changes by another program, and while it goes on.
+const MIN_REPAIR_PAUSE: Duration = Duration::from_millis(10);
+const MAX_REPAIR_PAUSE: Duration = Duration::from_secs(1);
+/// The time without a change after which the pauses begin anew.
+const PEACE: Duration = Duration::from_secs(10);
 /// The reason reported when another program has modified our tables.
 const CHANGED: &str = "nfqd's tables were changed by another program";
 
@@ -20,11 +26,9 @@ impl Enforcer {
     /// Does what is due once a second: repairs, and retries of what failed before.
     pub fn tick(&mut self, desired: &Desired) {
         self.resume_monitor();
-        self.check_tables();
-        if self.broken.as_deref() == Some(CHANGED) {
-            log::warn!("{CHANGED}; loading them again");
-        }
-        if self.broken.is_some() {
+        self.check_steering();
+        let _ = self.repair_changes(desired);
+        if self.broken.as_deref().is_some_and(|reason| reason != CHANGED) {
             // The failure is logged where it happens.
             let _ = self.repair_and_publish(desired);
         } else if self.is_stale
@@ -32,6 +36,40 @@ impl Enforcer {
         {
             log::error!("{error}; retrying every second");
         }
+    }
+
+    /// Makes sure that frames reach the queues.
+    fn check_steering(&mut self) {
+        if self.options.queue_path != QueuePath::BrNetfilter {
+            return;
+        }
+        let before = std::mem::replace(&mut self.steering_error, restore_calls());
+        if self.steering_error != before
+            && let Some(error) = &self.steering_error
+        {
+            log::error!("{error}");
+        }
+    }
+
+    /// Loads the tables again at once if another program has changed them. While it keeps doing that,
+    /// two programs do not fight at full speed: returns how long the next repair has to wait.
+    pub fn repair_changes(&mut self, desired: &Desired) -> Option<Duration> {
+        self.check_tables();
+        if self.broken.as_deref() != Some(CHANGED) {
+            return None;
+        }
+        let now = Instant::now();
+        if now < self.next_repair {
+            return Some(self.next_repair - now);
+        }
+        log::warn!("{CHANGED}; loading them again");
+        // The failure is logged where it happens.
+        let _ = self.repair_and_publish(desired);
+        let is_fight = now < self.next_repair + PEACE;
+        let longer = (self.repair_pause * 2).clamp(MIN_REPAIR_PAUSE, MAX_REPAIR_PAUSE);
+        self.repair_pause = if is_fight { longer } else { MIN_REPAIR_PAUSE };
+        self.next_repair = Instant::now() + self.repair_pause;
+        None
     }
 
     /// Notices changes of our tables by other programs.

@@ -20,7 +20,7 @@ pub use snapshot::{FilterScope, Snapshot};
 use expiring_map::ExpiringMap;
 use flows::FlowTable;
 use nfqd_rules::{MiddleboxKey, NetworkId, SlotId};
-use nfqd_shmctl::{Frontend, MacAddr, Protocol};
+use nfqd_shmctl::{Frontend, Protocol};
 use std::net::IpAddr;
 use verdict::Decision;
 
@@ -54,7 +54,8 @@ impl EngineState {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct FragmentKey {
     network: NetworkId,
-    destination_mac: MacAddr,
+    /// The middlebox with services that the datagram goes to.
+    middlebox: Option<MiddleboxKey>,
     source: IpAddr,
     destination: IpAddr,
     protocol: Protocol,

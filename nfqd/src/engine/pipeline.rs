@@ -227,9 +227,11 @@ impl PacketContext<'_> {
     }
 
     fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
+        // By br_netfilter no other destination is known.
+        let balanced = self.middlebox.filter(|(_, middlebox)| !middlebox.services().is_empty());
         FragmentKey {
             network: self.ingress.network,
-            destination_mac: self.packet.link.destination,
+            middlebox: balanced.map(|(key, _)| key),
             source: ip.source,
             destination: ip.destination,
             protocol: ip.protocol,

@@ -125,7 +125,7 @@ fn without_the_backends_mac_nothing_is_redirected() {
         Verdict::Accept(AcceptReason::BackendUnresolved)
     );
     assert!(flows.flows.is_empty());
-    let mac = Some(MacAddr(BACKEND));
+    let mac = Some(nfqd_shmctl::MacAddr(BACKEND));
     let after = snapshot_of(before.policy().clone(), |_| BackendObservation {
         mac,
         ..BackendObservation::UNKNOWN

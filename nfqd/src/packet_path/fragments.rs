@@ -38,20 +38,20 @@ impl<T> FragmentQueue<T> {
         evicted.map(|fragment| fragment.release)
     }
 
-    /// Returns the fragments that waited for this first fragment, in the order of their arrival.
+    /// Returns the fragments that waited for this first fragment, in the order of their arrival. One
+    /// to another MAC may be among them, which the engine lets wait again.
     pub fn released_by(&mut self, network: NetworkId, first: &Packet) -> Vec<(Ingress, Packet, T)> {
         let Some(ip) = first.ip.filter(|ip| ip.fragment == Fragment::First) else {
             return Vec::new();
         };
         let datagram = (ip.source, ip.destination, ip.protocol, ip.id);
         let released = self.take(|fragment| {
-            let same_link = fragment.ingress.network == network
-                && fragment.packet.link.destination == first.link.destination;
+            let same_network = fragment.ingress.network == network;
             let same_datagram = fragment
                 .packet
                 .ip
                 .is_some_and(|ip| (ip.source, ip.destination, ip.protocol, ip.id) == datagram);
-            same_link && same_datagram
+            same_network && same_datagram
         });
         released
             .into_iter()

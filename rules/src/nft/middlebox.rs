@@ -212,11 +212,11 @@ fn static_rules(middlebox: MiddleboxKey, of: &Middlebox, slots: &Slots) -> Vec<R
         match service.method() {
             Method::Static => {}
             Method::Source(source) => conditions.push(Statement::Is(ip.source, Value::Ip(source))),
-            // The engine chooses the backend; no later service takes the packet.
+            // Only the engine knows the backend; no later service takes the packet.
             _ => {
                 let rank = (false, frontend.port.is_none(), frontend.protocol.is_none());
                 conditions.push(to_vip);
-                conditions.push(goto("finish"));
+                conditions.push(goto("unanswered_pool"));
                 ranked.push((rank, rule(conditions)));
                 continue;
             }

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::language::parse::error::{CommandError, ErrorCode};
 use crate::language::reply::Reply;
-use crate::region::Region;
+use crate::region::RegionError;
+use crate::region_file::RegionFile;
 use std::time::Instant;
 
 /// The host's end of a mailbox.
@@ -22,9 +23,21 @@ impl HostMailbox {
     ///
     /// Each message must be passed to [`HostMailbox::reply`] before the next call, or it is
     /// returned again.
-    pub fn take(&mut self, region: &Region, now: Instant) -> Vec<MailboxMessage> {
+    ///
+    /// # Errors
+    /// If the region cannot be read.
+    pub fn take(
+        &mut self,
+        region: &RegionFile,
+        now: Instant,
+    ) -> Result<Vec<MailboxMessage>, RegionError> {
         let mut copy = [0; COMMAND_SIZE];
-        region.read(0, &mut copy);
+        region.read(0, &mut copy)?;
+        Ok(self.find(copy, now))
+    }
+
+    /// Finds the messages in a copy of the command area.
+    fn find(&mut self, copy: [u8; COMMAND_SIZE], now: Instant) -> Vec<MailboxMessage> {
         // By far the most common case costs no allocation.
         if !copy.contains(&MARK) {
             self.unterminated = None;
@@ -83,24 +96,32 @@ impl HostMailbox {
 
     /// Writes the replies, one line a message, then marks the messages as taken. A reply that fits
     /// in part is cut; for those that do not fit, the last line tells their number.
-    pub fn reply(&mut self, region: &Region, answered: &[(MailboxMessage, Reply)]) {
+    ///
+    /// # Errors
+    /// If the region cannot be written.
+    pub fn reply(
+        &mut self,
+        region: &RegionFile,
+        answered: &[(MailboxMessage, Reply)],
+    ) -> Result<(), RegionError> {
         if answered.is_empty() {
-            return;
+            return Ok(());
         }
         let mut text = reply_text(answered.iter().map(|(_, reply)| reply));
         text.push(0);
-        region.write(REPLY_OFFSET, &text);
+        region.write(REPLY_OFFSET, &text)?;
         // The closing marks go first: a writer that waits for its opening mark finds all of the
         // message free.
         for (message, _) in answered {
             for &offset in &message.dollars {
-                region.replace(offset, TAKEN, b'.');
+                region.replace(offset, TAKEN, b'.')?;
             }
             if let Some(close) = message.close {
-                region.replace(close, MARK, TAKEN);
+                region.replace(close, MARK, TAKEN)?;
             }
-            region.replace(message.open, MARK, TAKEN);
+            region.replace(message.open, MARK, TAKEN)?;
         }
+        Ok(())
     }
 }
 

@@ -305,7 +305,8 @@ impl FlowTable {
         Some(entry.original)
     }
 
-    /// Inserts a flow. Flows with the same tuples are replaced; a full shard evicts another one.
+    /// Inserts a flow. A flow with the same original tuple is replaced, and one with the same reply
+    /// tuple loses that; a full shard evicts another one.
     pub fn insert(
         &self,
         original: OriginalTuple,
@@ -326,7 +327,9 @@ impl FlowTable {
         if let Some((hash, tuple)) = hashes.reply.zip(reply)
             && let Some(at) = shard.find_reply(hash, &tuple)
         {
-            self.remove_at(shard, at);
+            // That flow may still be in the kernel's cache. Its next packet here takes the replies
+            // back.
+            shard.detach_reply(at, hash);
         }
         if shard.len == shard.capacity
             && let Some((at, state)) = shard.eviction_candidate(now)

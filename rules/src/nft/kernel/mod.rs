@@ -21,7 +21,7 @@ use super::model::{
     Chain, Element, Family, Statement, TABLE_LAYOUT, TABLE_NAME, Table, layout_of_comment,
 };
 use super::names::{MIDDLEBOXES, layout_of_chain, middlebox_of_chain, split_prefix};
-use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, fd};
+use super::sys::{Batch, DumpReply, DumpRequest, FoundElement, TableFlags, fd};
 use crate::desired::Desired;
 use crate::netlink::{NLMSG_DONE, messages};
 use difference::{creations, difference};
@@ -36,6 +36,8 @@ use std::os::fd::AsRawFd;
 pub struct Kernel {
     socket: Socket,
     sequence: u32,
+    /// Whether tables can be protected against other programs; `None` before it has been tried.
+    can_own: Option<bool>,
 }
 
 /// The reason a request to the kernel failed.
@@ -122,7 +124,7 @@ impl Kernel {
             .or_else(|_| setsockopt(&fd(&socket), sockopt::SndBuf, &BUFFER));
         let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER)
             .or_else(|_| setsockopt(&fd(&socket), sockopt::RcvBuf, &BUFFER));
-        Ok(Kernel { socket, sequence: 1 })
+        Ok(Kernel { socket, sequence: 1, can_own: None })
     }
 
     fn batch(&self) -> Batch {
@@ -297,7 +299,10 @@ impl Kernel {
                 self.check_layout(family)?;
             }
             match (wanted.get(&family), exists) {
-                (Some(table), exists) => self.replace(&mut batch, table, exists)?,
+                (Some(table), exists) => {
+                    let flags = self.table_flags(family, exists)?;
+                    self.replace(&mut batch, table, exists, flags)?;
+                }
                 // The packets that wait there came by the path that is no longer used.
                 (None, true) => batch.delete_table(family),
                 (None, false) => {}
@@ -312,9 +317,10 @@ impl Kernel {
         batch: &mut Batch,
         table: &Table,
         exists: bool,
+        flags: TableFlags,
     ) -> Result<(), KernelError> {
         let family = table.family;
-        batch.add_table(family);
+        batch.add_table(family, flags);
         if exists {
             let chains = self.dump(&DumpRequest::Chains(family))?.chains;
             let sets = self.dump(&DumpRequest::Sets(family))?.sets;

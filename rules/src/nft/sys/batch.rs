@@ -8,6 +8,7 @@ use super::super::lower::{
 use super::super::model::{
     Base, Chain, Data, Element, ElementData, Family, Rule, Set, TABLE_COMMENT, TABLE_NAME, Verdict,
 };
+use super::TableFlags;
 use super::{
     DATA_VERDICT, ELEMENTS_A_MESSAGE, MAX_DATA, RuleObject, SCRATCH, SET_CONCAT, SET_EVAL,
     SET_INTERVAL, SET_MAP, SET_TIMEOUT, SetObject, c_string, comment, message, named_chain,
@@ -166,9 +167,12 @@ impl Batch {
         self.labels.push(label);
     }
 
-    /// Adds our table; one that is there stays.
-    pub(in crate::nft) fn add_table(&mut self, family: Family) {
+    /// Adds our table with these flags; one that is there stays.
+    pub(in crate::nft) fn add_table(&mut self, family: Family, flags: TableFlags) {
         let table = named_table(family);
+        if flags != TableFlags::NONE {
+            table.u32(sys::NFTNL_TABLE_FLAGS, flags.0);
+        }
         table.data(sys::NFTNL_TABLE_USERDATA, &comment(0, TABLE_COMMENT));
         self.message(
             message::NEWTABLE,

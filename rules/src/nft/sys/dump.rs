@@ -3,6 +3,7 @@
 
 use super::super::lower::{key_len, key_type};
 use super::super::model::{Data, Family, Set, TABLE_NAME};
+use super::TableFlags;
 use super::{
     ChainObject, DATA_VERDICT, RuleObject, SET_EVAL, SET_INTERVAL, SET_MAP, SET_TIMEOUT, SetObject,
     TableObject, message, named_set, named_table, number,
@@ -82,6 +83,7 @@ impl FoundSet {
 #[derive(Default)]
 pub(in crate::nft) struct DumpReply {
     pub table_comment: Option<Option<String>>,
+    pub table_flags: TableFlags,
     /// The chains: name, and whether it is a base chain.
     pub chains: BTreeMap<String, bool>,
     pub sets: BTreeMap<String, FoundSet>,
@@ -167,6 +169,10 @@ impl DumpRequest {
                         slice(sys::nftnl_table_get_data(table.0.pointer, kind, &mut len), len)
                     };
                     answers.table_comment = Some(comment_of(data, 0));
+                    let kind = sys::NFTNL_TABLE_FLAGS as u16;
+                    // SAFETY: as above; a table without flags gives 0.
+                    let flags = unsafe { sys::nftnl_table_get_u32(table.0.pointer, kind) };
+                    answers.table_flags = TableFlags(flags);
                 }
             }
             DumpRequest::Chains(_) => {

@@ -37,6 +37,24 @@ mod message {
     pub(super) const DELSETELEM: u16 = 14;
 }
 
+/// The flags of a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct TableFlags(u32);
+
+impl TableFlags {
+    /// Anybody may change the table.
+    pub(super) const NONE: TableFlags = TableFlags(0);
+    /// Nobody but the socket that made the table may change it, nor does `flush ruleset`; it outlives
+    /// the socket, and another one may take it over then (NFT_TABLE_F_OWNER and
+    /// NFT_TABLE_F_PERSIST, Linux 6.9).
+    pub(super) const OWNED: TableFlags = TableFlags(0x2 | 0x4);
+
+    /// Whether the table outlives the socket of its owner.
+    pub(super) fn is_persistent(self) -> bool {
+        self.0 & 0x4 != 0
+    }
+}
+
 const SET_INTERVAL: u32 = 0x4;
 const SET_MAP: u32 = 0x8;
 const SET_TIMEOUT: u32 = 0x10;

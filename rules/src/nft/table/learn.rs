@@ -1,16 +1,16 @@
 //! The chains `learn` and `verdicts` and those that they lead to: the engine's verdict, in the mark, is carried out
 //! here, and the flow is cached.
 
-use super::BaseTable;
 use super::own::dhcp_rules;
+use super::{BaseTable, SYN};
 use crate::mark::{ID, OPERATION, OWN, Operation, PORT};
-use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule};
+use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule, verdict};
 use crate::nft::family::{
     CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, TCP, cached_flows, flow_key,
     reply_key, reply_key_of_request,
 };
 use crate::nft::field::{Field, Value};
-use crate::nft::model::{Chain, Rule, Statement};
+use crate::nft::model::{Chain, Rule, Statement, Verdict};
 use crate::nft::names::CACHE_FULL;
 use crate::timeouts::CLOSE_TIMEOUT;
 
@@ -123,9 +123,21 @@ impl BaseTable<'_> {
             set: protocol.name("bypass", ip),
             timeout: None,
         };
-        self.chain("learn_bypass", each_or_full("bypass", "finish", bypass));
+        // What is cached with these addresses and ports is of a flow that has ended.
+        let ended = PORT_REWRITES.map(|ports| forget(reply_key, "replies", ports)).concat();
+        self.chain("learn_bypass", [ended, each_or_full("bypass", "finish", bypass)].concat());
         let rules = install(flow_key, "flows", PortRewrite::Kept, Some(CLOSE_TIMEOUT), "finish");
         self.chain("local_flow", rules);
+    }
+
+    /// Returns the rule for packets that only the engine could decide on.
+    fn undecided(&self) -> Rule {
+        if self.options.queues.bypass {
+            return rule(vec![goto("finish")]);
+        }
+        // The kernel drops what waits for a queue that nobody serves; this is what did not get there,
+        // because br_netfilter was switched off.
+        commented(vec![verdict(Verdict::Drop)], "fail closed")
     }
 
     /// Packets that came back without a verdict. Cached replies and static redirects work without
@@ -154,8 +166,18 @@ impl BaseTable<'_> {
                 Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
             rules.push(rule([protocol.is_whole(ip), vec![redirects]].concat()));
         }
-        rules.push(rule(vec![goto("finish")]));
+        rules.push(self.undecided());
         self.chain("unanswered", rules);
+
+        // The middlebox would reset a connection that it does not know. Its sender sends again.
+        let is_within = |ip: IpFamily| {
+            let no_syn = Statement::Masked(Field::TcpFlags, Value::Flags(SYN), Value::Flags(0));
+            rule([TCP.is_whole(ip), vec![no_syn, verdict(Verdict::Drop)]].concat())
+        };
+        let mut rules = FAMILIES.map(is_within).to_vec();
+        rules[0].comment = Some("of a connection whose backend only the engine knows".to_string());
+        rules.push(self.undecided());
+        self.chain("unanswered_pool", rules);
     }
 }
 
