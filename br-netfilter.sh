@@ -235,6 +235,9 @@ status() {
     while read -r chain; do
         [ -z "$chain" ] || lacks "a rule for bridged packets in '$chain'" "it drops what it does not accept: $(forward_rule "$chain")"
     done <<< "$(forward_drops)"
+    if [ -n "$(ip -o addr show dev "$BRIDGE" scope global 2> /dev/null)" ]; then
+        say "note: the host has an address on $BRIDGE: what it sends or routes to a middlebox is filtered, not balanced"
+    fi
     if [ -s "$RECORD" ]; then
         say "'br-netfilter.sh down' would undo:"
         sed 's/^/    /' "$RECORD"

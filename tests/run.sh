@@ -63,8 +63,8 @@ netns() {
     need_packages $lab_packages
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
-    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test kernel --test host --test lab --test lifecycle --test networks
-        --test oracles --test pools --test traffic -- --ignored)
+    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test firewall --test kernel --test host --test lab --test lifecycle
+        --test networks --test oracles --test pools --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"
         return
@@ -98,7 +98,7 @@ uml() {
     # This kernel may have no VLAN filtering; that one has.
     in_guest --test kernel --test oracles --test traffic --test vlans > "$log" 2>&1 &
     local guest=$!
-    in_guest --test lab --test lifecycle --test networks --test pools || passed=no
+    in_guest --test firewall --test lab --test lifecycle --test networks --test pools || passed=no
     wait "$guest" || passed=no
     cat "$log"
     rm "$log"

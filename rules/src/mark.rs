@@ -6,7 +6,8 @@
 //! | 8–26 | identifier: a [`MiddleboxId`] or a [`NetworkId`] on the way to the engine, a [`SlotId`] on the way back |
 //! | 0–7 | not ours: never changed |
 //!
-//! A frame carries our bits only between the two base chains of the bridge's prerouting hook.
+//! A frame carries our bits between the base chains of the bridge's prerouting hook, and a reply up to
+//! its postrouting hook, where it is translated.
 
 use crate::ids::{MAX_ID, MiddleboxId, SlotId};
 use crate::network::NetworkId;
@@ -44,6 +45,15 @@ pub enum Operation {
     /// [`Redirect`](Operation::Redirect), and remove from the cache any other flow with these
     /// addresses and ports.
     RedirectInvalidate = 9 << 27,
+    /// [`Redirect`](Operation::Redirect) of a packet to the slot's frontend that came by br_netfilter:
+    /// connection tracking sees it as the backend will.
+    TrackedRedirect = 10 << 27,
+    /// [`RedirectInstall`](Operation::RedirectInstall), tracked in the same way.
+    TrackedRedirectInstall = 11 << 27,
+    /// [`RedirectExpire`](Operation::RedirectExpire), tracked in the same way.
+    TrackedRedirectExpire = 14 << 27,
+    /// [`RedirectInvalidate`](Operation::RedirectInvalidate), tracked in the same way.
+    TrackedRedirectInvalidate = 15 << 27,
 }
 
 /// The bit beside a rewriting operation that has the port rewritten as well. Beside
@@ -56,16 +66,34 @@ pub const OWN: u32 = 1 << 27;
 pub const UPCALL: u32 = OPERATION & !(PORT | OWN);
 
 impl Operation {
-    /// The operations that rewrite.
-    pub const REWRITING: [Operation; 7] = [
+    /// The redirects of packets that connection tracking is to see as their backends will.
+    pub const TRACKED: [Operation; 4] = [
+        Operation::TrackedRedirect,
+        Operation::TrackedRedirectInstall,
+        Operation::TrackedRedirectExpire,
+        Operation::TrackedRedirectInvalidate,
+    ];
+    /// The operations that translate a reply.
+    pub const REPLIES: [Operation; 3] =
+        [Operation::Reply, Operation::ReplyInstall, Operation::ReplyExpire];
+    /// The other operations that rewrite.
+    pub const REDIRECTS: [Operation; 4] = [
         Operation::Redirect,
         Operation::RedirectInvalidate,
         Operation::RedirectInstall,
         Operation::RedirectExpire,
-        Operation::Reply,
-        Operation::ReplyInstall,
-        Operation::ReplyExpire,
     ];
+
+    /// Returns the operation that also has connection tracking see a redirect as its backend will.
+    pub fn tracked(self) -> Operation {
+        match self {
+            Operation::Redirect => Operation::TrackedRedirect,
+            Operation::RedirectInstall => Operation::TrackedRedirectInstall,
+            Operation::RedirectExpire => Operation::TrackedRedirectExpire,
+            Operation::RedirectInvalidate => Operation::TrackedRedirectInvalidate,
+            other => other,
+        }
+    }
 
     /// Returns the bits of the operation; with `port` it rewrites the port as well.
     pub fn bits(self, port: bool) -> u32 {
@@ -149,10 +177,20 @@ mod tests {
             assert_eq!((origin(bits), bits & UPCALL), (found, Operation::Upcall as u32));
             assert!(!is_own(bits) && is_own(bits | OWN) && origin(bits | OWN) == found);
         }
-        let rewriting = Operation::REWRITING.iter().flat_map(|op| [op.bits(false), op.bits(true)]);
+        let rewriting = Operation::REDIRECTS.into_iter().chain(Operation::REPLIES);
+        let rewriting = rewriting.chain(Operation::TRACKED);
+        let rewriting = rewriting.flat_map(|op| [op.bits(false), op.bits(true)]);
         let all: std::collections::BTreeSet<u32> =
             rewriting.chain([Operation::Upcall as u32, Operation::Local as u32]).collect();
-        assert_eq!(all.len(), 16);
+        assert_eq!(all.len(), 24);
+        let is_upcall = |bits: &&u32| **bits & UPCALL == Operation::Upcall as u32;
+        assert_eq!(all.iter().filter(is_upcall).count(), 1);
+        assert_eq!(
+            Operation::REDIRECTS.map(Operation::tracked),
+            [10, 15, 11, 14].map(|code| {
+                Operation::TRACKED.into_iter().find(|op| *op as u32 == code << 27).unwrap()
+            })
+        );
     }
 
     #[test]

@@ -359,19 +359,19 @@ fn a_restart_finds_its_slots_and_a_foreign_table_is_left_alone() {
 
         // The table of a newer nfqd is not taken over, but may be removed.
         let newer =
-            "{ comment \"made by nfqd 9.0.0 (layout 4), which repairs what others change\"; }";
+            "{ comment \"made by nfqd 9.0.0 (layout 5), which repairs what others change\"; }";
         nft(&["add", "table", "bridge", "nfqd", newer]);
         let error = kernel.load(&ruleset(&policy, &options)).unwrap_err();
-        assert!(matches!(error, KernelError::Newer { layout: 4, .. }), "{error}");
+        assert!(matches!(error, KernelError::Newer { layout: 5, .. }), "{error}");
         assert!(kernel.recover().is_err() && kernel.remove().unwrap());
         let older = "{ comment \"made by nfqd, which repairs what others change here\"; }";
         nft(&["add", "table", "bridge", "nfqd", older]);
         kernel.load(&ruleset(&policy, &options)).unwrap();
         // The comment is still the old one; a chain that loading has made tells the layout.
-        assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_3 {"));
-        nft(&["add", "chain", "bridge", "nfqd", "layout_4"]);
+        assert!(nft(&["list", "table", "bridge", "nfqd"]).contains("chain layout_4 {"));
+        nft(&["add", "chain", "bridge", "nfqd", "layout_5"]);
         let error = kernel.load(&ruleset(&policy, &options)).unwrap_err();
-        assert!(matches!(error, KernelError::Newer { layout: 4, .. }), "{error}");
+        assert!(matches!(error, KernelError::Newer { layout: 5, .. }), "{error}");
         assert!(kernel.remove().unwrap());
     });
 }

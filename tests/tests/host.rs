@@ -104,6 +104,9 @@ fn a_chain_that_drops_forwarded_packets_is_named_with_the_rule_that_lets_them_pa
         let variables = [("STEER", "br-netfilter")];
         assert_eq!(br_netfilter(dir.path(), "up", &variables).0, 0);
         assert_eq!(br_netfilter(dir.path(), "status", &variables).0, 0);
+        run("ip addr add 10.9.0.1/24 dev kvmbr0");
+        let (code, text) = br_netfilter(dir.path(), "status", &variables);
+        assert!(code == 0 && text.contains("the host has an address on kvmbr0"), "{text}");
         run("nft add table ip filter");
         let hook = "{ type filter hook forward priority 0; policy drop; }";
         let added = Command::new("nft").arg(format!("add chain ip filter FORWARD {hook}")).status();

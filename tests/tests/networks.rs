@@ -380,6 +380,13 @@ fn what_the_host_sends_and_routes_is_filtered() {
         assert!(pings(&remote, VM) && !connect_plain(&segment.client, VM.into(), PORT));
         bound.guest(0).must(&format!("D {VM_MAC} #1"));
         assert!(from_host() && connect_plain(&remote, VM.into(), PORT));
+        // It is not balanced, and the status says so.
+        let not_balanced = || bound.daemon.status().middleboxes[0].not_balanced.clone();
+        assert_eq!(not_balanced(), None, "no services");
+        bound.guest(0).must(&format!("R L {VM_MAC} {VM} rr {BACKEND}"));
+        assert!(not_balanced().is_some_and(|text| text.contains("an address on br0")));
+        run("ip addr del 10.129.126.254/24 dev br0");
+        assert_eq!(not_balanced(), None);
     });
 }
 

@@ -88,6 +88,9 @@ pub struct MiddleboxStatus {
     /// The reason its network is not certain, or the middlebox is not enforced.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub network_problem: Option<String>,
+    /// The traffic to it that its services do not take, and why.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub not_balanced: Option<String>,
     /// The address of the firewall service.
     pub firewall: Option<String>,
     /// Packets to it.

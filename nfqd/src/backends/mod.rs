@@ -8,6 +8,8 @@ mod neighbours;
 mod probe;
 mod tcp_check;
 
+pub(crate) use tcp_check::own_addresses;
+
 use crate::bindings::Bindings;
 use crate::networks::HostNetworks;
 use health::{Health, Probe};

@@ -169,7 +169,7 @@ fn check(targets: &[(Target, Option<String>)], timeout: Duration) -> Vec<(Target
 }
 
 /// Returns the host's addresses, each with its interface.
-fn own_addresses() -> BTreeSet<(String, IpAddr)> {
+pub(crate) fn own_addresses() -> BTreeSet<(String, IpAddr)> {
     let addresses = getifaddrs().into_iter().flatten();
     let named = addresses.filter_map(|one| Some((one.interface_name, ip_of(&one.address?)?)));
     // An IPv4 address may have a label instead, which begins with the name: br0:1.

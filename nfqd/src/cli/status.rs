@@ -40,6 +40,9 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             middlebox.packets,
             middlebox.bytes
         )?;
+        if let Some(traffic) = &middlebox.not_balanced {
+            writeln!(out, "    NOT BALANCED: {traffic}")?;
+        }
         for command in &middlebox.commands {
             writeln!(out, "    {command}")?;
         }
@@ -172,6 +175,7 @@ mod tests {
                 mac: "m".to_string(),
                 network: Some("br0 vlan 7".to_string()),
                 network_problem: Some("twice".to_string()),
+                not_balanced: Some("the host's".to_string()),
                 firewall: None,
                 packets: 0,
                 bytes: 0,
@@ -200,6 +204,7 @@ mod tests {
         for line in [
             "channel /r: may speak for every MAC - NOT READ: cut",
             "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",
+            "    NOT BALANCED: the host's",
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",
             "NOT ENFORCED: gone",

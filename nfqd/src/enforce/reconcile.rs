@@ -158,6 +158,7 @@ impl Enforcer {
         }
         let mut snapshot = Snapshot::new(desired.clone(), self.pools.clone());
         snapshot.cache_flows = self.options.fast_path == FastPath::Full;
+        snapshot.tracked_first = self.options.queue_path == QueuePath::BrNetfilter;
         snapshot.filter_scope = match (self.options.fast_path, self.options.queue_path) {
             (FastPath::Full, _) => FilterScope::None,
             (FastPath::Off, QueuePath::BrNetfilter) => FilterScope::Untagged,

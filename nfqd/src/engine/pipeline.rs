@@ -201,7 +201,10 @@ impl PacketContext<'_> {
         let has_ports = ip.fragment != Fragment::Later && ip.ports.is_some();
         let port = key.ports().is_some() && transport && has_ports;
         let cache = if self.is_cacheable() { cache } else { CacheAction::None };
-        Translation { slot, key, port, cache }
+        // What is undone behind connection tracking is the frontend's address.
+        let to_frontend = ip.destination == key.frontend.ip && !self.snapshot.is_dsr(&key);
+        let tracked = self.snapshot.tracked_first && to_frontend;
+        Translation { slot, key, port, cache, tracked }
     }
 
     /// Returns the slot that now stands for a slot's backend, and the backend.

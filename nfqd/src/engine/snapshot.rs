@@ -16,6 +16,9 @@ pub struct Snapshot {
     pools: Pools,
     /// Whether the kernel may cache flows.
     pub cache_flows: bool,
+    /// Whether connection tracking sees packets behind the engine, but before they are redirected: by
+    /// br_netfilter.
+    pub tracked_first: bool,
     /// The filters that the engine evaluates.
     pub filter_scope: FilterScope,
 }
@@ -42,7 +45,8 @@ impl Default for Snapshot {
 impl Snapshot {
     /// A snapshot of a desired state; `pools` are those of its services.
     pub fn new(desired: Desired, pools: Pools) -> Snapshot {
-        Snapshot { desired, pools, cache_flows: true, filter_scope: FilterScope::All }
+        let filter_scope = FilterScope::All;
+        Snapshot { desired, pools, cache_flows: true, tracked_first: false, filter_scope }
     }
 
     /// Returns the snapshot of a policy that follows this one: slots and pools stay as far as their

@@ -27,6 +27,9 @@ pub struct Translation {
     pub port: bool,
     /// The change of the kernel's cache.
     pub cache: CacheAction,
+    /// Whether connection tracking would see the packet before it is redirected, so that it has to be
+    /// redirected there first.
+    pub tracked: bool,
 }
 
 /// The change of the kernel's cache for the flow of a packet.
@@ -119,11 +122,14 @@ impl Verdict {
     /// Returns the mark that has the kernel carry out the verdict; `None` if the packet is dropped
     /// or held.
     pub fn mark(self, old: u32) -> Option<u32> {
-        let redirect = |to: &Translation| match to.cache {
-            CacheAction::None => Operation::Redirect,
-            CacheAction::Install => Operation::RedirectInstall,
-            CacheAction::Expire => Operation::RedirectExpire,
-            CacheAction::Invalidate => Operation::RedirectInvalidate,
+        let redirect = |to: &Translation| {
+            let operation = match to.cache {
+                CacheAction::None => Operation::Redirect,
+                CacheAction::Install => Operation::RedirectInstall,
+                CacheAction::Expire => Operation::RedirectExpire,
+                CacheAction::Invalidate => Operation::RedirectInvalidate,
+            };
+            if to.tracked { operation.tracked() } else { operation }
         };
         let reply = |from: &Translation| match from.cache {
             CacheAction::None | CacheAction::Invalidate => Operation::Reply,

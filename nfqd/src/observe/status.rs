@@ -4,7 +4,7 @@ use crate::api::{
     BackendState, BackendStatus, FlowTableStatus, MiddleboxStatus, QueueStatus, RuleStatus,
     ServiceStatus,
 };
-use crate::backends::HostView;
+use crate::backends::{HostView, own_addresses};
 use crate::enforce::Enforcer;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::filters::linear_rules;
@@ -12,9 +12,10 @@ use nfqd_rules::nft::options::FastPath;
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::service::Service;
 use nfqd_rules::slots::{BackendView, SlotKey};
-use nfqd_rules::{Desired, Middlebox, MiddleboxKey, NetworkId};
+use nfqd_rules::{Desired, Middlebox, MiddleboxKey, Network, NetworkId};
 use nfqd_shmctl::{Frontend, RuleId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// The sources of the status.
@@ -22,6 +23,8 @@ pub struct StatusSource<'a> {
     desired: &'a Desired,
     enforcer: &'a Enforcer,
     view: HostView<'a>,
+    /// The devices by which the host sends packets of its own, or routes.
+    host_devices: BTreeSet<String>,
 }
 
 impl<'a> StatusSource<'a> {
@@ -31,7 +34,13 @@ impl<'a> StatusSource<'a> {
         enforcer: &'a Enforcer,
         view: HostView<'a>,
     ) -> StatusSource<'a> {
-        StatusSource { desired, enforcer, view }
+        let is_routable = |ip: &IpAddr| match ip {
+            IpAddr::V4(ip) => !ip.is_link_local(),
+            IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+        };
+        let devices = own_addresses().into_iter().filter(|(_, ip)| is_routable(ip));
+        let host_devices = devices.map(|(device, _)| device).collect();
+        StatusSource { desired, enforcer, view, host_devices }
     }
 
     /// Returns the status of the queues.
@@ -69,12 +78,24 @@ impl<'a> StatusSource<'a> {
             mac: key.mac.to_string(),
             network: name.map(ToString::to_string),
             network_problem: self.network_problem(key, network),
+            not_balanced: self.not_balanced(middlebox, name),
             firewall: middlebox.firewall().map(|firewall| firewall.ip().to_string()),
             packets: counter.packets,
             bytes: counter.bytes,
             commands: middlebox.commands(key.mac).iter().map(ToString::to_string).collect(),
             rules: self.rules(key, middlebox),
             services: services.map(|(frontend, its)| self.service(key, frontend, its)).collect(),
+        })
+    }
+
+    /// Returns what of a middlebox' traffic its services do not take. For what the host itself sends,
+    /// the bridge has chosen the port before any hook could choose a backend.
+    fn not_balanced(&self, middlebox: &Middlebox, network: Option<&Network>) -> Option<String> {
+        let device = self.view.host.host_device(network?)?;
+        let is_host_there = self.host_devices.contains(&device);
+        let has_services = !middlebox.services().is_empty();
+        (is_host_there && has_services).then(|| {
+            format!("the host has an address on {device}: what it sends or routes is filtered, not balanced")
         })
     }
 

@@ -2,11 +2,12 @@
 //! middleboxes, and the part of each middlebox.
 
 use super::dispatch::dispatch;
+use super::family::{IPV4, IPV6};
 use super::field::Value;
 use super::middlebox::MiddleboxPart;
 use super::model::{Element, Family, Set, Table};
 use super::names::NETWORKS;
-use super::options::{QueuePath, RulesetOptions};
+use super::options::RulesetOptions;
 use super::table::{base_table, network_table, queueing_table};
 use crate::desired::Desired;
 use crate::mark::{self, Origin};
@@ -37,15 +38,32 @@ pub(super) fn build_visiting(
         }
         table.add(part);
     }
-    table.merge(dispatch(&desired.networks, &desired.slots));
+    table.merge(dispatch(&desired.networks, &desired.slots, options.queue_path));
     table.merge(network_names(&desired.networks));
-    let mut out = Ruleset::from([(Family::Bridge, table)]);
-    if options.queue_path == QueuePath::BrNetfilter {
-        for family in [Family::Ip, Family::Ip6] {
-            out.insert(family, queueing_table(family, options.queues));
-        }
+    let mut out = Ruleset::new();
+    for &family in options.queueing_families() {
+        let mut queueing = queueing_table(family, options.queues);
+        queueing.sets = tracked_slots(&table, family);
+        out.insert(family, queueing);
     }
+    out.insert(Family::Bridge, table);
     out
+}
+
+/// Returns the names of the maps of slots of a table that queues.
+pub(super) fn tracked_maps(family: Family) -> [String; 4] {
+    let ip = if family == Family::Ip { IPV4 } else { IPV6 };
+    let [backend, frontend] = ["backend_ip", "backend_vip"].map(|name| ip.name(name));
+    [backend, frontend, "backend_port".to_string(), "backend_vport".to_string()]
+}
+
+/// Returns these maps as those of the bridge are.
+pub(super) fn tracked_slots(bridge: &Table, family: Family) -> BTreeMap<String, Set> {
+    let of = |name: String| {
+        let set = bridge.sets.get(&name)?;
+        Some((name, Set { counter: false, ..set.clone() }))
+    };
+    tracked_maps(family).into_iter().filter_map(of).collect()
 }
 
 /// Returns the part of a network.

@@ -7,7 +7,7 @@ use super::filters::RuleList;
 use super::middlebox::MiddleboxPart;
 use super::model::{Element, Family, Set, Table};
 use super::names::{SLOT_MAPS, split_prefix};
-use super::options::RulesetOptions;
+use super::options::{QueuePath, RulesetOptions};
 use super::table::base_table;
 use crate::desired::Desired;
 use crate::network::{MiddleboxKey, NetworkId};
@@ -32,6 +32,8 @@ pub struct Installed {
 #[derive(Debug)]
 pub struct Transition {
     pub(super) steps: Vec<Step>,
+    /// The families of the tables that queue bridged packets.
+    pub(super) queueing: &'static [Family],
     users: BTreeMap<String, usize>,
 }
 
@@ -125,7 +127,7 @@ impl Installed {
             steps.push(Step { old, new });
             before = after;
         }
-        Transition { steps, users }
+        Transition { steps, queueing: self.options.queueing_families(), users }
     }
 
     /// Returns the parts of the changed middleboxes, step by step from the standing state to the
@@ -136,7 +138,7 @@ impl Installed {
             let middlebox = desired.policy.get(key);
             middlebox.map_or_else(RuleList::default, |middlebox| RuleList::new(key.mac, middlebox))
         };
-        let dispatches = changed_dispatch(old, new, &changed);
+        let dispatches = changed_dispatch(old, new, &changed, self.options.queue_path);
         let lists: Vec<(MiddleboxKey, RuleList, Vec<RuleList>)> = changed
             .into_iter()
             .map(|key| (key, rules(old, key), rules(new, key)))
@@ -251,6 +253,7 @@ fn changed_dispatch(
     old: &Desired,
     new: &Desired,
     changed: &BTreeSet<MiddleboxKey>,
+    path: QueuePath,
 ) -> Option<(Arc<Table>, Arc<Table>)> {
     let networks = [old, new].map(|desired| {
         changed.iter().filter_map(|key| desired.slots.network_of(*key)).collect::<BTreeSet<_>>()
@@ -261,7 +264,7 @@ fn changed_dispatch(
         return None;
     }
     let of = |desired: &Desired| {
-        let mut table = dispatch(&desired.networks, &desired.slots);
+        let mut table = dispatch(&desired.networks, &desired.slots, path);
         table.merge(network_names(&desired.networks));
         Arc::new(table)
     };

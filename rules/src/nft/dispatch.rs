@@ -16,6 +16,7 @@ use super::field::{Field, Type, Value};
 use super::model::{
     Chain, Data, Element, ElementData, Family, Rule, Set, Statement, Table, Verdict,
 };
+use super::options::QueuePath;
 use super::table::base_chain;
 use crate::network::{NetworkId, Networks, PortVlans};
 use crate::slots::Slots;
@@ -77,12 +78,12 @@ fn port_maps() -> BTreeMap<String, Set> {
 }
 
 /// Returns the dispatch to the networks that have middleboxes, with the base chains.
-pub(super) fn dispatch(networks: &Networks, slots: &Slots) -> Table {
+pub(super) fn dispatch(networks: &Networks, slots: &Slots, path: QueuePath) -> Table {
     let mut out = Table::new(Family::Bridge);
     out.sets = port_maps();
     for pass in PASSES {
         let vm_ports = networks.vm_ports().collect();
-        Dispatch { networks, slots, vm_ports, pass, out: &mut out }.fill();
+        Dispatch { networks, slots, vm_ports, pass, path, out: &mut out }.fill();
     }
     out
 }
@@ -92,6 +93,7 @@ struct Dispatch<'a> {
     slots: &'a Slots,
     vm_ports: BTreeSet<(NetworkId, u32)>,
     pass: Pass,
+    path: QueuePath,
     out: &'a mut Table,
 }
 
@@ -100,10 +102,10 @@ impl Dispatch<'_> {
         let ports = format!("ports{}", self.pass.suffix);
         let mut aware: BTreeMap<NetworkId, (EtherType, Vec<(u32, u16)>)> = BTreeMap::new();
         let rules = self.base_rules(&ports);
-        let (base, mut begin) = base_chain(self.pass.base);
+        let (name, base, mut begin) = base_chain(self.pass.base, self.path);
         begin.extend(rules);
         let chain = Chain { base: Some(base), rules: begin };
-        self.out.chains.insert(self.pass.base.to_string(), chain);
+        self.out.chains.insert(name.to_string(), chain);
         for (index, port) in self.networks.ports() {
             let chain = match port.vlans {
                 PortVlans::Unaware => self.entry_by(port.bridge, index),

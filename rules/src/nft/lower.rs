@@ -339,6 +339,15 @@ pub(super) fn lower(statement: &Statement) -> Vec<Expr> {
             ));
             out
         }
+        Statement::MarkFlow { key, flows, slots, operation } => {
+            let (mut out, _) = load_key(key);
+            out.extend([lookup(flows, R0, Some(R0)), set_mark(R0)]);
+            out.extend(load(Field::Mark(u32::MAX), R0));
+            out.push(lookup(slots, R0, Some(R0 + 1)));
+            let change = bitwise(R0, &(!operation).to_ne_bytes(), &operation.to_ne_bytes());
+            out.extend([meta(META_MARK, R0), change, set_mark(R0)]);
+            out
+        }
         Statement::Learn { key, map, timeout } => {
             let (mut out, data) = load_key(key);
             out.extend(load(Field::Mark(mark::ID), data));

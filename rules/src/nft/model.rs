@@ -54,14 +54,14 @@ pub const TABLE_NAME: &str = "nfqd";
 
 /// The layout of our tables: the names of their maps, and what the marks in those mean. A newer
 /// layout is not touched.
-pub const TABLE_LAYOUT: u32 = 3;
+pub const TABLE_LAYOUT: u32 = 4;
 
 /// The comment that tells our tables from those of other programs, and their layouts apart. It
 /// names the nfqd that made the table: one that takes a table over cannot change its comment.
 pub const TABLE_COMMENT: &str = concat!(
     "made by nfqd ",
     env!("CARGO_PKG_VERSION"),
-    " (layout 3), which repairs what others change"
+    " (layout 4), which repairs what others change"
 );
 
 /// Returns the layout that a table's comment names; `None` if another program made the table.
@@ -98,8 +98,12 @@ pub struct Base {
 pub enum Hook {
     /// Frames that come in.
     Prerouting,
+    /// Frames to the host itself.
+    Input,
     /// Frames that the host itself sends or routes.
     Output,
+    /// Frames that leave by a port.
+    Postrouting,
 }
 
 impl Hook {
@@ -107,7 +111,9 @@ impl Hook {
     pub(super) fn number(self) -> u32 {
         match self {
             Hook::Prerouting => 0,
+            Hook::Input => 1,
             Hook::Output => 3,
+            Hook::Postrouting => 4,
         }
     }
 }
@@ -116,7 +122,9 @@ impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Hook::Prerouting => "prerouting",
+            Hook::Input => "input",
             Hook::Output => "output",
+            Hook::Postrouting => "postrouting",
         })
     }
 }
@@ -197,6 +205,18 @@ pub enum Statement {
         flows: String,
         /// The addresses to write.
         writes: Vec<Write>,
+    },
+    /// Looks the fields up in a map of flows. If the slot that is found is in a map, the packet is
+    /// marked with it and an operation. Bits of the mark that are not ours are lost.
+    MarkFlow {
+        /// The key of the flow.
+        key: Vec<Field>,
+        /// The map of flows: key to mark bits of a slot.
+        flows: String,
+        /// The map that must have the slot.
+        slots: String,
+        /// The bits of the operation.
+        operation: u32,
     },
     /// Updates a map of flows: the slot of the packet's mark becomes the data of the fields.
     Learn {
@@ -519,6 +539,12 @@ impl fmt::Display for Statement {
                     .iter()
                     .try_for_each(|w| write!(f, " {} set meta mark map @{}", w.field, w.map))
             }
+            // nft does not show the look-up whose result nothing uses.
+            Statement::MarkFlow { key, flows, operation, .. } => write!(
+                f,
+                "meta mark set {} map @{flows} meta mark set meta mark | {operation:#010x}",
+                key_text(key)
+            ),
             Statement::Learn { key, map, timeout } => {
                 let (key, slot) = (key_text(key), format!("meta mark & {:#010x}", mark::ID));
                 let timeout = timeout

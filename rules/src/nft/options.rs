@@ -1,6 +1,6 @@
 //! The options that a ruleset depends on besides the policy.
 
-use super::model::Queues;
+use super::model::{Family, Queues};
 
 /// The path of frames from the bridge into the engine's queues.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,6 +56,14 @@ impl RulesetOptions {
     /// The kernel then filters where rules depend on these.
     pub fn engine_is_blind(&self) -> bool {
         self.fast_path == FastPath::Off && self.queue_path == QueuePath::BrNetfilter
+    }
+
+    /// Returns the families of the tables that queue bridged packets.
+    pub(super) fn queueing_families(&self) -> &'static [Family] {
+        match self.queue_path {
+            QueuePath::Native => &[],
+            QueuePath::BrNetfilter => &[Family::Ip, Family::Ip6],
+        }
     }
 
     /// Whether the kernel filters at all: without the fast path the engine does, where it sees

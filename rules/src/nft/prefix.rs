@@ -103,6 +103,9 @@ fn statement_with(prefix: &str, statement: Statement) -> Statement {
         Statement::RewriteFlow { key, flows, writes } => {
             Statement::RewriteFlow { key, flows: name(flows), writes }
         }
+        Statement::MarkFlow { key, flows, slots, operation } => {
+            Statement::MarkFlow { key, flows: name(flows), slots, operation }
+        }
         Statement::Learn { key, map, timeout } => Statement::Learn { key, map: name(map), timeout },
         Statement::ForgetFlow { key, map } => Statement::ForgetFlow { key, map: name(map) },
         Statement::Note { key, data, map } => Statement::Note { key, data, map: name(map) },

@@ -13,7 +13,7 @@ pub use counters::{BackendCounters, Counters};
 pub use neighbours::Neighbour;
 pub use recover::{CachedReply, RecoveredState};
 
-use super::build::Ruleset;
+use super::build::{Ruleset, tracked_maps, tracked_slots};
 use super::delta::{Step, Transition};
 use super::field::Value;
 use super::lower::key_bytes;
@@ -368,7 +368,7 @@ impl Kernel {
     ) -> Result<Counters, (KernelError, Progress)> {
         let (mut replaced, mut progress) = (Counters::default(), Progress::Nothing);
         for step in &change.steps {
-            self.step(step, before, &mut replaced, &mut progress)
+            self.step(step, change.queueing, before, &mut replaced, &mut progress)
                 .map_err(|error| (error, progress))?;
         }
         Ok(replaced)
@@ -377,6 +377,7 @@ impl Kernel {
     fn step(
         &mut self,
         Step { old, new }: &Step,
+        queueing: &[Family],
         before: &Desired,
         replaced: &mut Counters,
         progress: &mut Progress,
@@ -410,6 +411,10 @@ impl Kernel {
         self.commit_part(batch, progress)?;
         let mut batch = self.batch();
         difference(&mut batch, old, new);
+        for &family in queueing {
+            let slots = |of| Table { sets: tracked_slots(of, family), ..Table::new(family) };
+            difference(&mut batch, &slots(old), &slots(new));
+        }
         self.commit_part(batch, progress)
     }
 
@@ -431,6 +436,11 @@ impl Kernel {
     pub fn finish(&mut self, change: &Transition) -> Result<(), KernelError> {
         let mut batch = self.batch();
         for (name, gone) in change.leftovers() {
+            for &family in change.queueing {
+                if tracked_maps(family).contains(name) {
+                    batch.delete_elements(family, name, gone.clone());
+                }
+            }
             batch.delete_elements(Family::Bridge, name, gone);
         }
         self.commit(batch)

@@ -2,6 +2,7 @@
 //! here, and the flow is cached.
 
 use super::own::dhcp_rules;
+use super::reply::mark_reply;
 use super::{BaseTable, SYN};
 use crate::mark::{ID, OPERATION, OWN, Operation, PORT};
 use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule, verdict};
@@ -15,11 +16,15 @@ use crate::nft::names::CACHE_FULL;
 use crate::timeouts::CLOSE_TIMEOUT;
 
 /// The chain that carries out each operation, for ports that are kept.
-pub(super) const OPERATIONS: [(Operation, &str); 8] = [
+pub(super) const OPERATIONS: [(Operation, &str); 12] = [
     (Operation::Redirect, "redirected"),
     (Operation::RedirectInvalidate, "redirected_new"),
     (Operation::RedirectInstall, "learn_flow"),
     (Operation::RedirectExpire, "close_flow"),
+    (Operation::TrackedRedirect, "redirected"),
+    (Operation::TrackedRedirectInvalidate, "redirected_new"),
+    (Operation::TrackedRedirectInstall, "learn_flow"),
+    (Operation::TrackedRedirectExpire, "close_flow"),
     (Operation::Reply, "replied"),
     (Operation::ReplyInstall, "learn_reply"),
     (Operation::ReplyExpire, "close_reply"),
@@ -93,13 +98,11 @@ impl BaseTable<'_> {
         self.chain(&closed, [to_backend, no_bypass, replies].concat());
     }
 
-    /// Chains of the verdicts that translate a reply.
+    /// Chains of the verdicts on a reply, which keeps its mark: it is translated where it leaves.
     fn reply_operation_chains(&mut self, ports: PortRewrite) {
         let name = |chain: &str| ports.chain(chain);
-        self.chain(&name("from_backend"), rewriting(ports, IpFamily::reply_writes));
         let replied = name("replied");
-        let rules = vec![rule(vec![jump(&name("from_backend"))]), rule(vec![goto("finish")])];
-        self.chain(&replied, rules);
+        self.chain(&replied, vec![rule(vec![accept()])]);
 
         let mut rules = Vec::new();
         if ports == PortRewrite::Kept {
@@ -147,12 +150,8 @@ impl BaseTable<'_> {
         // Replies that begin or end a connection went to the engine although they are cached.
         for ip in FAMILIES {
             for ports in PORT_REWRITES {
-                let rewrite = Statement::RewriteFlow {
-                    key: reply_key(ip),
-                    flows: TCP.map("replies", ports, ip),
-                    writes: ip.reply_writes(ports),
-                };
-                rules.push(rule([TCP.is_whole(ip), vec![rewrite, goto("finish")]].concat()));
+                let mark = mark_reply(ip, TCP, ports).to_vec();
+                rules.push(rule([TCP.is_whole(ip), mark, vec![accept()]].concat()));
             }
         }
         let own = Statement::Is(
@@ -183,10 +182,17 @@ impl BaseTable<'_> {
 
 /// Returns the rules for frames that the engine has not seen, or has nothing to do for. Most have no
 /// mark at all, which is tested first.
-pub(super) fn nothing_to_do() -> [Rule; 2] {
+pub(super) fn nothing_to_do() -> [Rule; 3] {
     let nothing = vec![Statement::Is(Field::Mark(OPERATION), Value::Mark(0)), accept()];
     let unmarked = vec![Statement::Is(Field::Mark(u32::MAX), Value::Mark(0)), accept()];
-    [rule(unmarked), commented(nothing, "not from the engine, or nothing to do")]
+    // The port's bit does not matter.
+    let reply = Value::Mark(Operation::Reply as u32);
+    let is_reply = Statement::Is(Field::Mark(OPERATION & !PORT), reply);
+    [
+        rule(unmarked),
+        commented(nothing, "not from the engine, or nothing to do"),
+        commented(vec![is_reply, accept()], "a reply, which is translated where it leaves"),
+    ]
 }
 
 /// Returns the chain that ends the way of a frame with a mark of nfqd's.
@@ -196,7 +202,7 @@ pub(super) fn finish_chain() -> Chain {
 }
 
 /// Returns the rules that write addresses, and ports where they are translated.
-fn rewriting(
+pub(super) fn rewriting(
     ports: PortRewrite,
     writes: fn(IpFamily, PortRewrite) -> Vec<crate::nft::model::Write>,
 ) -> Vec<Rule> {

@@ -2,9 +2,10 @@
 //! of each network.
 //!
 //! The files follow a packet's order: [`own`] for one of a middlebox, [`steer`], [`filter`],
-//! [`reply`], [`flow`], [`upcall`], and behind the engine [`learn`]. Base chains are made once and stay, because deleting one drops
+//! [`reply`], [`flow`], [`upcall`], behind the engine [`learn`], and where it leaves [`answers`]. Base chains are made once and stay, because deleting one drops
 //! every packet that waits in a queue. `docs/ARCHITECTURE.md` draws the path of a packet.
 
+mod answers;
 mod filter;
 mod flow;
 mod learn;
@@ -19,17 +20,25 @@ pub(super) use upcall::queueing_table;
 
 use super::model::{Base, Chain, Family, Hook, Rule, TABLE_LAYOUT, Table};
 use super::names::layout_chain;
-use super::options::{FastPath, RulesetOptions};
+use super::options::{FastPath, QueuePath, RulesetOptions};
 use crate::network::NetworkId;
 
 /// Priority of the chains `steer` and `host`: before br_netfilter (0), and before the bridge learns or
 /// forwards.
 const STEER_PRIORITY: i32 = -300;
-/// Priority of the chain `learn`: behind br_netfilter's hook.
+/// Priority of the chain `learn`: behind br_netfilter's hook, in which the queue is.
 const LEARN_PRIORITY: i32 = 100;
+/// Priority of the same chain where the queue is in the bridge: before connection tracking (-200) and
+/// br_netfilter (0) see the packet.
+const LEARN_NATIVE_PRIORITY: i32 = -250;
 /// Priority of the ip and ip6 chains that queue: before the host's connection tracking reassembles
 /// fragments (NF_IP_PRI_RAW_BEFORE_DEFRAG), so that the engine sees what the bridge sees.
 const QUEUE_PRIORITY: i32 = -450;
+/// Priority of the ip and ip6 chains that translate redirected packets for connection tracking: behind
+/// the queue, before fragments are reassembled (-400) and connections tracked (-200).
+const TRACKED_PRIORITY: i32 = -440;
+/// Priority of those that take that back: behind everything else.
+const UNTRACKED_PRIORITY: i32 = i32::MAX - 1;
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
@@ -49,18 +58,23 @@ pub(super) fn base_table() -> Table {
     let mut table = Table::new(Family::Bridge);
     table.sets = sets::shared_sets();
     table.chains.insert("finish".to_string(), learn::finish_chain());
+    answers::add_answers(&mut table);
     table.chains.insert(layout_chain(TABLE_LAYOUT), Chain::default());
     table
 }
 
-/// Returns the hook of a base chain, and the rules before the dispatch to networks.
-pub(super) fn base_chain(name: &str) -> (Base, Vec<Rule>) {
-    let (hook, priority, rules) = match name {
-        "learn" => (Hook::Prerouting, LEARN_PRIORITY, learn::nothing_to_do().to_vec()),
-        "host" => (Hook::Output, STEER_PRIORITY, Vec::new()),
-        _ => (Hook::Prerouting, STEER_PRIORITY, Vec::new()),
+/// Returns the name and the hook of a base chain, and the rules before the dispatch to networks.
+pub(super) fn base_chain(name: &'static str, path: QueuePath) -> (&'static str, Base, Vec<Rule>) {
+    let learn = || learn::nothing_to_do().to_vec();
+    let (name, hook, priority, rules) = match (name, path) {
+        ("learn", QueuePath::BrNetfilter) => (name, Hook::Prerouting, LEARN_PRIORITY, learn()),
+        ("learn", QueuePath::Native) => {
+            ("learn_early", Hook::Prerouting, LEARN_NATIVE_PRIORITY, learn())
+        }
+        ("host", _) => (name, Hook::Output, STEER_PRIORITY, Vec::new()),
+        _ => (name, Hook::Prerouting, STEER_PRIORITY, Vec::new()),
     };
-    (Base { hook, priority }, rules)
+    (name, Base { hook, priority }, rules)
 }
 
 /// Returns the part of a network, without its prefix.

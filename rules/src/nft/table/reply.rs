@@ -1,10 +1,12 @@
-//! The chains `reply…` and `replies…`: packets from addresses of backends.
+//! The chains `reply…` and `replies…`: packets from addresses of backends. They are translated where
+//! they leave, see [`super::answers`].
 
 use super::{BaseTable, RST, SYN};
-use crate::mark::ID;
+use crate::mark::{ID, OURS, Operation};
 use crate::nft::dsl::{accept, commented, goto, jump, rule, verdict};
 use crate::nft::family::{
-    CACHED_PROTOCOLS, CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, cached_flows, reply_key,
+    CACHED_PROTOCOLS, CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, cached_flows,
+    reply_key,
 };
 use crate::nft::field::{Field, Value};
 use crate::nft::model::{Statement, Verdict};
@@ -25,7 +27,7 @@ impl BaseTable<'_> {
         }
     }
 
-    /// Translates cached replies; all others come back.
+    /// Accepts cached replies; all others come back.
     fn replies_chain(&mut self, ip: IpFamily) {
         let mut rules = Vec::new();
         for protocol in CACHED_PROTOCOLS {
@@ -43,13 +45,9 @@ impl BaseTable<'_> {
     fn translated_chain(&mut self, ip: IpFamily, protocol: CachedProtocol) {
         let rewrite = |ports| {
             let mut statements = protocol.is_whole_without(ip, SYN | RST);
-            statements.push(Statement::RewriteFlow {
-                key: reply_key(ip),
-                flows: protocol.map("replies", ports, ip),
-                writes: ip.reply_writes(ports),
-            });
+            statements.extend(mark_reply(ip, protocol, ports));
             statements.push(accept());
-            commented(statements, "a cached reply; the mark is restored")
+            commented(statements, "a cached reply, which is translated where it leaves")
         };
         self.chain(&protocol.name("translated", ip), PORT_REWRITES.map(rewrite).to_vec());
     }
@@ -66,4 +64,23 @@ impl BaseTable<'_> {
         rules.push(rule(vec![goto("engine")]));
         self.chain(&ip.name("unknown_reply"), rules);
     }
+}
+
+/// Returns the statements that mark a cached reply with its slot. One with marks of other programs is
+/// the engine's, which keeps them.
+pub(super) fn mark_reply(
+    ip: IpFamily,
+    protocol: CachedProtocol,
+    ports: PortRewrite,
+) -> [Statement; 2] {
+    let is_translated = ports == PortRewrite::Translated;
+    [
+        Statement::Is(Field::Mark(!OURS), Value::Mark(0)),
+        Statement::MarkFlow {
+            key: reply_key(ip),
+            flows: protocol.map("replies", ports, ip),
+            slots: ip.name("backend_vip"),
+            operation: Operation::Reply.bits(is_translated),
+        },
+    ]
 }

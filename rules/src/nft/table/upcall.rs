@@ -1,11 +1,13 @@
-//! The chain `engine` and the tables of the ip families: the path into the queue.
+//! The chain `engine` and the tables of the ip families: the path into the queue, and what connection
+//! tracking sees of packets that come from there.
 
 use super::own::mark_rules;
-use super::{BaseTable, QUEUE_PRIORITY};
-use crate::mark::{Operation, Origin, UPCALL};
+use super::{BaseTable, QUEUE_PRIORITY, TRACKED_PRIORITY, UNTRACKED_PRIORITY};
+use crate::mark::{OPERATION, Operation, Origin, UPCALL};
 use crate::nft::dsl::{accept, commented, rule, upcall};
+use crate::nft::family::{CACHED_PROTOCOLS, IPV4, IPV6, IpFamily};
 use crate::nft::field::{Field, Value};
-use crate::nft::model::{Base, Chain, Family, Hook, Queues, Statement, Table};
+use crate::nft::model::{Base, Chain, Family, Hook, Queues, Rule, Statement, Table, Write};
 use crate::nft::options::QueuePath;
 
 impl BaseTable<'_> {
@@ -34,8 +36,40 @@ pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     ];
     let rule = commented(statements, "to the engine: xt target NFQUEUE, which nft does not show");
     let mut table = Table::new(family);
-    let base = Base { hook: Hook::Prerouting, priority: QUEUE_PRIORITY };
-    let chain = Chain { base: Some(base), rules: vec![rule] };
-    table.chains.insert("to_engine".to_string(), chain);
+    let ip = if family == Family::Ip { IPV4 } else { IPV6 };
+    let to_backend = tracked_rules(ip, ["backend_ip", "backend_port"]);
+    let back = tracked_rules(ip, ["backend_vip", "backend_vport"]);
+    for (name, priority, rules) in [
+        ("to_engine", QUEUE_PRIORITY, vec![rule]),
+        ("before_tracking", TRACKED_PRIORITY, to_backend),
+        ("after_tracking", UNTRACKED_PRIORITY, back),
+    ] {
+        let base = Some(Base { hook: Hook::Prerouting, priority });
+        table.chains.insert(name.to_string(), Chain { base, rules });
+    }
     table
+}
+
+/// Returns the rules that write addresses and ports of redirected packets.
+///
+/// Connection tracking and the host's NAT see a packet as its backend will. br_netfilter takes a
+/// packet with another destination than before for one that was translated by NAT, and routes it
+/// (br_nf_pre_routing_finish, net/bridge/br_netfilter_hooks.c), for which the host needs an address.
+/// So the destination is what it was when they are done, and the bridge translates the packet.
+fn tracked_rules(ip: IpFamily, [addresses, ports]: [&str; 2]) -> Vec<Rule> {
+    let address = || Write { field: ip.destination, map: ip.name(addresses) };
+    let port = || Write { field: Field::DestinationPort, map: ports.to_string() };
+    let is = |bits: u32| Statement::Is(Field::Mark(OPERATION), Value::Mark(bits));
+    let unmarked = Statement::Is(Field::Mark(u32::MAX), Value::Mark(0));
+    let mut out = vec![rule(vec![unmarked, accept()])];
+    for operation in Operation::TRACKED {
+        let kept = vec![is(operation.bits(false)), Statement::Rewrite(vec![address()])];
+        out.push(rule(kept));
+        for protocol in CACHED_PROTOCOLS {
+            let rewrite = vec![Statement::Rewrite(vec![address(), port()])];
+            let is = vec![is(operation.bits(true))];
+            out.push(rule([is, protocol.is(ip), rewrite].concat()));
+        }
+    }
+    out
 }
