@@ -63,13 +63,17 @@ impl PacketContext<'_> {
         }
         let cache = match ip.fragment {
             Fragment::Later => CacheAction::None,
-            Fragment::Whole | Fragment::First => self.record_only(&key, slot, ip),
+            Fragment::Whole | Fragment::First => match self.record_only(&key, slot, ip) {
+                Some(cache) => cache,
+                None => return Some(Verdict::Reject(DropReason::NoBackend)),
+            },
         };
         Some(Verdict::Redirect(self.translation(slot, key, ip, cache)))
     }
 
-    /// Records a packet to the one backend of a service, which may begin a flow.
-    fn record_only(&self, key: &SlotKey, slot: SlotId, ip: &IpHeader) -> CacheAction {
+    /// Records a packet to the one backend of a service, which may begin a flow. `None` if its replies
+    /// would be mistaken for those of another flow of the client.
+    fn record_only(&self, key: &SlotKey, slot: SlotId, ip: &IpHeader) -> Option<CacheAction> {
         let (event, tuple) = (client_event(ip), original_tuple(key.middlebox, ip));
         let slots = &self.snapshot.desired().slots;
         let found =
@@ -80,14 +84,25 @@ impl PacketContext<'_> {
                     && !found.ended_before(event)
                     && !self.is_of_other_kind(&found, key) =>
             {
-                if found.may_install {
+                Some(if found.may_install {
                     cache_action(found.state, event)
                 } else {
                     CacheAction::None
-                }
+                })
             }
-            _ => self.begin_flow(key, slot, ip, event),
+            _ => {
+                let is_free = !self.is_taken(self.reply_tuple(key, ip), &tuple);
+                is_free.then(|| self.begin_flow(key, slot, ip, event))
+            }
         }
+    }
+
+    /// Whether the replies of a flow would be mistaken for those of another one.
+    fn is_taken(&self, reply: Option<ReplyTuple>, original: &OriginalTuple) -> bool {
+        let slots = &self.snapshot.desired().slots;
+        let is_in_use = |slot: SlotId| slots.current(slot).is_some();
+        let flows = &self.state.flows;
+        reply.is_some_and(|reply| flows.is_reply_taken(&reply, original, self.now, is_in_use))
     }
 
     /// Whether a flow began when its service rewrote MACs only and does not now, or the other way
@@ -125,10 +140,8 @@ impl PacketContext<'_> {
         let original = original_tuple(key.middlebox, ip);
         let reply = self.reply_tuple(key, ip);
         let flows = &self.state.flows;
-        // The replies of a flow of another middlebox look the same: it stays, here and in the
-        // kernel.
-        let collides = |reply| flows.belongs_to_another_middlebox(&reply, &original, self.now);
-        if reply.is_some_and(collides) {
+        // The replies of another flow look the same: it stays, here and in the kernel.
+        if self.is_taken(reply, &original) {
             return CacheAction::None;
         }
         flows.insert(original, reply, slot, state, self.now);
@@ -207,10 +220,8 @@ impl PacketContext<'_> {
             return Verdict::Accept(AcceptReason::NoMatch);
         };
         let key_of = |member: &Member| SlotKey { middlebox, frontend, backend: member.name };
-        let is_free = |member: &Member| {
-            let reply = self.reply_tuple(&key_of(member), ip);
-            reply.is_none_or(|reply| !flows.is_reply_taken(&reply, &original, self.now))
-        };
+        let is_free =
+            |member: &Member| !self.is_taken(self.reply_tuple(&key_of(member), ip), &original);
         let fits = |member: &Member| can_serve(member, ip.source) && is_free(member);
         let has_affinity = service.options().affinity && service.method() != Method::Hash;
         let client = (middlebox, frontend, ip.source);

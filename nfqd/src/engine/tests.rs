@@ -354,6 +354,32 @@ fn two_services_with_one_backend_do_not_mix_a_clients_port() {
 }
 
 #[test]
+fn a_client_uses_a_port_through_one_of_two_static_services() {
+    let lines = [
+        "R L 2:0:0:0:0:2 10.0.0.2:80 0 10.0.0.3:80@2:0:0:0:0:3",
+        "R L 2:0:0:0:0:2 10.0.0.2:81 0 10.0.0.3:80@2:0:0:0:0:3",
+    ];
+    let (both, memory) = (snapshot(&lines), EngineState::new(1000));
+    let syn = |port: u16| tcp(CLIENT, VM, (1, 2), (1000, port), flag::SYN);
+    to(decision(&both, &memory, &syn(80), 0));
+    assert_eq!(decision(&both, &memory, &syn(81), 0), Verdict::Reject(DropReason::NoBackend));
+    to(decision(&both, &memory, &syn(80), 0));
+    // Without the first service its flow holds nothing.
+    let policy = snapshot(&lines[1..]).policy().clone();
+    let second = both.successor(policy, &nfqd_rules::slots::Unobserved);
+    to(decision(&second, &memory, &syn(81), 0));
+}
+
+#[test]
+fn a_middlebox_that_was_rebuilt_with_another_mac_serves_at_once() {
+    let service = |mac: u8| format!("R L 2:0:0:0:0:{mac} 10.0.0.2:80 rr 10.0.0.3:80@2:0:0:0:0:3");
+    let (both, memory) = (snapshot(&[&service(2), &service(9)]), EngineState::new(1000));
+    let syn = |to: [u8; 6]| tcp(CLIENT, to, (1, 2), (1000, 80), flag::SYN);
+    to(decision(&both, &memory, &syn(VM), 0));
+    to(decision(&both, &memory, &syn([2, 0, 0, 0, 0, 9]), 1));
+}
+
+#[test]
 fn affinity_keeps_a_client_with_its_backend() {
     for method in ["rr", "least", "hash"] {
         let line = format!(

@@ -282,27 +282,23 @@ impl FlowTable {
         shard.unexpired(at, now).map(|entry| entry.slot)
     }
 
-    /// Whether replies would be mistaken for those of another live flow.
-    pub fn is_reply_taken(&self, reply: &ReplyTuple, original: &OriginalTuple, now: u32) -> bool {
-        self.live_flow_of_reply(reply, now).is_some_and(|other| other != *original)
-    }
-
-    /// Whether replies would be mistaken for those of a live flow of another middlebox.
-    pub fn belongs_to_another_middlebox(
+    /// Whether replies would be mistaken for those of another live flow. One whose slot is not in use
+    /// any more holds nothing, nor does the flow of the same client to the same address through
+    /// another middlebox, whose place this one has taken.
+    pub fn is_reply_taken(
         &self,
         reply: &ReplyTuple,
         original: &OriginalTuple,
         now: u32,
+        is_in_use: impl Fn(SlotId) -> bool,
     ) -> bool {
-        let other = self.live_flow_of_reply(reply, now);
-        other.is_some_and(|other| other.middlebox != original.middlebox)
-    }
-
-    fn live_flow_of_reply(&self, reply: &ReplyTuple, now: u32) -> Option<OriginalTuple> {
         let shard = self.shard_of_reply(reply);
-        let at = shard.find_reply(self.hash(reply), reply)?;
-        let entry = shard.unexpired(at, now).filter(|entry| entry.state.is_live())?;
-        Some(entry.original)
+        let Some(at) = shard.find_reply(self.hash(reply), reply) else { return false };
+        let entry = shard.unexpired(at, now).filter(|entry| entry.state.is_live());
+        entry.is_some_and(|entry| {
+            let here = OriginalTuple { middlebox: original.middlebox, ..entry.original };
+            here != *original && is_in_use(entry.slot)
+        })
     }
 
     /// Inserts a flow. A flow with the same original tuple is replaced, and one with the same reply

@@ -196,11 +196,18 @@ fn replies_of_two_flows_cannot_be_confused() {
     let mut other = original(1, Protocol::TCP);
     other.frontend = IpAddr::from([10, 0, 0, 8]);
     let back = reply(1, Protocol::TCP);
-    assert!(flows.is_reply_taken(&back, &other, 1));
-    assert!(!flows.is_reply_taken(&back, &original(1, Protocol::TCP), 1), "it is the same");
-    assert!(!flows.is_reply_taken(&reply(1, Protocol::UDP), &other, 1), "another protocol");
+    let is_taken = |back: &ReplyTuple, original: &OriginalTuple, now: u32| {
+        flows.is_reply_taken(back, original, now, |_| true)
+    };
+    assert!(is_taken(&back, &other, 1));
+    assert!(!flows.is_reply_taken(&back, &other, 1, |_| false), "its service is gone");
+    let mut rebuilt = original(1, Protocol::TCP);
+    assert!(!is_taken(&back, &rebuilt, 1), "it is the same");
+    rebuilt.middlebox = MiddleboxKey::anywhere(nfqd_shmctl::MacAddr([9; 6]));
+    assert!(!is_taken(&back, &rebuilt, 1), "the middlebox has another MAC now");
+    assert!(!is_taken(&reply(1, Protocol::UDP), &other, 1), "another protocol");
     flows.record_original(&original(1, Protocol::TCP), FlowEvent::Fin, 2, Some);
-    assert!(!flows.is_reply_taken(&back, &other, 3), "it is at its end");
+    assert!(!is_taken(&back, &other, 3), "it is at its end");
     flows.insert(other, Some(back), slot(9), FlowState::Opening, 3);
     assert_eq!((flows.slot_of_reply(&back, 3), flows.len()), (Some(slot(9)), 2));
     let first = flows.record_original(&original(1, Protocol::TCP), FlowEvent::Fin, 3, Some);

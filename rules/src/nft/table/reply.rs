@@ -79,7 +79,8 @@ pub(super) fn mark_reply(
         Statement::MarkFlow {
             key: reply_key(ip),
             flows: protocol.map("replies", ports, ip),
-            slots: ip.name("backend_vip"),
+            // The map of frontends counts what is translated.
+            slots: ip.name("backend_ip"),
             operation: Operation::Reply.bits(is_translated),
         },
     ]
