@@ -188,7 +188,8 @@ impl BackendView for Places<'_> {
 
 /// Restores a flow from its reply direction, which the kernel has cached.
 fn restore_flow(desired: &Desired, state: &EngineState, cached: &CachedReply) {
-    let CachedReply { source, destination: client, protocol, ports, slot, key, closing } = *cached;
+    let CachedReply { source, destination: client, protocol, ports, slot, key, opening, closing } =
+        *cached;
     let frontend_port = key.ports().map_or(ports.source, |(frontend, _)| frontend);
     let original = OriginalTuple {
         middlebox: key.middlebox,
@@ -198,6 +199,7 @@ fn restore_flow(desired: &Desired, state: &EngineState, cached: &CachedReply) {
         ports: Ports { source: ports.destination, destination: frontend_port },
     };
     let flow_state = match protocol {
+        Protocol::TCP if opening => FlowState::Opening,
         Protocol::TCP if closing => FlowState::Closing,
         Protocol::TCP => FlowState::Established,
         _ => FlowState::Datagram,

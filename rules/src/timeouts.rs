@@ -14,6 +14,9 @@ pub const TCP_REPLY_TIMEOUT: u32 = 7440;
 pub const UDP_REPLY_TIMEOUT: u32 = 120;
 /// Lifetime of the entry that marks a flow of a backend as its own.
 pub const BYPASS_TIMEOUT: u32 = 90;
+/// Lifetime of the note of a TCP connection that opens, by which its answer is known without the
+/// engine: as long as a SYN is sent again (tcp_syn_retries of 6: 63 s).
+pub const OPENING_TIMEOUT: u32 = 63;
 /// Lifetime of a cached flow that is closing; the engine keeps it longer.
 pub const CLOSE_TIMEOUT: u32 = 5;
 /// Lifetime of a TCP conversation that a middlebox itself has begun: as of a redirected one.

@@ -8,6 +8,7 @@ use nfqd_tests::fixture::{Fixture, STATIC};
 use nfqd_tests::netns::{in_netns, run};
 use nfqd_tests::topology::{VM, connect, wait_for, who};
 use std::cell::RefCell;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -114,6 +115,49 @@ fn a_pools_connection_outlives_an_absence_that_the_kernels_cache_does_not() {
         connection.send(&chunk);
         assert!(connection.finish().starts_with(&format!("{} ", 3 << 10)), "it was not reset");
     });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_connection_that_opens_outlives_the_daemon() {
+    for fail in ["open", "closed"] {
+        in_netns(move || {
+            let mut fixture = Fixture::new(&["--fail", fail]);
+            fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15:80 rr 10.129.126.17");
+            wait_for("the backend's MAC", || {
+                fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+            });
+            // The backend's answers wait until nfqd is away.
+            let script = tempfile::NamedTempFile::new().unwrap();
+            let hold =
+                "table bridge hold {\n chain input {\n type filter hook prerouting priority -310\n
+                        iifname backend tcp flags syn,ack / syn,ack drop\n }\n}\n";
+            std::fs::write(script.path(), hold).unwrap();
+            run(&format!("nft -f {}", script.path().display()));
+            let (client, daemon) = (&fixture.topology.client, &mut fixture.daemon);
+            std::thread::scope(|scope| {
+                let connecting = scope.spawn(|| {
+                    let address = std::net::SocketAddr::from((VM, 80));
+                    let connect = std::net::TcpStream::connect_timeout;
+                    let mut stream =
+                        client.enter(|| connect(&address, Duration::from_secs(15))).unwrap();
+                    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                    let mut greeting = [0; 8];
+                    stream.read_exact(&mut greeting).unwrap();
+                    greeting
+                });
+                wait_for("the SYN", || {
+                    daemon.status().queues.iter().any(|queue| queue.redirected != 0)
+                });
+                daemon.kill();
+                run("nft delete table bridge hold");
+                // The backend sends its answer again after a second.
+                std::thread::sleep(Duration::from_millis(1500));
+                daemon.restart();
+                assert_eq!(&connecting.join().unwrap(), b"backend\n", "{fail}");
+            });
+        });
+    }
 }
 
 #[test]

@@ -147,6 +147,12 @@ fn check(file: &Path) -> Result<(), Failure> {
     }
 }
 
+/// The reason nft does not take what is printed.
+const FOR_READING: &str = "\
+# What nfqd would load, for reading: nft cannot load it, because it has no words for xt targets and rejects
+# maps with long keys that packets change. nfqd loads the same by netlink, in one transaction.
+";
+
 fn rules(args: &RulesArgs) -> Result<(), Failure> {
     let mut desired = args.commands.as_deref().map(read_commands).transpose()?.unwrap_or_default();
     desired.slots.sync_all(&desired.policy, &Unobserved, Instant::now());
@@ -158,6 +164,7 @@ fn rules(args: &RulesArgs) -> Result<(), Failure> {
     let options = RulesetOptions { queue_path, fast_path: FastPath::Full, queues };
     let tables = build::build(&desired, &options);
     let text: String = tables.values().map(ToString::to_string).collect();
+    let text = format!("{FOR_READING}{text}");
     print(|out| out.write_all(text.as_bytes()))
 }
 

@@ -43,6 +43,8 @@ pub struct CachedReply {
     pub slot: SlotId,
     /// The backend that the slot stands for.
     pub key: SlotKey,
+    /// Whether the flow is opening.
+    pub opening: bool,
     /// Whether the flow is closing.
     pub closing: bool,
 }
@@ -113,6 +115,9 @@ impl Kernel {
             }
         }
         let (flows, replies) = (caches("flows", &sets), caches("replies", &sets));
+        // One that has been established since is among the replies as well, which come later.
+        let opening = caches("opening", &sets).into_iter().map(|found| (found, true));
+        let replies = opening.chain(replies.into_iter().map(|found| (found, false)));
         for (set, _) in flows {
             for element in self.elements(Family::Bridge, &set)? {
                 if let Some(id) = slot(&element.data) {
@@ -120,7 +125,7 @@ impl Kernel {
                 }
             }
         }
-        for (set, protocol) in replies {
+        for ((set, protocol), opening) in replies {
             for element in self.elements(Family::Bridge, &set)? {
                 let Some(id) = slot(&element.data) else { continue };
                 out.slots.reserve(id, now);
@@ -129,7 +134,7 @@ impl Kernel {
                 let closing = element.timeout_ms.is_some_and(|timeout| timeout <= short);
                 let key = keys.get(&id).copied();
                 let reply = key.and_then(|key| cached_reply(&element.key, protocol, id, key));
-                out.replies.extend(reply.map(|reply| CachedReply { closing, ..reply }));
+                out.replies.extend(reply.map(|reply| CachedReply { opening, closing, ..reply }));
             }
         }
         Ok(out)
@@ -175,6 +180,7 @@ fn cached_reply(
         },
         slot,
         key: slot_key,
+        opening: false,
         closing: false,
     })
 }

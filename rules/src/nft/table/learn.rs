@@ -70,9 +70,9 @@ impl BaseTable<'_> {
         let flows = PORT_REWRITES.map(|ports| forget(flow_key, "flows", ports)).concat();
         let replies =
             PORT_REWRITES.map(|ports| forget(reply_key_of_request, "replies", ports)).concat();
-        let rules =
-            [flows, to_backend.clone(), no_bypass.clone(), replies, finish.clone()].concat();
-        self.chain(&name("redirected_new"), rules);
+        let opening = note_opening(ports);
+        let rules = [flows, to_backend.clone(), no_bypass.clone(), replies, opening];
+        self.chain(&name("redirected_new"), rules.concat());
 
         let rules = [to_backend.clone(), no_bypass.clone(), finish].concat();
         self.chain(&name("redirected"), rules);
@@ -150,8 +150,10 @@ impl BaseTable<'_> {
         // Replies that begin or end a connection went to the engine although they are cached.
         for ip in FAMILIES {
             for ports in PORT_REWRITES {
-                let mark = mark_reply(ip, TCP, ports).to_vec();
-                rules.push(rule([TCP.is_whole(ip), mark, vec![accept()]].concat()));
+                for map in ["replies", "opening"] {
+                    let mark = mark_reply(ip, TCP.map(map, ports, ip), ports).to_vec();
+                    rules.push(rule([TCP.is_whole(ip), mark, vec![accept()]].concat()));
+                }
             }
         }
         let own = Statement::Is(
@@ -219,6 +221,25 @@ fn each_protocol(statement: impl Fn(IpFamily, CachedProtocol) -> Statement) -> V
         rule([protocol.is(ip), vec![statement(ip, protocol)]].concat())
     };
     cached_flows().map(one).collect()
+}
+
+/// Returns the rules that note a TCP connection which opens: the engine has not seen its answer yet,
+/// and may be away when it comes.
+fn note_opening(ports: PortRewrite) -> Vec<Rule> {
+    let finish = || goto("finish");
+    let forget = |ip: IpFamily| {
+        let map = TCP.map("opening", ports.other(), ip);
+        let forget = Statement::ForgetFlow { key: reply_key_of_request(ip), map };
+        rule([TCP.is(ip), vec![forget]].concat())
+    };
+    let note = |ip: IpFamily| {
+        let (key, map) = (reply_key_of_request(ip), TCP.map("opening", ports, ip));
+        let learn = Statement::Learn { key, map, timeout: None };
+        rule([TCP.is(ip), vec![learn, finish()]].concat())
+    };
+    let full = format!("{CACHE_FULL}{}", ports.chain("opening"));
+    let full = commented(vec![Statement::Counter, finish()], &full);
+    [FAMILIES.map(forget).to_vec(), FAMILIES.map(note).to_vec(), vec![full]].concat()
 }
 
 /// Returns the rules that remove a packet's flow from a map.

@@ -45,7 +45,7 @@ impl BaseTable<'_> {
     fn translated_chain(&mut self, ip: IpFamily, protocol: CachedProtocol) {
         let rewrite = |ports| {
             let mut statements = protocol.is_whole_without(ip, SYN | RST);
-            statements.extend(mark_reply(ip, protocol, ports));
+            statements.extend(mark_reply(ip, protocol.map("replies", ports, ip), ports));
             statements.push(accept());
             commented(statements, "a cached reply, which is translated where it leaves")
         };
@@ -66,19 +66,15 @@ impl BaseTable<'_> {
     }
 }
 
-/// Returns the statements that mark a cached reply with its slot. One with marks of other programs is
-/// the engine's, which keeps them.
-pub(super) fn mark_reply(
-    ip: IpFamily,
-    protocol: CachedProtocol,
-    ports: PortRewrite,
-) -> [Statement; 2] {
+/// Returns the statements that mark a reply with its slot, if a map has it. One with marks of other
+/// programs is the engine's, which keeps them.
+pub(super) fn mark_reply(ip: IpFamily, flows: String, ports: PortRewrite) -> [Statement; 2] {
     let is_translated = ports == PortRewrite::Translated;
     [
         Statement::Is(Field::Mark(!OURS), Value::Mark(0)),
         Statement::MarkFlow {
             key: reply_key(ip),
-            flows: protocol.map("replies", ports, ip),
+            flows,
             // The map of frontends counts what is translated.
             slots: ip.name("backend_ip"),
             operation: Operation::Reply.bits(is_translated),

@@ -11,7 +11,9 @@ use crate::nft::model::{Data, Dynamic, Element, ElementData, Set, Verdict};
 use crate::nft::names::NETWORKS;
 use crate::nft::options::QueuePath;
 use crate::packet::{EXTENSIONS, ICMP_ERRORS, ICMP6_ERRORS};
-use crate::timeouts::{BYPASS_TIMEOUT, FLOW_TIMEOUT, NEIGHBOUR_TIMEOUT, OWN_TCP_SHORT_TIMEOUT};
+use crate::timeouts::{
+    BYPASS_TIMEOUT, FLOW_TIMEOUT, NEIGHBOUR_TIMEOUT, OPENING_TIMEOUT, OWN_TCP_SHORT_TIMEOUT,
+};
 use nfqd_shmctl::Protocol;
 use std::collections::BTreeMap;
 
@@ -122,6 +124,12 @@ impl BaseTable<'_> {
                 let comment = "answers to what middleboxes have ended";
                 let closing = cache(flow_key(ip), None, OWN_TCP_SHORT_TIMEOUT, comment);
                 self.set(&protocol.name("own_closing", ip), closing);
+                // A flood of SYNs fills these and nothing else.
+                for ports in PORT_REWRITES {
+                    let comment = "answers of backends to connections that open: slot";
+                    let opening = cache(reply_key(ip), slot, OPENING_TIMEOUT, comment);
+                    self.set(&protocol.map("opening", ports, ip), opening);
+                }
             }
             let bypass = cache(reply_key(ip), None, BYPASS_TIMEOUT, "the backends' own flows");
             self.set(&protocol.name("bypass", ip), bypass);
