@@ -6,7 +6,7 @@ use nfqd::api::{BackendState, Status};
 use nfqd_tests::daemon::{Daemon, NFQD, program};
 use nfqd_tests::fixture::{Fixture, STATIC};
 use nfqd_tests::netns::{in_netns, run};
-use nfqd_tests::topology::{VM, connect, wait_for, who};
+use nfqd_tests::topology::{BACKEND, Server, Topology, VM, connect, pings, wait_for, who};
 use std::cell::RefCell;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -114,6 +114,31 @@ fn a_pools_connection_outlives_an_absence_that_the_kernels_cache_does_not() {
         fixture.daemon.restart();
         connection.send(&chunk);
         assert!(connection.finish().starts_with(&format!("{} ", 3 << 10)), "it was not reset");
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn fail_closed_is_as_narrow_as_the_services() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&["--fail", "closed"]);
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15 rr 10.129.126.17");
+        wait_for("the backend's MAC", || {
+            fixture.daemon.status().middleboxes[0].services[0].backends[0].mac.is_some()
+        });
+        let Topology { client, other, backend, vm } = &fixture.topology;
+        let _other = Server::start(other, "other", 80);
+        assert_eq!(who(client, VM, 80).as_deref(), Some("backend"));
+        fixture.daemon.kill();
+        assert_eq!(who(client, VM, 80), None, "the service waits");
+        let at = |number: u8| std::net::Ipv4Addr::new(10, 129, 126, number);
+        assert_eq!(who(backend, at(2), 80).as_deref(), Some("other"), "the backend as a client");
+        assert_eq!(who(other, BACKEND, 80).as_deref(), Some("backend"), "and as a server");
+        assert!(pings(backend, at(2)) && pings(other, BACKEND), "pings of the backend");
+        assert!(pings(client, VM), "the middlebox");
+        assert_eq!(who(backend, VM, 80), None, "the backend as a client of the service");
+        let vm = vm.as_ref().unwrap();
+        assert_eq!(who(vm, at(2), 80).as_deref(), Some("other"), "what the middlebox begins");
     });
 }
 

@@ -3,12 +3,13 @@
 
 use super::own::dhcp_rules;
 use super::reply::mark_reply;
+use super::steer::from_backend;
 use super::{BaseTable, SYN};
 use crate::mark::{ID, OPERATION, OWN, Operation, PORT};
 use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule, verdict};
 use crate::nft::family::{
-    CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, TCP, cached_flows, flow_key,
-    reply_key, reply_key_of_request,
+    CACHED_PROTOCOLS, CachedProtocol, FAMILIES, IpFamily, PORT_REWRITES, PortRewrite, TCP,
+    cached_flows, flow_key, reply_key, reply_key_of_request,
 };
 use crate::nft::field::{Field, Value};
 use crate::nft::model::{Chain, Rule, Statement, Verdict};
@@ -138,8 +139,6 @@ impl BaseTable<'_> {
         if self.options.queues.bypass {
             return rule(vec![goto("finish")]);
         }
-        // The kernel drops what waits for a queue that nobody serves; this is what did not get there,
-        // because br_netfilter was switched off.
         commented(vec![verdict(Verdict::Drop)], "fail closed")
     }
 
@@ -162,10 +161,14 @@ impl BaseTable<'_> {
         );
         rules.push(commented(vec![own, goto("finish")], "the middlebox has begun it"));
         rules.extend(dhcp_rules(&goto("finish")));
-        for (ip, protocol) in cached_flows() {
-            let redirects =
-                Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
-            rules.push(rule([protocol.is_whole(ip), vec![redirects]].concat()));
+        if self.options.queues.bypass {
+            for (ip, protocol) in cached_flows() {
+                let redirects =
+                    Statement::Vmap(vec![Field::EtherDestination], "static_redirects".to_string());
+                rules.push(rule([protocol.is_whole(ip), vec![redirects]].concat()));
+            }
+        } else {
+            rules.extend(FAMILIES.into_iter().flat_map(of_no_service));
         }
         rules.push(self.undecided());
         self.chain("unanswered", rules);
@@ -213,6 +216,27 @@ pub(super) fn rewriting(
         PortRewrite::Kept => FAMILIES.map(|ip| rule(vec![ip.is(), rewrite(ip)])).to_vec(),
         PortRewrite::Translated => each_protocol(|ip, _| rewrite(ip)),
     }
+}
+
+/// Returns the rules that let pass, although there is no engine, what hardly concerns a service: what a
+/// backend sends that is no reply of a known flow, and pings of a middlebox.
+fn of_no_service(ip: IpFamily) -> Vec<Rule> {
+    let finish = || goto("finish");
+    let is_taken = |key: Vec<Field>, set: &str| {
+        vec![ip.is(), Statement::In(key, ip.name(set)), verdict(Verdict::Drop)]
+    };
+    let mac = vec![Field::EtherDestination];
+    let address = [mac.clone(), vec![ip.destination]].concat();
+    let port = [address.clone(), vec![Field::DestinationPort]].concat();
+    let mut out = vec![commented(is_taken(mac, "service_all"), "a service takes it")];
+    for protocol in CACHED_PROTOCOLS {
+        let whole = protocol.is_whole(ip);
+        out.push(rule([whole.clone(), is_taken(address.clone(), "service_addresses")].concat()));
+        out.push(rule([whole.clone(), is_taken(port.clone(), "service_ports")].concat()));
+        out.push(rule([whole, from_backend(ip), vec![finish()]].concat()));
+    }
+    out.push(rule([ip.is_icmp(), vec![finish()]].concat()));
+    out
 }
 
 /// Returns a rule for each cached protocol.

@@ -94,7 +94,7 @@ impl BaseTable<'_> {
 
 impl IpFamily {
     /// Matches ICMP of the family.
-    fn is_icmp(self) -> Vec<Statement> {
+    pub(super) fn is_icmp(self) -> Vec<Statement> {
         let (icmp, ..) = self.icmp_errors();
         vec![self.is(), Statement::Is(Field::L4Protocol, Value::Protocol(icmp))]
     }

@@ -15,7 +15,7 @@ impl BaseTable<'_> {
         let network = Origin::Network(self.network);
         let rules = match self.options.queue_path {
             QueuePath::Native => {
-                let queue = Statement::Queue(self.options.queues);
+                let queue = Statement::Queue(without_engine(self.options.queues));
                 vec![rule(vec![upcall(network), Statement::Counter, queue])]
             }
             QueuePath::BrNetfilter => vec![
@@ -27,12 +27,18 @@ impl BaseTable<'_> {
     }
 }
 
+/// Returns the queues as packets pass them if nobody serves them: the chain `unanswered` then decides,
+/// which drops less than all. A queue that is full drops, unless the engine has asked for the other.
+fn without_engine(queues: Queues) -> Queues {
+    Queues { bypass: true, ..queues }
+}
+
 /// Returns the table that queues marked packets on their way through br_netfilter.
 pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     let statements = vec![
         Statement::Is(Field::Mark(UPCALL), Value::Mark(Operation::Upcall as u32)),
         Statement::Counter,
-        Statement::XtQueue(queues),
+        Statement::XtQueue(without_engine(queues)),
     ];
     let rule = commented(statements, "to the engine: xt target NFQUEUE, which nft does not show");
     let mut table = Table::new(family);
