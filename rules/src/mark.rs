@@ -101,6 +101,11 @@ impl Operation {
     }
 }
 
+/// Whether a mark says that connection tracking is to see a redirect as its backend will.
+pub fn is_tracked(mark: u32) -> bool {
+    Operation::TRACKED.iter().any(|operation| *operation as u32 == mark & OPERATION & !PORT)
+}
+
 /// Returns the bits of a slot, which are also its key in the kernel's maps.
 pub fn slot_bits(slot: SlotId) -> u32 {
     slot.get() << ID_SHIFT
@@ -185,6 +190,7 @@ mod tests {
         assert_eq!(all.len(), 24);
         let is_upcall = |bits: &&u32| **bits & UPCALL == Operation::Upcall as u32;
         assert_eq!(all.iter().filter(is_upcall).count(), 1);
+        assert_eq!(all.iter().filter(|bits| is_tracked(**bits | 0x1ff)).count(), 8);
         assert_eq!(
             Operation::REDIRECTS.map(Operation::tracked),
             [10, 15, 11, 14].map(|code| {

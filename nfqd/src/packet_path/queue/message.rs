@@ -1,6 +1,7 @@
 //! The messages of an NFQUEUE: configuration, packets and verdicts
 //! (linux/netfilter/nfnetlink_queue.h).
 
+use nfqd_rules::mark::is_tracked;
 use nfqd_rules::netlink::{NLM_F_REQUEST, attributes, bytes_at, finish, put, u16_at};
 use nfqd_rules::packet::{Link, Packet};
 use nfqd_shmctl::{EtherType, MacAddr};
@@ -134,9 +135,15 @@ pub(super) fn begin(out: &mut Vec<u8>, kind: u16, flags: u16, queue: u16) {
 fn append_verdict(out: &mut Vec<u8>, queue: u16, id: u32, mark: Option<u32>, payload: &[u8]) {
     const NF_DROP: u32 = 0;
     const NF_ACCEPT: u32 = 1;
+    const NF_REPEAT: u32 = 4;
     let start = out.len();
     begin(out, VERDICT, NLM_F_REQUEST, queue);
-    let number = if mark.is_some() { NF_ACCEPT } else { NF_DROP };
+    let number = match mark {
+        None => NF_DROP,
+        // The chain that queued the packet rewrites it.
+        Some(mark) if is_tracked(mark) => NF_REPEAT,
+        Some(_) => NF_ACCEPT,
+    };
     let header = (u64::from(number) << 32 | u64::from(id)).to_be_bytes();
     put(out, attribute::VERDICT_HEADER, &header);
     if let Some(mark) = mark {

@@ -34,10 +34,8 @@ const LEARN_NATIVE_PRIORITY: i32 = -250;
 /// Priority of the ip and ip6 chains that queue: before the host's connection tracking reassembles
 /// fragments (NF_IP_PRI_RAW_BEFORE_DEFRAG), so that the engine sees what the bridge sees.
 const QUEUE_PRIORITY: i32 = -450;
-/// Priority of the ip and ip6 chains that translate redirected packets for connection tracking: behind
-/// the queue, before fragments are reassembled (-400) and connections tracked (-200).
-const TRACKED_PRIORITY: i32 = -440;
-/// Priority of those that take that back: behind everything else.
+/// Priority of the ip and ip6 chains that take back what connection tracking was shown: behind
+/// everything else.
 const UNTRACKED_PRIORITY: i32 = i32::MAX - 1;
 
 const FIN: u8 = 1;

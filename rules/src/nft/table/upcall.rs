@@ -2,7 +2,7 @@
 //! tracking sees of packets that come from there.
 
 use super::own::mark_rules;
-use super::{BaseTable, QUEUE_PRIORITY, TRACKED_PRIORITY, UNTRACKED_PRIORITY};
+use super::{BaseTable, QUEUE_PRIORITY, UNTRACKED_PRIORITY};
 use crate::mark::{OPERATION, Operation, Origin, UPCALL};
 use crate::nft::dsl::{accept, commented, rule, upcall};
 use crate::nft::family::{CACHED_PROTOCOLS, IPV4, IPV6, IpFamily};
@@ -40,20 +40,27 @@ pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
         Statement::Counter,
         Statement::XtQueue(without_engine(queues)),
     ];
-    let rule = commented(statements, "to the engine: xt target NFQUEUE, which nft does not show");
+    let comment = "to the engine: xt target NFQUEUE, which nft does not show";
+    let to_queue = commented(statements, comment);
     let mut table = Table::new(family);
     let ip = if family == Family::Ip { IPV4 } else { IPV6 };
     let to_backend = tracked_rules(ip, ["backend_ip", "backend_port"]);
     let back = tracked_rules(ip, ["backend_vip", "backend_vport"]);
-    for (name, priority, rules) in [
-        ("to_engine", QUEUE_PRIORITY, vec![rule]),
-        ("before_tracking", TRACKED_PRIORITY, to_backend),
-        ("after_tracking", UNTRACKED_PRIORITY, back),
-    ] {
+    // The engine has the chain repeated for packets that are to be rewritten.
+    let to_engine = [vec![unmarked(), to_queue], to_backend].concat();
+    let back = [vec![unmarked()], back].concat();
+    for (name, priority, rules) in
+        [("to_engine", QUEUE_PRIORITY, to_engine), ("after_tracking", UNTRACKED_PRIORITY, back)]
+    {
         let base = Some(Base { hook: Hook::Prerouting, priority });
         table.chains.insert(name.to_string(), Chain { base, rules });
     }
     table
+}
+
+/// Returns the rule for most packets.
+fn unmarked() -> Rule {
+    rule(vec![Statement::Is(Field::Mark(u32::MAX), Value::Mark(0)), accept()])
 }
 
 /// Returns the rules that write addresses and ports of redirected packets.
@@ -66,8 +73,7 @@ fn tracked_rules(ip: IpFamily, [addresses, ports]: [&str; 2]) -> Vec<Rule> {
     let address = || Write { field: ip.destination, map: ip.name(addresses) };
     let port = || Write { field: Field::DestinationPort, map: ports.to_string() };
     let is = |bits: u32| Statement::Is(Field::Mark(OPERATION), Value::Mark(bits));
-    let unmarked = Statement::Is(Field::Mark(u32::MAX), Value::Mark(0));
-    let mut out = vec![rule(vec![unmarked, accept()])];
+    let mut out = Vec::new();
     for operation in Operation::TRACKED {
         let kept = vec![is(operation.bits(false)), Statement::Rewrite(vec![address()])];
         out.push(rule(kept));
