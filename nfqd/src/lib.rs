@@ -4,7 +4,7 @@
 //! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
 //! * [`networks`] knows the bridges and VLANs, [`backends`] what is on them.
-//! * [`startup`] puts a daemon together, alone by its [`host_lock`], [`daemon`] runs it on the [`reactor`], `reload` reads its
+//! * [`startup`] puts a daemon together, alone by its [`host_lock`] and within its [`limits`], [`daemon`] runs it on the [`reactor`], `reload` reads its
 //!   configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine.
@@ -21,6 +21,7 @@ pub mod daemon;
 pub mod enforce;
 pub mod engine;
 pub mod host_lock;
+pub mod limits;
 pub mod networks;
 pub mod observe;
 pub mod packet_path;

@@ -11,6 +11,7 @@ use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
 use crate::engine::EngineState;
 use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple};
 use crate::host_lock::{HostLock, HostLockError};
+use crate::limits::{self, LimitError};
 use crate::networks::HostNetworks;
 use crate::observe::control_socket::ControlSocket;
 use crate::packet_path::queue::{Queue, QueueError};
@@ -53,6 +54,9 @@ pub enum StartError {
     /// A region.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// A limit of the process.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// Another nfqd.
     #[error(transparent)]
     HostLock(#[from] HostLockError),
@@ -103,6 +107,7 @@ pub struct Started {
 /// See [`StartError`]. The kernel is as it was before.
 pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let config = args.resolve()?;
+    limits::check(config.queues.count, config.shm.len())?;
     let lock = HostLock::take()?;
     let journal = Journal::open(&config.state)?;
     let mut kernel = Kernel::open()?;

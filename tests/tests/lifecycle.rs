@@ -520,6 +520,13 @@ fn errors_at_the_start_name_their_cause() {
             "{message}"
         );
 
+        for (limit, words) in [("-n 20", "20 open files"), ("-v 100000", "97 MiB of memory")] {
+            let run = format!("ulimit {limit}; exec \"$0\" --state /nowhere");
+            let output = Command::new("sh").args(["-c", &run]).arg(program(NFQD)).output().unwrap();
+            let message = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(3), "{message}");
+            assert!(message.contains(words) && !message.contains("backtrace"), "{message}");
+        }
         let (code, message) = start_error(&["--queue", "3-1"]);
         assert_eq!(code, Some(2), "{message}");
         // Without the privilege.
