@@ -1,16 +1,16 @@
 //! The lock of a network namespace: one nfqd has its tables and queues at a time.
 //!
-//! It is an abstract Unix socket, which belongs to the network namespace (net/unix/af_unix.c) and
-//! vanishes with its process.
+//! It is a locked file in `/run`, where only root can be in the way, named by the namespace's inode.
+//! The lock ends with its process, however that ends.
 
-use nix::sys::socket::{getsockopt, sockopt};
-use nix::unistd::geteuid;
-use std::io;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
-/// The name of the socket.
-const NAME: &[u8] = b"nfqd";
+/// The directory of the locks.
+const DIRECTORY: &str = "/run/nfqd";
 
 /// The reason this nfqd may not have the network namespace.
 #[derive(Debug, thiserror::Error)]
@@ -20,46 +20,47 @@ pub enum HostLockError {
         "another nfqd (pid {pid}) serves this network namespace; stop it first, or ask it by 'nfqd status'"
     )]
     Taken {
-        /// The process.
-        pid: i32,
+        /// The process, as it has written it.
+        pid: String,
     },
-    /// The socket cannot be made.
-    #[error("lock of the network namespace: {0}")]
-    Io(#[from] io::Error),
+    /// The file cannot be made.
+    #[error("{path}: {source}; nfqd locks the network namespace there")]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
 }
 
 /// The lock, until it is dropped or the process ends.
 #[derive(Debug)]
 pub struct HostLock {
-    _socket: Option<UnixListener>,
+    _file: Flock<File>,
 }
 
 impl HostLock {
     /// Takes the lock.
     ///
     /// # Errors
-    /// If another nfqd has it. A process of an unprivileged user that uses the name cannot keep nfqd
-    /// from starting.
+    /// If another nfqd has it, or the file cannot be made.
     pub fn take() -> Result<HostLock, HostLockError> {
-        let address = SocketAddr::from_abstract_name(NAME)?;
-        match UnixListener::bind_addr(&address) {
-            Ok(listener) => Ok(HostLock { _socket: Some(listener) }),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let holder = UnixStream::connect_addr(&address)
-                    .and_then(|peer| Ok(getsockopt(&peer, sockopt::PeerCredentials)?));
-                match holder {
-                    Ok(holder) if [0, geteuid().as_raw()].contains(&holder.uid()) => {
-                        Err(HostLockError::Taken { pid: holder.pid() })
-                    }
-                    _ => {
-                        log::warn!(
-                            "an unprivileged process has the abstract socket 'nfqd', the lock"
-                        );
-                        Ok(HostLock { _socket: None })
-                    }
-                }
-            }
-            Err(error) => Err(error.into()),
-        }
+        let namespace = Path::new("/proc/self/ns/net");
+        let io = |path: &Path, source| HostLockError::Io { path: path.to_path_buf(), source };
+        let inode = fs::metadata(namespace).map_err(|error| io(namespace, error))?.ino();
+        let directory = Path::new(DIRECTORY);
+        let made = DirBuilder::new().mode(0o755).recursive(true).create(directory);
+        made.map_err(|error| io(directory, error))?;
+        let path = directory.join(format!("netns-{inode}.lock"));
+        // Whoever can open it can lock it.
+        let file = File::options().create(true).read(true).append(true).mode(0o600).open(&path);
+        let file = file.map_err(|error| io(&path, error))?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+            let pid = fs::read_to_string(&path).unwrap_or_default();
+            HostLockError::Taken { pid: pid.trim().to_string() }
+        })?;
+        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(|error| io(&path, error))?;
+        Ok(HostLock { _file: file })
     }
 }

@@ -53,6 +53,17 @@ pub enum RegionError {
         /// The size in bytes.
         size: u64,
     },
+    /// The file belongs to a user who may not take the place of the one before.
+    #[error(
+        "{path}: made anew by user {owner}, whom nobody has named; add owner={owner} to the channel if the \
+         VM runs as that user"
+    )]
+    Owner {
+        /// The path asked for.
+        path: PathBuf,
+        /// The user's number.
+        owner: u32,
+    },
     /// The path names another file than before.
     #[error("{path}: replaced by another file")]
     Replaced {

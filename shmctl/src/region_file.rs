@@ -36,6 +36,7 @@ impl Default for Ownership {
 pub struct RegionFile {
     file: File,
     path: PathBuf,
+    owner: u32,
     /// Device and inode, which tell whether the path still names this file.
     identity: (u64, u64),
 }
@@ -83,7 +84,17 @@ impl RegionFile {
         if about.len() < MIN_SIZE {
             return Err(RegionError::Size { path, size: about.len() });
         }
-        Ok(RegionFile { file, path, identity: (about.dev(), about.ino()) })
+        Ok(RegionFile { file, path, owner: about.uid(), identity: (about.dev(), about.ino()) })
+    }
+
+    /// Returns the number of the user whom the file belongs to.
+    pub fn owner(&self) -> u32 {
+        self.owner
+    }
+
+    /// Returns the path of the region.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Checks that the path still names this file.

@@ -119,6 +119,20 @@ fn a_pools_connection_outlives_an_absence_that_the_kernels_cache_does_not() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
+fn what_only_the_engine_filters_stays_denied_without_it() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&["--fail", "closed", "--fast-path", "off"]);
+        fixture.daemon.must("R F 12:13:14:15:16:17 10.129.126.15 deny");
+        fixture.daemon.must("A 12:13:14:15:16:17 +1 M 4 p arp");
+        let client = &fixture.topology.client;
+        assert!(!pings(client, VM) && who(client, VM, 80).is_none());
+        fixture.daemon.kill();
+        assert!(!pings(client, VM) && who(client, VM, 80).is_none());
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn fail_closed_is_as_narrow_as_the_services() {
     in_netns(|| {
         let mut fixture = Fixture::new(&["--fail", "closed"]);

@@ -385,6 +385,11 @@ fn what_the_host_sends_and_routes_is_filtered() {
         assert_eq!(not_balanced(), None, "no services");
         bound.guest(0).must(&format!("R L {VM_MAC} {VM} rr {BACKEND}"));
         assert!(not_balanced().is_some_and(|text| text.contains("an address on br0")));
+        // Marks of other programs are no replies of backends.
+        for slot in 1..5_u32 {
+            let mark = (5 << 27) | (slot << 8);
+            run(&format!("ping -q -c 1 -W 2 -m {mark} {CLIENT}"));
+        }
         run("ip addr del 10.129.126.254/24 dev br0");
         assert_eq!(not_balanced(), None);
     });

@@ -8,12 +8,16 @@ use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage};
 use nfqd_shmctl::{
     CommandError, ErrorCode, MacAddr, ParsedCommand, Place, RegionError, RegionFile, Reply,
 };
+use nix::unistd::geteuid;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// A guest's channel.
 pub struct Channel {
     spec: ShmSpec,
+    /// The users whose files may be the region from now on: in a folder that everybody may write to,
+    /// anybody can make a file under its name.
+    owners: Vec<u32>,
     /// The region, or why it is not read.
     region: Result<RegionFile, RegionError>,
     mailbox: HostMailbox,
@@ -48,8 +52,11 @@ impl Channel {
             log::error!("{error}; its commands are not read until that changes");
         }
         let now = Instant::now();
+        let first = region.as_ref().ok().map(RegionFile::owner);
+        let owners = [0, geteuid().as_raw()].into_iter().chain(spec.ownership.owner).chain(first);
         Channel {
             spec: spec.clone(),
+            owners: owners.collect(),
             region,
             mailbox: HostMailbox::default(),
             budget: Budget { commands: BURST, counted: now },
@@ -67,7 +74,9 @@ impl Channel {
         let is_mistake = |error: &RegionError| match error {
             RegionError::Kind { .. } => true,
             RegionError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
-            RegionError::Size { .. } | RegionError::Replaced { .. } => false,
+            RegionError::Size { .. } | RegionError::Owner { .. } | RegionError::Replaced { .. } => {
+                false
+            }
         };
         match self.region {
             Err(error) if is_mistake(&error) => Err(error),
@@ -82,7 +91,12 @@ impl Channel {
             let Err(error) = region.check_path() else { return };
             self.close(error);
         }
-        match RegionFile::open(&self.spec.path) {
+        let opened = RegionFile::open(&self.spec.path).and_then(|region| {
+            let (path, owner) = (region.path().to_path_buf(), region.owner());
+            let is_known = self.owners.contains(&owner);
+            if is_known { Ok(region) } else { Err(RegionError::Owner { path, owner }) }
+        });
+        match opened {
             Ok(region) => {
                 log::info!("{}: its commands are read again", self.spec.path.display());
                 self.region = Ok(region);
@@ -360,6 +374,12 @@ mod tests {
         std::fs::write(&path, vec![0; 4096]).unwrap();
         channel.follow();
         assert!(channel.error().is_none());
+        // Anybody may make a file in /dev/shm.
+        channel.owners.clear();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        channel.follow();
+        assert!(channel.error().is_some_and(|error| error.to_string().contains("add owner=")));
     }
 
     #[test]

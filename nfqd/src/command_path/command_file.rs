@@ -25,6 +25,9 @@ pub enum CommandFileError {
     Commands(String),
 }
 
+/// Some editors begin a file with it.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// Applies all commands of a text to a desired state, but for those that `skip` returns true for.
 /// Returns the errors as `FILE:LINE:COLUMN: message`; the commands without one are applied.
 pub fn apply_text(
@@ -34,8 +37,7 @@ pub fn apply_text(
     skip: impl Fn(&Policy, NetworkId, &Command) -> bool,
 ) -> Vec<String> {
     let mut errors = Vec::new();
-    // Some editors begin a file with a byte order mark.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
     for (number, line) in split_lines(text) {
         if let Err(error) = apply_line(desired, line, &skip) {
             let CommandError { column, message, .. } = error;
@@ -70,10 +72,11 @@ pub(super) fn apply_lines(
         }
         let is_complete = line.last() == Some(&b'\n');
         let text = String::from_utf8_lossy(&line);
+        let text = text.strip_prefix(BYTE_ORDER_MARK).filter(|_| number == 1).unwrap_or(&text);
         let result = if is_complete {
-            split_lines(&text).try_for_each(|(_, line)| apply_line(desired, line, |_, _, _| false))
+            split_lines(text).try_for_each(|(_, line)| apply_line(desired, line, |_, _, _| false))
         } else {
-            Err(unusable(&text, line.len() == MAX_LINE))
+            Err(unusable(text, line.len() == MAX_LINE))
         };
         if let Err(CommandError { column, message, .. }) = result {
             count += 1;

@@ -109,8 +109,14 @@ impl Journal {
     /// Gives the file a further name, by which it stays when it is written anew. A name in use is
     /// left alone: it may be the only copy of what an earlier start rejected.
     fn keep_rejected(&self) -> io::Result<PathBuf> {
+        let identity = |path: &Path| fs::metadata(path).map(|about| (about.dev(), about.ino()));
+        let file = identity(&self.path())?;
         for number in 1_u32.. {
             let name = self.directory.join(format!("{REJECTED}.{number}"));
+            // A start that failed afterwards has kept it.
+            if identity(&name).is_ok_and(|other| other == file) {
+                return Ok(name);
+            }
             match fs::hard_link(self.path(), &name) {
                 Ok(()) => return Ok(name),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -255,8 +261,9 @@ mod tests {
         journal.save(&desired(&policy)).unwrap();
         let rejected = fs::read(dir.path().join("commands.rejected.1")).unwrap();
         assert!(rejected.windows(4).any(|word| word == b"I 99"));
-        // The next accident does not overwrite it.
+        // The next accident does not overwrite it, and a start that fails does not repeat it.
         fs::write(journal.path(), "junk\n").unwrap();
+        assert_eq!(loaded(&journal).1.len(), 1);
         assert_eq!(loaded(&journal).1.len(), 1);
         assert_eq!(fs::read(dir.path().join("commands.rejected.1")).unwrap(), rejected);
         assert_eq!(journal.rejected().len(), 2);

@@ -46,6 +46,8 @@ pub struct Enforcer {
     /// When the tables may be loaded again, and the pause after that.
     next_repair: Instant,
     repair_pause: Duration,
+    /// Whether tagged frames reached the queues by br_netfilter at the start.
+    calls_tagged: bool,
     /// The reason frames do not reach the queues.
     steering_error: Option<String>,
     counters: CarriedCounters,
@@ -77,6 +79,7 @@ impl Enforcer {
             repairs: 0,
             next_repair: Instant::now(),
             repair_pause: Duration::ZERO,
+            calls_tagged: queue_path::calls_tagged(),
             steering_error: None,
             counters: CarriedCounters::default(),
         })

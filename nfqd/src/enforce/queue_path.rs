@@ -64,10 +64,10 @@ pub fn detect_queue_path(
     if !CALLS.into_iter().all(is_set) {
         return Err(QueuePathError::NotCalled);
     }
-    if !is_set("bridge-nf-filter-vlan-tagged") {
+    if !is_set(CALL_TAGGED) {
         log::warn!(
-            "net.bridge.bridge-nf-filter-vlan-tagged is not 1: VLAN-tagged frames do not reach the \
-             engine; 'br-netfilter.sh up' sets it"
+            "net.bridge.{CALL_TAGGED} is not 1: VLAN-tagged frames do not reach the engine, and \
+             --fail closed drops them; 'br-netfilter.sh up' sets it"
         );
     }
     Ok(QueuePath::BrNetfilter)
@@ -75,6 +75,14 @@ pub fn detect_queue_path(
 
 /// The sysctls without which br_netfilter passes no bridged packet to the queues.
 const CALLS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+
+/// The sysctl without which it passes no tagged packet.
+const CALL_TAGGED: &str = "bridge-nf-filter-vlan-tagged";
+
+/// Whether tagged packets reach the queues.
+pub(super) fn calls_tagged() -> bool {
+    is_set(CALL_TAGGED)
+}
 
 /// Returns the path of a sysctl of br_netfilter.
 fn path_of(name: &str) -> String {
@@ -87,11 +95,13 @@ fn is_set(name: &str) -> bool {
 }
 
 /// Sets the sysctls of br_netfilter that the path into the queues needs and another program has
-/// changed (libvirt, a sysctl.d file that is applied again). Returns the reason there is no path, if
+/// changed (libvirt, a sysctl.d file that is applied again); `tagged`: the one for tagged packets as
+/// well. Returns the reason there is no path, if
 /// that cannot be done.
-pub(super) fn restore_calls() -> Option<String> {
+pub(super) fn restore_calls(tagged: bool) -> Option<String> {
     let mut reason = None;
-    for name in CALLS.into_iter().filter(|name| !is_set(name)) {
+    let names = CALLS.into_iter().chain(tagged.then_some(CALL_TAGGED));
+    for name in names.filter(|name| !is_set(name)) {
         match std::fs::write(path_of(name), "1") {
             Ok(()) => {
                 log::warn!("another program changed net.bridge.{name}; it is 1 again");

@@ -43,7 +43,7 @@ impl Enforcer {
         if self.options.queue_path != QueuePath::BrNetfilter {
             return;
         }
-        let before = std::mem::replace(&mut self.steering_error, restore_calls());
+        let before = std::mem::replace(&mut self.steering_error, restore_calls(self.calls_tagged));
         if self.steering_error != before
             && let Some(error) = &self.steering_error
         {

@@ -6,8 +6,8 @@
 //! direction is rewritten before these, in [`super::flow`], [`super::learn`] and [`super::upcall`].
 
 use super::learn::rewriting;
-use crate::mark::{OPERATION, Operation};
-use crate::nft::dsl::{accept, commented, goto, jump, rule, set_of};
+use crate::mark::{OPERATION, Operation, PORT};
+use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule, set_of};
 use crate::nft::family::{IpFamily, PORT_REWRITES, PortRewrite};
 use crate::nft::field::{Field, Type, Value};
 use crate::nft::model::{
@@ -43,6 +43,15 @@ pub(super) fn add_answers(table: &mut Table) {
         let base = Some(Base { hook, priority: PRIORITY });
         table.chains.insert(name.to_string(), Chain { base, rules: rules() });
     }
+}
+
+/// Returns the rules for frames of the host itself, which are no replies of backends whatever other
+/// programs mark them with.
+pub(super) fn no_replies() -> [Rule; 3] {
+    Operation::REPLIES.map(|operation| {
+        let kind = Value::Mark(operation as u32);
+        rule(vec![Statement::Is(Field::Mark(OPERATION & !PORT), kind), clear_mark()])
+    })
 }
 
 /// Most frames have no mark at all, which is tested first.

@@ -14,6 +14,7 @@ use crate::nft::family::{
 use crate::nft::field::{Field, Value};
 use crate::nft::model::{Chain, Rule, Statement, Verdict};
 use crate::nft::names::CACHE_FULL;
+use crate::nft::options::FastPath;
 use crate::timeouts::CLOSE_TIMEOUT;
 
 /// The chain that carries out each operation, for ports that are kept.
@@ -145,6 +146,13 @@ impl BaseTable<'_> {
     /// Packets that came back without a verdict. Cached replies and static redirects work without
     /// the engine, for whole TCP and UDP packets: the rest depends on the engine's state.
     fn unanswered_chain(&mut self) {
+        // Without the fast path only the engine filters, so nothing else may let a packet pass.
+        if self.options.fast_path == FastPath::Off && !self.options.queues.bypass {
+            for chain in ["unanswered", "unanswered_pool"] {
+                self.chain(chain, vec![self.undecided()]);
+            }
+            return;
+        }
         let mut rules = Vec::new();
         // Replies that begin or end a connection went to the engine although they are cached.
         for ip in FAMILIES {

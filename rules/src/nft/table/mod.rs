@@ -34,9 +34,9 @@ const LEARN_NATIVE_PRIORITY: i32 = -250;
 /// Priority of the ip and ip6 chains that queue: before the host's connection tracking reassembles
 /// fragments (NF_IP_PRI_RAW_BEFORE_DEFRAG), so that the engine sees what the bridge sees.
 const QUEUE_PRIORITY: i32 = -450;
-/// Priority of the ip and ip6 chains that take back what connection tracking was shown: behind
-/// everything else.
-const UNTRACKED_PRIORITY: i32 = i32::MAX - 1;
+/// Priority of the ip and ip6 chains that take back what connection tracking was shown: right behind it
+/// (-200), before other programs change marks (NF_IP_PRI_MANGLE, -150).
+const UNTRACKED_PRIORITY: i32 = -199;
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
@@ -69,7 +69,7 @@ pub(super) fn base_chain(name: &'static str, path: QueuePath) -> (&'static str, 
         ("learn", QueuePath::Native) => {
             ("learn_early", Hook::Prerouting, LEARN_NATIVE_PRIORITY, learn())
         }
-        ("host", _) => (name, Hook::Output, STEER_PRIORITY, Vec::new()),
+        ("host", _) => (name, Hook::Output, STEER_PRIORITY, answers::no_replies().to_vec()),
         _ => (name, Hook::Prerouting, STEER_PRIORITY, Vec::new()),
     };
     (name, Base { hook, priority }, rules)

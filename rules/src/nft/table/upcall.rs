@@ -3,11 +3,13 @@
 
 use super::own::mark_rules;
 use super::{BaseTable, QUEUE_PRIORITY, UNTRACKED_PRIORITY};
-use crate::mark::{OPERATION, Operation, Origin, UPCALL};
-use crate::nft::dsl::{accept, commented, rule, upcall};
+use crate::mark::{OPERATION, Operation, Origin, PORT, UPCALL};
+use crate::nft::dsl::{accept, commented, rule, upcall, verdict};
 use crate::nft::family::{CACHED_PROTOCOLS, IPV4, IPV6, IpFamily};
 use crate::nft::field::{Field, Value};
-use crate::nft::model::{Base, Chain, Family, Hook, Queues, Rule, Statement, Table, Write};
+use crate::nft::model::{
+    Base, Chain, Family, Hook, Queues, Rule, Statement, Table, Verdict, Write,
+};
 use crate::nft::options::QueuePath;
 
 impl BaseTable<'_> {
@@ -45,7 +47,11 @@ pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     let mut table = Table::new(family);
     let ip = if family == Family::Ip { IPV4 } else { IPV6 };
     let to_backend = tracked_rules(ip, ["backend_ip", "backend_port"]);
-    let back = tracked_rules(ip, ["backend_vip", "backend_vport"]);
+    let mut back = tracked_rules(ip, ["backend_vip", "backend_vport"]);
+    back.extend(Operation::TRACKED.map(|operation| {
+        let is = Statement::Is(Field::Mark(OPERATION & !PORT), Value::Mark(operation as u32));
+        commented(vec![is, verdict(Verdict::Drop)], "its slot has just been removed")
+    }));
     // The engine has the chain repeated for packets that are to be rewritten.
     let to_engine = [vec![unmarked(), to_queue], to_backend].concat();
     let back = [vec![unmarked()], back].concat();
@@ -65,20 +71,20 @@ fn unmarked() -> Rule {
 
 /// Returns the rules that write addresses and ports of redirected packets.
 ///
-/// Connection tracking and the host's NAT see a packet as its backend will. br_netfilter takes a
+/// Connection tracking sees a packet as its backend will. br_netfilter takes a
 /// packet with another destination than before for one that was translated by NAT, and routes it
 /// (br_nf_pre_routing_finish, net/bridge/br_netfilter_hooks.c), for which the host needs an address.
-/// So the destination is what it was when they are done, and the bridge translates the packet.
+/// So the destination is what it was when it is done, and the bridge translates the packet.
 fn tracked_rules(ip: IpFamily, [addresses, ports]: [&str; 2]) -> Vec<Rule> {
     let address = || Write { field: ip.destination, map: ip.name(addresses) };
     let port = || Write { field: Field::DestinationPort, map: ports.to_string() };
     let is = |bits: u32| Statement::Is(Field::Mark(OPERATION), Value::Mark(bits));
     let mut out = Vec::new();
     for operation in Operation::TRACKED {
-        let kept = vec![is(operation.bits(false)), Statement::Rewrite(vec![address()])];
+        let kept = vec![is(operation.bits(false)), Statement::Rewrite(vec![address()]), accept()];
         out.push(rule(kept));
         for protocol in CACHED_PROTOCOLS {
-            let rewrite = vec![Statement::Rewrite(vec![address(), port()])];
+            let rewrite = vec![Statement::Rewrite(vec![address(), port()]), accept()];
             let is = vec![is(operation.bits(true))];
             out.push(rule([is, protocol.is(ip), rewrite].concat()));
         }
