@@ -4,8 +4,8 @@
 //! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
 //! * [`networks`] knows the bridges and VLANs, [`backends`] what is on them.
-//! * [`startup`] puts a daemon together, alone by its [`host_lock`] and within its [`limits`], [`daemon`] runs it on the [`reactor`], `reload` reads its
-//!   configuration again.
+//! * [`startup`] takes the [`host_lock`], checks the process [`limits`] and builds the daemon;
+//!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine.
 //!

@@ -29,7 +29,7 @@ pub enum LimitError {
     },
     /// Address space.
     #[error(
-        "this process may use {} MiB of memory, and needs {}; raise the limit with 'ulimit -v', or \
+        "this process may use {} MiB of address space, and needs {}; raise the limit with 'ulimit -v', or \
          LimitAS= in a systemd unit",
         limit >> 20,
         needed >> 20
@@ -79,6 +79,6 @@ mod tests {
         assert!(error.to_string().contains("20 open files, and needs 90;"), "{error}");
         assert!(suffice(1024, u64::MAX, 4, 1000).is_err(), "a region has a descriptor");
         let error = suffice(1024, 100 << 20, 4, 0).unwrap_err();
-        assert!(error.to_string().contains("100 MiB of memory, and needs 192;"), "{error}");
+        assert!(error.to_string().contains("100 MiB of address space, and needs 192;"), "{error}");
     }
 }

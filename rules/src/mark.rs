@@ -45,8 +45,8 @@ pub enum Operation {
     /// [`Redirect`](Operation::Redirect), and remove from the cache any other flow with these
     /// addresses and ports.
     RedirectInvalidate = 9 << 27,
-    /// [`Redirect`](Operation::Redirect) of a packet to the slot's frontend that came by br_netfilter:
-    /// connection tracking sees it as the backend will.
+    /// A [`Redirect`](Operation::Redirect) by br_netfilter of a packet addressed to the slot's frontend;
+    /// connection tracking sees the packet already translated.
     TrackedRedirect = 10 << 27,
     /// [`RedirectInstall`](Operation::RedirectInstall), tracked in the same way.
     TrackedRedirectInstall = 11 << 27,
@@ -76,7 +76,7 @@ impl Operation {
     /// The operations that translate a reply.
     pub const REPLIES: [Operation; 3] =
         [Operation::Reply, Operation::ReplyInstall, Operation::ReplyExpire];
-    /// The other operations that rewrite.
+    /// The operations that redirect a packet to a backend, without the tracked ones.
     pub const REDIRECTS: [Operation; 4] = [
         Operation::Redirect,
         Operation::RedirectInvalidate,

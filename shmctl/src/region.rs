@@ -55,8 +55,8 @@ pub enum RegionError {
     },
     /// The file belongs to a user who may not take the place of the one before.
     #[error(
-        "{path}: made anew by user {owner}, whom nobody has named; add owner={owner} to the channel if the \
-         VM runs as that user"
+        "{path}: recreated by user {owner}, who may not own this region; add owner={owner} to its --shm option if \
+         the VM runs as that user"
     )]
     Owner {
         /// The path asked for.

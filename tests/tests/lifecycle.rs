@@ -190,8 +190,8 @@ fn a_connection_that_opens_outlives_the_daemon() {
                 });
                 daemon.kill();
                 run("nft delete table bridge hold");
-                // The backend sends its answer again after a second.
-                std::thread::sleep(Duration::from_millis(1500));
+                // After a second the client sends its SYN again, and the backend its answer.
+                std::thread::sleep(Duration::from_millis(2500));
                 daemon.restart();
                 assert_eq!(&connecting.join().unwrap(), b"backend\n", "{fail}");
             });
@@ -534,7 +534,8 @@ fn errors_at_the_start_name_their_cause() {
             "{message}"
         );
 
-        for (limit, words) in [("-n 20", "20 open files"), ("-v 100000", "97 MiB of memory")] {
+        for (limit, words) in [("-n 20", "20 open files"), ("-v 100000", "97 MiB of address space")]
+        {
             let run = format!("ulimit {limit}; exec \"$0\" --state /nowhere");
             let output = Command::new("sh").args(["-c", &run]).arg(program(NFQD)).output().unwrap();
             let message = String::from_utf8(output.stderr).unwrap();

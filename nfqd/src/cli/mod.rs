@@ -147,10 +147,10 @@ fn check(file: &Path) -> Result<(), Failure> {
     }
 }
 
-/// The reason nft does not take what is printed.
+/// The header of the output of `nfqd rules`, which says why nft cannot load it.
 const FOR_READING: &str = "\
-# What nfqd would load, for reading: nft cannot load it, because it has no words for xt targets and rejects
-# maps with long keys that packets change. nfqd loads the same by netlink, in one transaction.
+# The ruleset that nfqd would load, for reading only: nft cannot load it, because it has no syntax for xt targets
+# and rejects maps with long keys that rules update. nfqd loads the same ruleset by netlink, in one transaction.
 ";
 
 fn rules(args: &RulesArgs) -> Result<(), Failure> {

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 /// A guest's channel.
 pub struct Channel {
     spec: ShmSpec,
-    /// The users whose files may be the region from now on: in a folder that everybody may write to,
-    /// anybody can make a file under its name.
+    /// The users whose file is accepted when the region is opened again, because anybody can create
+    /// a file of that name in a world-writable directory.
     owners: Vec<u32>,
     /// The region, or why it is not read.
     region: Result<RegionFile, RegionError>,
@@ -49,7 +49,7 @@ impl Channel {
         }
         let region = RegionFile::open_or_create(&spec.path, spec.ownership);
         if let Err(error) = &region {
-            log::error!("{error}; its commands are not read until that changes");
+            log::error!("{error}; the commands of this channel are not read until this is fixed");
         }
         let now = Instant::now();
         let first = region.as_ref().ok().map(RegionFile::owner);
@@ -66,10 +66,10 @@ impl Channel {
         }
     }
 
-    /// Refuses a path that is no region and will not become one.
+    /// Rejects a channel whose path is not a region and will not become one, such as a directory.
     ///
     /// # Errors
-    /// What it is.
+    /// The reason the path cannot be a region.
     pub fn refuse_mistake(self) -> Result<Channel, RegionError> {
         let is_mistake = |error: &RegionError| match error {
             RegionError::Kind { .. } => true,
@@ -108,7 +108,7 @@ impl Channel {
     }
 
     fn close(&mut self, error: RegionError) {
-        log::warn!("{error}; its commands are not read until that changes");
+        log::warn!("{error}; the commands of this channel are not read until this is fixed");
         self.region = Err(error);
     }
 

@@ -25,7 +25,7 @@ pub enum CommandFileError {
     Commands(String),
 }
 
-/// Some editors begin a file with it.
+/// The byte order mark, with which some editors begin a file.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// Applies all commands of a text to a desired state, but for those that `skip` returns true for.
@@ -49,7 +49,7 @@ pub fn apply_text(
 
 /// The longest line of a file of registrations, in bytes: a command with its network.
 const MAX_LINE: usize = 1 << 14;
-/// The errors of a file of registrations that are told one by one.
+/// The maximum number of errors of a file of registrations that are reported one by one.
 const MAX_ERRORS: usize = 100;
 
 /// Applies the lines of a reader to a desired state, as [`apply_text`] does, in memory that does not

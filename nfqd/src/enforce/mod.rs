@@ -43,8 +43,9 @@ pub struct Enforcer {
     /// The reason the kernel's tables are not as we left them and must be loaded as a whole.
     broken: Option<String>,
     repairs: u64,
-    /// When the tables may be loaded again, and the pause after that.
+    /// The earliest time of the next repair.
     next_repair: Instant,
+    /// The current pause between two repairs.
     repair_pause: Duration,
     /// Whether tagged frames reached the queues by br_netfilter at the start.
     calls_tagged: bool,

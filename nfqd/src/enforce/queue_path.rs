@@ -94,10 +94,9 @@ fn is_set(name: &str) -> bool {
     std::fs::read_to_string(path_of(name)).is_ok_and(|value| value.trim() == "1")
 }
 
-/// Sets the sysctls of br_netfilter that the path into the queues needs and another program has
-/// changed (libvirt, a sysctl.d file that is applied again); `tagged`: the one for tagged packets as
-/// well. Returns the reason there is no path, if
-/// that cannot be done.
+/// Restores the br_netfilter sysctls that the queue path needs, if another program (libvirt, or a
+/// sysctl.d file that is applied again) has changed them; with `tagged`, also the one for tagged
+/// packets. Returns the reason if a sysctl cannot be set.
 pub(super) fn restore_calls(tagged: bool) -> Option<String> {
     let mut reason = None;
     let names = CALLS.into_iter().chain(tagged.then_some(CALL_TAGGED));

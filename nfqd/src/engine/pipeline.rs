@@ -217,14 +217,14 @@ impl PacketContext<'_> {
         Some((slot, self.snapshot.desired().slots.key_of(slot)?))
     }
 
-    /// Whether a packet of a flow can be sent to the backend of a slot: its MAC is known, and if it
-    /// has come to own the frontend's address, the packet goes there.
+    /// Whether a packet of a flow can be sent to the backend of a slot: the backend's MAC is known, and
+    /// if the backend now owns the frontend's address, the packet is addressed to that address.
     fn can_take(&self, key: &SlotKey, ip: &IpHeader) -> bool {
         self.snapshot.is_reachable(key) && self.is_owner_addressed(key, ip)
     }
 
-    /// Whether the backend of a slot does not own its frontend's address, or the packet goes to that:
-    /// what an owner gets is not translated.
+    /// Whether the backend of a slot does not own the frontend's address (`dsr`), or the packet is
+    /// addressed to it: packets to an owner are not translated.
     pub(super) fn is_owner_addressed(&self, key: &SlotKey, ip: &IpHeader) -> bool {
         !self.snapshot.is_dsr(key) || key.frontend.ip == ip.destination
     }

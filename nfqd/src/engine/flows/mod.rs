@@ -282,9 +282,9 @@ impl FlowTable {
         shard.unexpired(at, now).map(|entry| entry.slot)
     }
 
-    /// Whether replies would be mistaken for those of another live flow. One whose slot is not in use
-    /// any more holds nothing, nor does the flow of the same client to the same address through
-    /// another middlebox, whose place this one has taken.
+    /// Whether another live flow already has this reply tuple. A flow whose slot is no longer in use
+    /// does not count, nor does a flow with the same original tuple through another middlebox,
+    /// because the new flow replaces it.
     pub fn is_reply_taken(
         &self,
         reply: &ReplyTuple,

@@ -72,8 +72,14 @@ impl BaseTable<'_> {
         let flows = PORT_REWRITES.map(|ports| forget(flow_key, "flows", ports)).concat();
         let replies =
             PORT_REWRITES.map(|ports| forget(reply_key_of_request, "replies", ports)).concat();
+        let connecting = FAMILIES.map(|ip| {
+            let (key, set) = (flow_key(ip), TCP.name("connecting", ip));
+            let remember = Statement::Remember { key, set, timeout: None };
+            rule([TCP.is(ip), vec![remember]].concat())
+        });
         let opening = note_opening(ports);
-        let rules = [flows, to_backend.clone(), no_bypass.clone(), replies, opening];
+        let first = [flows, connecting.to_vec()].concat();
+        let rules = [first, to_backend.clone(), no_bypass.clone(), replies, opening];
         self.chain(&name("redirected_new"), rules.concat());
 
         let rules = [to_backend.clone(), no_bypass.clone(), finish].concat();
@@ -181,13 +187,19 @@ impl BaseTable<'_> {
         rules.push(self.undecided());
         self.chain("unanswered", rules);
 
-        // The middlebox would reset a connection that it does not know. Its sender sends again.
+        // The middlebox would reset a connection that it does not know, and answer one that a backend
+        // has been sent. Their senders send again.
         let is_within = |ip: IpFamily| {
             let no_syn = Statement::Masked(Field::TcpFlags, Value::Flags(SYN), Value::Flags(0));
             rule([TCP.is_whole(ip), vec![no_syn, verdict(Verdict::Drop)]].concat())
         };
+        let is_connecting = |ip: IpFamily| {
+            let known = Statement::In(flow_key(ip), TCP.name("connecting", ip));
+            rule([TCP.is_whole(ip), vec![known, verdict(Verdict::Drop)]].concat())
+        };
         let mut rules = FAMILIES.map(is_within).to_vec();
         rules[0].comment = Some("of a connection whose backend only the engine knows".to_string());
+        rules.extend(FAMILIES.map(is_connecting));
         rules.push(self.undecided());
         self.chain("unanswered_pool", rules);
     }
@@ -226,8 +238,8 @@ pub(super) fn rewriting(
     }
 }
 
-/// Returns the rules that let pass, although there is no engine, what hardly concerns a service: what a
-/// backend sends that is no reply of a known flow, and pings of a middlebox.
+/// Returns the rules for `--fail closed` without an engine: packets that a service takes are dropped;
+/// whole TCP and UDP packets from a backend, and ICMP to a middlebox, pass.
 fn of_no_service(ip: IpFamily) -> Vec<Rule> {
     let finish = || goto("finish");
     let is_taken = |key: Vec<Field>, set: &str| {

@@ -125,6 +125,9 @@ impl BaseTable<'_> {
                 let closing = cache(flow_key(ip), None, OWN_TCP_SHORT_TIMEOUT, comment);
                 self.set(&protocol.name("own_closing", ip), closing);
                 // A flood of SYNs fills these and nothing else.
+                let comment = "connections that open, as their clients send them";
+                let connecting = cache(flow_key(ip), None, OPENING_TIMEOUT, comment);
+                self.set(&protocol.name("connecting", ip), connecting);
                 for ports in PORT_REWRITES {
                     let comment = "answers of backends to connections that open: slot";
                     let opening = cache(reply_key(ip), slot, OPENING_TIMEOUT, comment);

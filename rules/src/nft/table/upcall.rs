@@ -29,8 +29,8 @@ impl BaseTable<'_> {
     }
 }
 
-/// Returns the queues as packets pass them if nobody serves them: the chain `unanswered` then decides,
-/// which drops less than all. A queue that is full drops, unless the engine has asked for the other.
+/// Returns the queues with `bypass` set: without nfqd, packets pass the queue, and the chain
+/// `unanswered` decides on them. A full queue still drops, unless it was opened to let packets pass.
 fn without_engine(queues: Queues) -> Queues {
     Queues { bypass: true, ..queues }
 }
@@ -64,17 +64,17 @@ pub(in crate::nft) fn queueing_table(family: Family, queues: Queues) -> Table {
     table
 }
 
-/// Returns the rule for most packets.
+/// Returns the rule that accepts packets without a mark, which are most.
 fn unmarked() -> Rule {
     rule(vec![Statement::Is(Field::Mark(u32::MAX), Value::Mark(0)), accept()])
 }
 
 /// Returns the rules that write addresses and ports of redirected packets.
 ///
-/// Connection tracking sees a packet as its backend will. br_netfilter takes a
-/// packet with another destination than before for one that was translated by NAT, and routes it
-/// (br_nf_pre_routing_finish, net/bridge/br_netfilter_hooks.c), for which the host needs an address.
-/// So the destination is what it was when it is done, and the bridge translates the packet.
+/// Connection tracking must see the packet as its backend will. But br_netfilter treats a packet whose
+/// destination has changed as translated by NAT and routes it (br_nf_pre_routing_finish,
+/// net/bridge/br_netfilter_hooks.c), for which the host needs an address. Therefore the original
+/// destination is restored after connection tracking, and the bridge table translates the packet.
 fn tracked_rules(ip: IpFamily, [addresses, ports]: [&str; 2]) -> Vec<Rule> {
     let address = || Write { field: ip.destination, map: ip.name(addresses) };
     let port = || Write { field: Field::DestinationPort, map: ports.to_string() };
