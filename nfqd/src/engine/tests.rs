@@ -354,6 +354,22 @@ fn two_services_with_one_backend_do_not_mix_a_clients_port() {
 }
 
 #[test]
+fn what_a_dead_backend_still_sends_is_not_passed_untranslated() {
+    let before = snapshot(&[POOL]);
+    let memory = EngineState::new(1000);
+    let there = to(decision(&before, &memory, &syn(1000), 0));
+    let dead = BackendObservation { mac: None, alive: false };
+    let after = following(&before, before.policy().clone(), |name| {
+        if *name == there.key.backend { dead } else { BackendObservation::UNKNOWN }
+    });
+    let IpAddr::V4(ip) = there.key.backend.ip else { unreachable!("an IPv4 pool") };
+    let [.., last] = ip.octets();
+    let port = if there.port { there.key.backend.port.unwrap() } else { 80 };
+    let late = tcp(BACKEND, CLIENT, (last, 1), (port, 1000), flag::ACK);
+    assert_eq!(decision(&after, &memory, &late, 1), Verdict::Drop(DropReason::BackendGone));
+}
+
+#[test]
 fn a_client_uses_a_port_through_one_of_two_static_services() {
     let lines = [
         "R L 2:0:0:0:0:2 10.0.0.2:80 0 10.0.0.3:80@2:0:0:0:0:3",

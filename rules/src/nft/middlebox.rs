@@ -100,7 +100,7 @@ impl MiddleboxPart {
             middlebox
                 .services()
                 .iter()
-                .for_each(|(frontend, service)| part.service(mac, frontend, service));
+                .for_each(|(frontend, service)| part.service(mac, frontend, service, slots));
         }
         slots.of(key).for_each(|(key, slot)| part.backend(key, slot));
         self
@@ -148,14 +148,18 @@ impl MiddleboxPart {
     }
 
     /// The elements that send packets to the engine.
-    fn service(&mut self, mac: MacAddr, frontend: &Frontend, service: &Service) {
+    fn service(&mut self, mac: MacAddr, frontend: &Frontend, service: &Service, slots: &Slots) {
         let ip = IpFamily::of(frontend.ip);
         let (mac, address) = (Value::Mac(mac), Value::Ip(frontend.ip));
         let whole = !service.method().is_pool() && !service.options().dsr;
+        let network = self.network;
         let mut add =
             |set: &str, key: Vec<Value>| self.element(&ip.name(set), key, Element::default());
         for name in service.backends().keys() {
             add("watched", vec![Value::Ip(name.ip)]);
+            if !service.options().dsr && slots.is_backend(network, name.ip) {
+                add("backends", vec![Value::Ip(name.ip)]);
+            }
         }
         match frontend.port {
             None if whole => add("service_all", vec![mac]),
@@ -176,9 +180,6 @@ impl MiddleboxPart {
             ..Element::default()
         };
         let slot = vec![Value::Mark(mark::slot_bits(id))];
-        if !dsr {
-            self.element(&ip.name("backends"), vec![Value::Ip(key.backend.ip)], Element::default());
-        }
         self.element(&ip.name("backend_vip"), slot.clone(), entry(Value::Ip(key.frontend.ip)));
         // A backend whose MAC is unknown has no element: the look-up of a cached flow misses, and
         // the packet goes to the engine.

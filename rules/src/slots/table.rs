@@ -33,7 +33,9 @@ pub struct Slots {
     slot_ids: IdAllocator<SlotVersion, SlotId>,
     current: OrdMap<SlotKey, Slot>,
     by_id: OrdMap<SlotId, SlotKey>,
-    /// The number of slots that each backend address has on a network.
+    /// The addresses of the registered backends of each middlebox whose replies are translated, and the
+    /// number of middleboxes on a network that have each.
+    counted_by: OrdMap<MiddleboxKey, (NetworkId, Arc<BTreeSet<IpAddr>>)>,
     backends: OrdMap<(NetworkId, IpAddr), u32>,
     /// The number of backend addresses of a network, those of IPv4 and those of IPv6.
     backend_counts: OrdMap<(NetworkId, bool), u32>,
@@ -57,6 +59,7 @@ impl Default for Slots {
             slot_ids: IdAllocator::new(QUARANTINE, MAX_QUARANTINED),
             current: OrdMap::new(),
             by_id: OrdMap::new(),
+            counted_by: OrdMap::new(),
             backends: OrdMap::new(),
             backend_counts: OrdMap::new(),
             middlebox_ids: IdAllocator::new(MIDDLEBOX_QUARANTINE, MAX_QUARANTINED),
@@ -184,14 +187,13 @@ impl Slots {
         for (key, slot) in before {
             self.current.remove(&key);
             self.by_id.remove(&slot.id);
-            self.count_backend(key, slot, |count| count.saturating_sub(1));
         }
-        let mut enough = true;
+        let mut enough = self.count_backends(key, network.zip(middlebox));
         for (version, Wanted { observation, dsr }) in wanted {
             let SlotVersion { key, fingerprint } = version;
             let BackendObservation { mac, alive } = observation;
             let network = network.unwrap_or(NetworkId::ANY);
-            let has_room = dsr || self.has_room(network, key.backend.ip);
+            let has_room = dsr || self.is_backend(network, key.backend.ip);
             let id = if has_room { self.slot_ids.allocate(version, now) } else { None };
             let Some(id) = id else {
                 enough = false;
@@ -200,7 +202,6 @@ impl Slots {
             let slot = Slot { id, mac, alive, dsr, network, fingerprint };
             self.current.insert(key, slot);
             self.by_id.insert(id, key);
-            self.count_backend(key, slot, |count| count + 1);
         }
         enough
     }
@@ -211,19 +212,58 @@ impl Slots {
         count < BACKENDS_OF_NETWORK || self.is_backend(network, ip)
     }
 
-    /// Counts the slots of a backend's address. Packets of a backend that owns the frontend's
-    /// address need no translation, so it is not counted.
-    fn count_backend(&mut self, key: SlotKey, slot: Slot, change: fn(u32) -> u32) {
-        if slot.dsr {
-            return;
+    /// Replaces the addresses of backends that are counted for a middlebox: of all that it has
+    /// registered, because a backend without a slot, which is dead, still sends packets of its flows.
+    /// Those of a backend that owns the frontend's address need no translation, so it is not counted.
+    /// Returns false if a network has too many.
+    fn count_backends(
+        &mut self,
+        key: MiddleboxKey,
+        registered: Option<(NetworkId, &Middlebox)>,
+    ) -> bool {
+        let addresses = |middlebox: &Middlebox| {
+            let services = middlebox.services().values().filter(|service| !service.options().dsr);
+            services.flat_map(|service| service.backends().keys().map(|name| name.ip)).collect()
+        };
+        let new = registered.map(|(network, middlebox)| (network, addresses(middlebox)));
+        let new = new.filter(|(_, addresses): &(_, BTreeSet<IpAddr>)| !addresses.is_empty());
+        let old = self.counted_by.get(&key).cloned();
+        let is_same = match (&old, &new) {
+            (Some((network, old)), Some((now, new))) => network == now && **old == *new,
+            (None, None) => true,
+            _ => false,
+        };
+        if is_same {
+            return true;
         }
-        let address = (slot.network, key.backend.ip);
+        for (network, ip) in old.iter().flat_map(|(n, all)| all.iter().map(|ip| (*n, *ip))) {
+            self.count_backend((network, ip), |count| count.saturating_sub(1));
+        }
+        let Some((network, addresses)) = new else {
+            self.counted_by.remove(&key);
+            return true;
+        };
+        let mut enough = true;
+        let mut counted = BTreeSet::new();
+        for ip in addresses {
+            if self.has_room(network, ip) {
+                self.count_backend((network, ip), |count| count + 1);
+                counted.insert(ip);
+            } else {
+                enough = false;
+            }
+        }
+        self.counted_by.insert(key, (network, Arc::new(counted)));
+        enough
+    }
+
+    fn count_backend(&mut self, address: (NetworkId, IpAddr), change: fn(u32) -> u32) {
         let is_new = match change(self.backends.get(&address).copied().unwrap_or(0)) {
             0 => self.backends.remove(&address).map(|_| false),
             count => self.backends.insert(address, count).is_none().then_some(true),
         };
         if let Some(is_new) = is_new {
-            let family = (slot.network, key.backend.ip.is_ipv4());
+            let family = (address.0, address.1.is_ipv4());
             let count = self.backend_counts.entry(family).or_default();
             *count = if is_new { *count + 1 } else { count.saturating_sub(1) };
         }
