@@ -18,7 +18,11 @@ fn base_chains() -> Vec<String> {
     let text = run("nft -a list table bridge nfqd");
     let chains: Vec<String> = text
         .lines()
-        .filter(|l| l.contains("chain steer") || l.contains("chain learn {"))
+        .filter(|l| {
+            ["steer", "learn", "learn_early"]
+                .iter()
+                .any(|name| l.contains(&format!("chain {name} {{")))
+        })
         .map(str::to_string)
         .collect();
     assert_eq!(chains.len(), 2, "{text}");
