@@ -138,9 +138,9 @@ pub enum ConfigError {
     /// An owner that does not exist on this host.
     #[error("there is no {what} '{name}' on this host; write another name, or a number")]
     Unknown {
-        /// What is unknown.
+        /// The kind of name: user or group.
         what: &'static str,
-        /// Its name.
+        /// The name.
         name: String,
     },
     /// A VLAN without its bridge.

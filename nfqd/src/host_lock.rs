@@ -1,7 +1,7 @@
 //! The lock of a network namespace: one nfqd has its tables and queues at a time.
 //!
-//! It is a locked file in `/run`, where only root can be in the way, named by the namespace's inode.
-//! The lock ends with its process, however that ends.
+//! The lock is a locked file in `/run`, where only root can be in the way, named by the namespace's
+//! inode. It ends with its process, however that ends.
 
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, DirBuilder, File};

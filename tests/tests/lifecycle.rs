@@ -174,7 +174,9 @@ fn a_connection_that_opens_outlives_the_daemon() {
             let script = tempfile::NamedTempFile::new().unwrap();
             let hold =
                 "table bridge hold {\n chain input {\n type filter hook prerouting priority -310\n
-                        iifname backend tcp flags syn,ack / syn,ack drop\n }\n}\n";
+                        iifname backend tcp flags syn,ack / syn,ack drop\n }\n}\n
+                 table bridge watch {\n chain out {\n type filter hook postrouting priority 250\n
+                        oifname client ip saddr 10.129.126.17 counter\n }\n}\n";
             std::fs::write(script.path(), hold).unwrap();
             run(&format!("nft -f {}", script.path().display()));
             let (client, daemon) = (&fixture.topology.client, &mut fixture.daemon);
@@ -199,6 +201,9 @@ fn a_connection_that_opens_outlives_the_daemon() {
                 daemon.restart();
                 assert_eq!(&connecting.join().unwrap(), b"backend\n", "{fail}");
             });
+            // The backend's answers come from the service's address, or not at all.
+            let seen = run("nft list table bridge watch");
+            assert!(seen.contains("counter packets 0 "), "{fail}: {seen}");
         });
     }
 }

@@ -121,7 +121,7 @@ impl PacketContext<'_> {
         {
             return Ok(verdict);
         }
-        // What the middlebox has begun takes over what a client had with the same addresses and ports.
+        // A conversation of the middlebox takes over the addresses and ports of a client's flow.
         let is_begun = balanced && self.ingress.is_own;
         let reply = if from_backend && !is_begun { self.reply(&ip)? } else { None };
         let verdict = match reply {
@@ -201,7 +201,7 @@ impl PacketContext<'_> {
         let has_ports = ip.fragment != Fragment::Later && ip.ports.is_some();
         let port = key.ports().is_some() && transport && has_ports;
         let cache = if self.is_cacheable() { cache } else { CacheAction::None };
-        // What is undone behind connection tracking is the frontend's address.
+        // Behind connection tracking, the frontend's address is restored and no other.
         let to_frontend = ip.destination == key.frontend.ip && !self.snapshot.is_dsr(&key);
         let tracked = self.snapshot.tracked_first && to_frontend;
         Translation { slot, key, port, cache, tracked }

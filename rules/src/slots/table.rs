@@ -214,7 +214,7 @@ impl Slots {
 
     /// Replaces the addresses of backends that are counted for a middlebox: of all that it has
     /// registered, because a backend without a slot, which is dead, still sends packets of its flows.
-    /// Those of a backend that owns the frontend's address need no translation, so it is not counted.
+    /// Packets of a backend that owns the frontend's address need no translation, so it is not counted.
     /// Returns false if a network has too many.
     fn count_backends(
         &mut self,

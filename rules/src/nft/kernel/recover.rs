@@ -115,7 +115,7 @@ impl Kernel {
             }
         }
         let (flows, replies) = (caches("flows", &sets), caches("replies", &sets));
-        // One that has been established since is among the replies as well, which come later.
+        // A connection that has been established since is among the replies as well, which come later.
         let opening = caches("opening", &sets).into_iter().map(|found| (found, true));
         let replies = opening.chain(replies.into_iter().map(|found| (found, false)));
         for (set, _) in flows {

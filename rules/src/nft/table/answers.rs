@@ -11,7 +11,7 @@ use crate::nft::dsl::{accept, clear_mark, commented, goto, jump, rule, set_of};
 use crate::nft::family::{IpFamily, PORT_REWRITES, PortRewrite};
 use crate::nft::field::{Field, Type, Value};
 use crate::nft::model::{
-    Base, Chain, Data, Element, ElementData, Hook, Rule, Set, Statement, Table, Verdict,
+    Base, Chain, Data, Element, ElementData, Hook, Rule, Statement, Table, Verdict,
 };
 
 /// Priority of the chains: before libvirt's filters of what a VM gets (NF_BR_PRI_NAT_SRC, 300) and
@@ -38,7 +38,7 @@ pub(super) fn add_answers(table: &mut Table) {
         let rules = vec![rule(vec![jump(&translate)]), rule(vec![goto("finish")])];
         table.chains.insert(chain, Chain { base: None, rules });
     }
-    table.sets.insert(ANSWERS.to_string(), Set { ..operations });
+    table.sets.insert(ANSWERS.to_string(), operations);
     for (name, hook) in [("answers", Hook::Postrouting), ("answers_in", Hook::Input)] {
         let base = Some(Base { hook, priority: PRIORITY });
         table.chains.insert(name.to_string(), Chain { base, rules: rules() });
@@ -54,7 +54,7 @@ pub(super) fn no_replies() -> [Rule; 3] {
     })
 }
 
-/// Most frames have no mark at all, which is tested first.
+/// Returns the rules of the chains. Most frames have no mark at all, which is tested first.
 fn rules() -> Vec<Rule> {
     let unmarked = vec![Statement::Is(Field::Mark(u32::MAX), Value::Mark(0)), accept()];
     let operation = Statement::Vmap(vec![Field::Mark(OPERATION)], ANSWERS.to_string());

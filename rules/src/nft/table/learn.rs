@@ -134,7 +134,7 @@ impl BaseTable<'_> {
             set: protocol.name("bypass", ip),
             timeout: None,
         };
-        // What is cached with these addresses and ports is of a flow that has ended.
+        // A cached reply with these addresses and ports is of a flow that has ended.
         let ended = PORT_REWRITES.map(|ports| forget(reply_key, "replies", ports)).concat();
         self.chain("learn_bypass", [ended, each_or_full("bypass", "finish", bypass)].concat());
         let rules = install(flow_key, "flows", PortRewrite::Kept, Some(CLOSE_TIMEOUT), "finish");
