@@ -9,7 +9,7 @@ use crate::config::{Config, ConfigError, DaemonArgs, FailChoice};
 use crate::enforce::Enforcer;
 use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
 use crate::engine::EngineState;
-use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple};
+use crate::engine::flows::{FlowState, OriginalTuple, ReplyTuple, UDP_TIMEOUT};
 use crate::host_lock::{HostLock, HostLockError};
 use crate::limits::{self, LimitError};
 use crate::networks::HostNetworks;
@@ -212,5 +212,7 @@ fn restore_flow(desired: &Desired, state: &EngineState, cached: &CachedReply) {
     // A middlebox that is no longer registered has no flows.
     let Some(network) = desired.slots.network_of(key.middlebox) else { return };
     let reply = ReplyTuple { network, backend: source, client, protocol, ports };
-    state.flows.insert(original, Some(reply), slot, flow_state, 0);
+    let its = desired.service(&key).and_then(|service| service.options().udp_timeout);
+    let udp_timeout = its.unwrap_or(UDP_TIMEOUT);
+    state.flows.insert(original, Some(reply), slot, (flow_state, udp_timeout), 0);
 }

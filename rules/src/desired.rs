@@ -2,7 +2,8 @@
 
 use crate::network::{MiddleboxKey, Networks};
 use crate::policy::Policy;
-use crate::slots::Slots;
+use crate::service::Service;
+use crate::slots::{SlotKey, Slots};
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeSet;
 
@@ -23,6 +24,11 @@ impl Desired {
     pub fn changed(&self, before: &Desired) -> BTreeSet<MiddleboxKey> {
         let policy = self.policy.changed(&before.policy);
         policy.into_iter().chain(self.slots.changed(&before.slots)).collect()
+    }
+
+    /// Returns the service of a slot, if it is registered.
+    pub fn service(&self, key: &SlotKey) -> Option<&Service> {
+        self.policy.get(key.middlebox)?.service(&key.frontend)
     }
 
     /// Returns the middlebox with this MAC whose sets and chains have names with this prefix.

@@ -7,13 +7,13 @@ use crate::network::MiddleboxKey;
 use crate::packet::IpHeader;
 use crate::policy::Middlebox;
 use crate::service::Service;
-use crate::slots::{SlotKey, Slots};
+use crate::slots::{Liveness, SlotKey, Slots};
 use imbl::OrdMap;
-use nfqd_shmctl::{BackendName, Frontend, Method};
+use nfqd_shmctl::{BackendName, Frontend, MAX_WEIGHT, Method};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A backend that accepts new flows.
@@ -33,6 +33,15 @@ struct Subset([u64; MAX_BACKENDS.div_ceil(64)]);
 
 impl Subset {
     const ALL: Subset = Subset([u64::MAX; MAX_BACKENDS.div_ceil(64)]);
+    const NONE: Subset = Subset([0; MAX_BACKENDS.div_ceil(64)]);
+
+    fn insert(&mut self, at: usize) {
+        self.0.get_mut(at / 64).into_iter().for_each(|bits| *bits |= 1 << (at % 64));
+    }
+
+    fn is_empty(self) -> bool {
+        self.0.iter().all(|bits| *bits == 0)
+    }
 
     fn of(members: &[Member], belongs: impl Fn(&Member) -> bool) -> Subset {
         let mut out = Subset([0; MAX_BACKENDS.div_ceil(64)]);
@@ -61,6 +70,30 @@ pub struct Pool {
     credits: Mutex<Vec<i64>>,
     /// The index at which the search for the least loaded member begins, so that equals take turns.
     start: AtomicUsize,
+    /// The slow start of each member, for the method least.
+    slow_starts: Vec<SlowStart>,
+}
+
+/// The slow start of a member that has joined others: without it, a member with no flows would get all
+/// new ones until it has as many as the others. It ends when it has.
+#[derive(Debug, Default)]
+struct SlowStart {
+    is_active: AtomicBool,
+    /// The new flows of the pool that count for its next turn.
+    credit: AtomicU64,
+}
+
+/// The most of its share of new flows that a member gets during its slow start.
+const SLOW_START_SHARE: u64 = 2;
+
+impl SlowStart {
+    fn new(is_active: bool) -> SlowStart {
+        SlowStart { is_active: AtomicBool::new(is_active), credit: AtomicU64::new(0) }
+    }
+
+    fn is_active(&self) -> bool {
+        self.is_active.load(Relaxed)
+    }
 }
 
 impl Pool {
@@ -70,12 +103,52 @@ impl Pool {
         Pool {
             method: service.method(),
             seed: options.seed,
-            affinity: options.affinity,
+            affinity: options.affinity.is_some(),
             credits: Mutex::new(vec![0; members.len()]),
             members,
             table: Arc::default(),
             start: AtomicUsize::new(0),
+            slow_starts: Vec::new(),
         }
+    }
+
+    /// Begins the slow start of members that another pool, which this one replaces, did not have.
+    fn slow_down_new(&mut self, before: Option<&Pool>) {
+        let Some(before) = before.filter(|before| !before.members.is_empty()) else { return };
+        let is_slow = |member: &Member| {
+            let at = before.members.iter().position(|old| old.slot == member.slot);
+            at.is_none_or(|at| before.slow_starts.get(at).is_some_and(SlowStart::is_active))
+        };
+        if self.method == Method::Least && self.members.iter().any(is_slow) {
+            self.slow_starts = self.members.iter().map(is_slow).map(SlowStart::new).collect();
+        }
+    }
+
+    /// Returns the members that may not take the next flow, because they start slowly. A turn of such a
+    /// member comes once in so many new flows that it gets at most [`SLOW_START_SHARE`] times its share.
+    fn slow_members(&self, live: &impl Fn(SlotId) -> u32) -> Subset {
+        if !self.slow_starts.iter().any(SlowStart::is_active) {
+            return Subset::NONE;
+        }
+        let load = |member: &Member| {
+            u64::from(live(member.slot)) * u64::from(MAX_WEIGHT) / u64::from(member.weight)
+        };
+        let with_starts = || self.members.iter().zip(&self.slow_starts);
+        let others = with_starts().filter(|(_, start)| !start.is_active());
+        let lightest = others.map(|(member, _)| load(member)).min();
+        let total: u64 = self.members.iter().map(|member| u64::from(member.weight)).sum();
+        let mut out = Subset::NONE;
+        for (at, (member, start)) in with_starts().enumerate().filter(|(_, (_, s))| s.is_active()) {
+            if lightest.is_none_or(|lightest| load(member) >= lightest) {
+                start.is_active.store(false, Relaxed);
+                continue;
+            }
+            let gained = SLOW_START_SHARE * u64::from(member.weight);
+            if start.credit.fetch_add(gained, Relaxed) + gained < total {
+                out.insert(at);
+            }
+        }
+        out
     }
 
     /// Returns the backends that accept new flows.
@@ -159,7 +232,21 @@ impl Pool {
             let loads = all.map(|(at, member)| (at, member, u64::from(live(member.slot)) + 1));
             loads.min_by(lighter).map(|(at, ..)| at)
         };
-        let (best, _) = self.best(lightest, fits)?;
+        let slow = self.slow_members(&live);
+        let is_ready = |member: &Member| {
+            let at = self.members.iter().position(|other| other.slot == member.slot);
+            fits(member) && !at.is_some_and(|at| slow.contains(at))
+        };
+        let found = if slow.is_empty() {
+            self.best(lightest, &fits)
+        } else {
+            // If nobody else can serve the client, a slow start must not keep it waiting.
+            self.best(lightest, is_ready).or_else(|| self.best(lightest, &fits))
+        };
+        let (best, _) = found?;
+        if let Some(start) = self.slow_starts.get(best) {
+            start.credit.store(0, Relaxed);
+        }
         self.members.get(best).copied()
     }
 
@@ -231,12 +318,15 @@ impl Pools {
             let member = |(name, backend): (&BackendName, &crate::service::Backend)| {
                 let slot =
                     slots.get(&SlotKey { middlebox: key, frontend: *frontend, backend: *name })?;
-                let usable = slot.mac.is_some() && slot.alive && !backend.draining;
+                let usable = slot.mac.is_some()
+                    && slot.liveness == Liveness::Alive
+                    && backend.drain.is_none();
                 usable.then_some(Member { name: *name, weight: backend.weight, slot: slot.id })
             };
             let mut new =
                 Pool::new(service, service.backends().iter().filter_map(member).collect());
             let old = before.as_ref().and_then(|before| before.get(frontend));
+            new.slow_down_new(old.map(Arc::as_ref));
             if let Some(old) = old.filter(|old| old.hashes_like(&new)) {
                 new.table = Arc::clone(&old.table);
             }
@@ -361,6 +451,46 @@ mod tests {
         let chosen: Vec<u32> =
             (0..6).map(|_| pool.choose(&packet(1), live, |_| true).unwrap().slot.get()).collect();
         assert!(chosen.contains(&1) && chosen.contains(&2) && !chosen.contains(&3), "{chosen:?}");
+    }
+
+    /// A member that joins others with many flows gets at most twice its share until it has as many.
+    #[test]
+    fn a_member_that_joins_starts_slowly() {
+        let line = "R L 2:0:0:0:0:1 10.0.0.9 least 10.0.0.2 10.0.0.3 10.0.0.4 10.0.0.5";
+        let mut pool = pool(line);
+        let mut before = self::pool(line);
+        before.members.truncate(3);
+        pool.slow_down_new(Some(&before));
+        let mut flows = [100_u32, 100, 100, 0];
+        let mut choose = |pool: &Pool| {
+            let live = |slot: SlotId| flows[slot.get() as usize - 1];
+            let at = pool.choose(&packet(1), live, |_| true).unwrap().slot.get() as usize - 1;
+            flows[at] += 1;
+            at
+        };
+        let taken = (0..100).filter(|_| choose(&pool) == 3).count();
+        assert_eq!(taken, 50, "twice a quarter");
+        // The slow start goes on in a pool that replaces this one, and ends.
+        let mut next = self::pool(line);
+        next.slow_down_new(Some(&pool));
+        let more = (0..100).filter(|_| choose(&next) == 3).count();
+        assert_eq!(more, 50);
+        for _ in 0..1000 {
+            choose(&next);
+        }
+        assert!(!next.slow_starts.iter().any(SlowStart::is_active));
+        // Who cannot be served by anyone else does not wait.
+        let mut alone = self::pool(line);
+        alone.slow_down_new(Some(&before));
+        let last = alone.members[3];
+        for _ in 0..8 {
+            let live = |slot: SlotId| if slot == last.slot { 0 } else { 100 };
+            assert_eq!(alone.choose(&packet(1), live, |member| *member == last), Some(last));
+        }
+        // A pool that is the first of its service starts at once.
+        let mut first = self::pool(line);
+        first.slow_down_new(None);
+        assert!(first.slow_starts.is_empty());
     }
 
     #[test]

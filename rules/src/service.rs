@@ -4,8 +4,8 @@ use crate::limits::MAX_BACKENDS;
 use crate::network::MiddleboxKey;
 use crate::packet::IpHeader;
 use nfqd_shmctl::{
-    BackendChange, BackendName, Command, Destination, ErrorCode, Fragment, Frontend, MacAddr,
-    Method, Protocol, ServiceOptions, ServiceSpec,
+    BackendChange, BackendName, Command, Destination, Drain, ErrorCode, Fragment, Frontend,
+    MacAddr, Method, Protocol, ServiceOptions, ServiceSpec,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -56,8 +56,8 @@ pub struct Backend {
     pub mac: Option<MacAddr>,
     /// The share of new flows, relative to the others.
     pub weight: u16,
-    /// Whether it is draining: it gets no new flows.
-    pub draining: bool,
+    /// Its drain: it gets no new flows, and loses those that it has at the end.
+    pub drain: Option<Drain>,
 }
 
 impl Service {
@@ -146,7 +146,7 @@ impl Service {
                         .map_err(|expected| value(at, expected))?;
                     let (name, mut backend) = entry(frontend, to);
                     if let Some(old) = backends.get(&name) {
-                        backend.draining = old.draining;
+                        backend.drain = old.drain;
                     }
                     backends.insert(name, backend);
                     if backends.len() > MAX_BACKENDS {
@@ -168,10 +168,13 @@ impl Service {
                     }
                 }
             }
-            BackendChange::Drain(names) | BackendChange::Up(names) => {
+            BackendChange::Drain(names, _) | BackendChange::Up(names) => {
                 for (at, name) in names.iter().enumerate() {
                     let backend = backends.get_mut(&full(name)).ok_or_else(|| unknown(at))?;
-                    backend.draining = matches!(change, BackendChange::Drain(_));
+                    backend.drain = match change {
+                        BackendChange::Drain(_, drain) => Some(*drain),
+                        _ => None,
+                    };
                 }
             }
         }
@@ -215,15 +218,16 @@ impl Service {
             change,
         };
         out.extend(chunks.map(BackendChange::Add).map(change));
-        let draining = self.backends.iter().zip(&all).filter(|((_, backend), _)| backend.draining);
-        let names: Vec<BackendName> = draining.map(|(_, to)| to.name()).collect();
-        out.extend(
-            names
-                .chunks(A_COMMAND)
-                .map(<[BackendName]>::to_vec)
-                .map(BackendChange::Drain)
-                .map(change),
-        );
+        let mut draining: BTreeMap<Drain, Vec<BackendName>> = BTreeMap::new();
+        for (backend, to) in self.backends.values().zip(&all) {
+            if let Some(drain) = backend.drain {
+                draining.entry(drain).or_default().push(to.name());
+            }
+        }
+        for (drain, names) in draining {
+            let some = names.chunks(A_COMMAND).map(<[BackendName]>::to_vec);
+            out.extend(some.map(|names| change(BackendChange::Drain(names, drain))));
+        }
         out
     }
 }
@@ -234,5 +238,5 @@ fn port(frontend: Frontend, port: Option<u16>) -> Option<u16> {
 
 fn entry(frontend: Frontend, to: &Destination) -> (BackendName, Backend) {
     let name = BackendName { ip: to.ip, port: port(frontend, to.port) };
-    (name, Backend { mac: to.mac, weight: to.weight, draining: false })
+    (name, Backend { mac: to.mac, weight: to.weight, drain: None })
 }

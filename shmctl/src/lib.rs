@@ -40,7 +40,8 @@ pub use language::parse::error::{CommandError, ErrorCode};
 pub use language::parse::{MAX_COMMAND, ParsedCommand, Place, split_lines};
 pub use language::reply::{Rejection, Reply};
 pub use language::service::{
-    BackendChange, BackendName, Check, Destination, Frontend, MAX_WEIGHT, Method, OnDead, OnEmpty,
+    BackendChange, BackendName, Check, CheckPace, DEFAULT_AFFINITY, Destination, Drain, Frontend,
+    MAX_CHECK_INTERVAL, MAX_DRAIN, MAX_TIMEOUT, MAX_WEIGHT, Method, OnDead, OnEmpty,
     ServiceOptions, ServiceSpec,
 };
 pub use language::value::{

@@ -310,6 +310,9 @@ proptest! {
                     "only the MAC",
                     "named twice",
                     "needs a port",
+                    "check=udp too",
+                    "only for the method hash",
+                    "does not expire",
                 ]
                 .iter().any(|words| error.message.contains(words));
                 prop_assert!(said, "{}: {}", line, error);
@@ -326,7 +329,7 @@ proptest! {
             "[a-zA-Z0-9.:/@#+,-]{0,6}",
             proptest::sample::select(vec![
                 "s", "d", "t", "p", "c", "f", "l", "I", "0", "15", "#1", "+2", "0x00ff", "deny", "80-81", "+", "=", "drain",
-                "dsr", "10.0.0.1:80", "10.0.0.9*3", "[::1]:80", "seed=7", "check=tcp:0", "on-dead=up",
+                "dsr", "10.0.0.1:80", "10.0.0.9*3", "[::1]:80", "seed=7", "check=tcp:0", "on-dead=up", "drain=9", "affinity=8", "takeover",
             ])
                 .prop_map(str::to_string),
         ],

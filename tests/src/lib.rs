@@ -13,6 +13,7 @@ pub mod frames;
 pub mod fuzz;
 pub mod load;
 pub mod netns;
+pub mod pool;
 pub mod segment;
 pub mod tap;
 pub mod topology;

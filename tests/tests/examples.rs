@@ -66,7 +66,8 @@ fn the_balancer_has_its_services() {
         .services()
         .iter()
         .map(|(frontend, service)| {
-            let draining = service.backends().values().filter(|backend| backend.draining).count();
+            let draining =
+                service.backends().values().filter(|backend| backend.drain.is_some()).count();
             (frontend.to_string(), service.backends().len(), draining)
         })
         .collect();

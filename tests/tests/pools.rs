@@ -4,78 +4,15 @@
 //! `NFQD_TESTS_CONNECTIONS` sets the number of simultaneous connections (10 000).
 #![allow(clippy::unwrap_used)]
 
-use nfqd::api::{BackendState, BackendStatus};
+use nfqd::api::BackendState;
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::load::{LoadServer, Member, allow_files, ask_all, connect_all, shares};
 use nfqd_tests::netns::{Host, in_netns, run};
-use nfqd_tests::topology::{CLIENT, CLIENT_MAC, Server, VM, VM_MAC, connect, ip6, wait_for, who};
-use std::collections::HashMap;
+use nfqd_tests::pool::{Fixture, backend_ip, backend_mac, backends, register, to};
+use nfqd_tests::topology::{CLIENT, Server, VM, VM_MAC, connect, ip6, wait_for, who};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
-
-/// The address of backend `n`.
-fn backend_ip(n: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 129, 126, 100 + n)
-}
-
-fn backend_mac(n: u8) -> String {
-    format!("02:00:00:00:01:{n:02x}")
-}
-
-/// A client, a middlebox, and backends, on bridge `br0`.
-struct Fixture {
-    client: Host,
-    vm: Host,
-    backends: Vec<Host>,
-}
-
-impl Fixture {
-    fn new(backends: u8) -> Fixture {
-        run("ip link add br0 type bridge mcast_snooping 0");
-        // The host has an address for its checks.
-        run("ip link set br0 up");
-        run("ip addr add 10.129.126.254/24 dev br0");
-        Fixture {
-            client: Host::attach(
-                "br0",
-                "client",
-                CLIENT_MAC,
-                &["10.129.126.1/24", "2001:db8::1/64 nodad"],
-            ),
-            vm: Host::attach("br0", "vm", VM_MAC, &["10.129.126.15/24", "2001:db8::f/64 nodad"]),
-            backends: (0..backends).map(attach).collect(),
-        }
-    }
-}
-
-fn attach(n: u8) -> Host {
-    let (ip, mac) = (backend_ip(n), backend_mac(n));
-    Host::attach(
-        "br0",
-        &format!("b{n}"),
-        &mac,
-        &[&format!("{ip}/24"), &format!("{}/64 nodad", ip6(ip))],
-    )
-}
-
-/// A backend as a command names it.
-fn to(n: u8) -> String {
-    format!("{}@{}", backend_ip(n), backend_mac(n))
-}
-
-fn register(daemon: &Daemon, rest: &str) {
-    daemon.must(&format!("R L {VM_MAC} {rest}"));
-}
-
-fn backends(daemon: &Daemon) -> HashMap<String, BackendStatus> {
-    let services = daemon.status().middleboxes.remove(0).services;
-    services
-        .into_iter()
-        .flat_map(|service| service.backends)
-        .map(|b| (b.backend.clone(), b))
-        .collect()
-}
 
 /// Opens new connections to the service.
 fn load(fixture: &Fixture, daemon: &Daemon, count: usize) -> Vec<Member> {
@@ -101,7 +38,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         // middlebox, which has no server.
         let mut daemon = Daemon::start(&["--fail", "closed"]);
         let four: Vec<String> = (0..4).map(to).collect();
-        register(&daemon, &format!("{VM}:80 rr {} check=tcp", four.join(" ")));
+        register(&daemon, &format!("{VM}:80 rr {} check=tcp on-dead=reset", four.join(" ")));
         let mut members = load(&fixture, &daemon, count);
         let share = shares(&members);
         assert_eq!(share.len(), 4, "{share:?}");

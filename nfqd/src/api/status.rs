@@ -127,6 +127,10 @@ pub struct ServiceStatus {
     pub vip: String,
     /// The balancing method, as in commands.
     pub method: String,
+    /// Whether most backends have begun to fail their checks at once, so that the checks are doubted:
+    /// new flows are spread over all for ten seconds.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub panic: bool,
     /// The backends.
     pub backends: Vec<BackendStatus>,
 }
@@ -158,6 +162,9 @@ pub struct BackendStatus {
     /// The reason packets do not reach it on the middlebox' network, or not from everybody.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub network_problem: Option<String>,
+    /// Whether it fails its checks. One that answers on its flows is not dead nevertheless.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub fails_checks: bool,
 }
 
 /// The state of a backend.
@@ -168,8 +175,12 @@ pub enum BackendState {
     Up,
     /// The backend keeps its flows and gets no new ones.
     Draining,
-    /// Checks have found it dead.
+    /// The backend fails its checks, but answers on its flows: it keeps them and gets no new ones.
+    Failing,
+    /// The backend fails its checks and answers nothing.
     Dead,
+    /// The time that the backend had for its last flows is over.
+    Drained,
     /// The backend's MAC is unknown.
     Unresolved,
 }
@@ -180,7 +191,9 @@ impl BackendState {
         match self {
             BackendState::Up => "up",
             BackendState::Draining => "draining",
+            BackendState::Failing => "failing",
             BackendState::Dead => "dead",
+            BackendState::Drained => "drained",
             BackendState::Unresolved => "unresolved",
         }
     }

@@ -1,30 +1,34 @@
 //! Observation of backends: their MACs, and whether they are alive.
 //!
-//! `neighbours` finds MACs with the questions of `probe`, `tcp_check` connects, [`health`] damps the
-//! results. Equal addresses on two networks are two backends.
+//! `neighbours` finds MACs with the questions of `probe`, `port_check` connects, [`health`] damps the
+//! results, and `liveness` weighs them against what flows show. Equal addresses on two networks are
+//! two backends.
 
 pub mod health;
+mod liveness;
 mod neighbours;
+mod port_check;
 mod probe;
-mod tcp_check;
 
-pub(crate) use tcp_check::own_addresses;
+pub use liveness::Activity;
+pub(crate) use port_check::own_addresses;
 
 use crate::bindings::Bindings;
 use crate::networks::HostNetworks;
-use health::{Health, Probe};
+use health::{Health, Probe, ProbeKind};
+use liveness::{Assessment, Assessor};
 use neighbours::{Address, Neighbours};
 use nfqd_rules::nft::kernel::Neighbour;
 use nfqd_rules::service::{Backend, BackendRef, Service};
-use nfqd_rules::slots::{BackendObservation, BackendView, SlotKey};
+use nfqd_rules::slots::{BackendObservation, BackendView, Liveness, SlotKey};
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Networks};
-use nfqd_shmctl::{BackendName, MacAddr};
+use nfqd_shmctl::{BackendName, Frontend, MacAddr};
 use nix::errno::Errno;
+use port_check::{Outcome, PortChecks};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::time::Instant;
-use tcp_check::{Outcome, Target, TcpChecks};
 
 /// The host's view of backends and middleboxes, as far as bindings let a middlebox use it.
 pub struct HostView<'a> {
@@ -66,8 +70,9 @@ impl BackendView for HostView<'_> {
                 found.filter(|mac| !self.bindings.are_apart(*mac, backend.middlebox))
             }
         };
-        let alive = self.backends.is_alive(network, backend.service, backend.name, backend.backend);
-        BackendObservation { mac, alive }
+        let BackendRef { middlebox, frontend, name, .. } = *backend;
+        let key = SlotKey { middlebox, frontend: *frontend, backend: *name };
+        BackendObservation { mac, liveness: self.backends.liveness(&key) }
     }
 
     fn network(&self, middlebox: MiddleboxKey) -> NetworkId {
@@ -78,10 +83,12 @@ impl BackendView for HostView<'_> {
 /// The backends that a policy names, as the host observes them.
 pub struct Backends {
     neighbours: Neighbours,
-    tcp_checks: TcpChecks,
+    port_checks: PortChecks,
     health: Health,
     /// Checks that the host cannot make, and why.
-    impossible: BTreeMap<Target, Errno>,
+    impossible: BTreeMap<Probe, Errno>,
+    assessor: Assessor,
+    assessment: Assessment,
 }
 
 impl Backends {
@@ -92,9 +99,11 @@ impl Backends {
     pub fn start(macs: BTreeMap<Address, MacAddr>) -> io::Result<Backends> {
         Ok(Backends {
             neighbours: Neighbours::new(macs, Instant::now()),
-            tcp_checks: TcpChecks::start()?,
+            port_checks: PortChecks::start()?,
             health: Health::default(),
             impossible: BTreeMap::new(),
+            assessor: Assessor::default(),
+            assessment: Assessment::default(),
         })
     }
 
@@ -103,17 +112,24 @@ impl Backends {
         self.neighbours.mac(address)
     }
 
-    /// Whether a backend of a service is considered alive. Only those of pools are checked.
-    pub fn is_alive(
-        &self,
-        network: NetworkId,
-        service: &Service,
-        name: &BackendName,
-        backend: &Backend,
-    ) -> bool {
-        let probe = Probe::of(network, service, name, backend);
-        let probe = probe.filter(|_| service.method().is_pool());
-        probe.is_none_or(|probe| self.health.is_alive(probe))
+    /// Returns the liveness of a backend of a service.
+    pub fn liveness(&self, key: &SlotKey) -> Liveness {
+        self.assessment.liveness(key)
+    }
+
+    /// Whether a backend fails its checks, and is considered alive because it answers on its flows.
+    pub fn is_vouched_for(&self, key: &SlotKey) -> bool {
+        self.assessment.is_vouched_for(key)
+    }
+
+    /// Whether most backends of a service fail their checks at once, so that the checks are doubted.
+    pub fn is_panicking(&self, middlebox: MiddleboxKey, frontend: &Frontend) -> bool {
+        self.assessment.is_panicking(middlebox, frontend)
+    }
+
+    /// Whether the traffic of backends is needed to know which of them are alive.
+    pub fn needs_activity(&self) -> bool {
+        self.health.probes().any(|probe| self.health.is_doubtful(probe))
     }
 
     /// Returns why the host cannot check a backend, if it cannot.
@@ -124,10 +140,8 @@ impl Backends {
         name: &BackendName,
         backend: &Backend,
     ) -> Option<&'static str> {
-        let Some(Probe::Tcp(network, ip, port)) = Probe::of(network, service, name, backend) else {
-            return None;
-        };
-        self.impossible.get(&(network, ip, port)).map(|errno| match errno {
+        let probe = Probe::of(network, service, name, backend)?;
+        self.impossible.get(&probe).map(|errno| match errno {
             Errno::EADDRNOTAVAIL | Errno::ENODEV => {
                 "the host has no address on the backend's network"
             }
@@ -136,12 +150,14 @@ impl Backends {
     }
 
     /// Takes what the kernel has noted, asks for the MACs of backends that no command gave one, and
-    /// collects the results of checks. Returns whether anything has changed.
+    /// collects the results of checks; `activity` returns the traffic of a backend that has a slot.
+    /// Returns whether anything has changed.
     pub fn refresh(
         &mut self,
         desired: &Desired,
         host: &HostNetworks,
         noted: &[(NetworkId, Neighbour)],
+        activity: impl Fn(&SlotKey) -> Option<Activity>,
     ) -> bool {
         let now = Instant::now();
         let (mut wanted, mut probes) = (BTreeSet::new(), BTreeSet::new());
@@ -149,82 +165,74 @@ impl Backends {
             let BackendRef { service, name, backend, .. } = reference;
             let Some(network) = desired.slots.network_of(reference.middlebox) else { continue };
             let probe = Probe::of(network, service, name, backend);
-            let probe = probe.filter(|_| service.method().is_pool());
             // Nobody can be asked where nobody knows the way.
             let its_name = desired.networks.name(network);
             if its_name.is_none_or(|name| host.has_vlans(name)) {
                 continue;
             }
-            if backend.mac.is_none() || matches!(probe, Some(Probe::Neighbour(..))) {
+            let is_asked = probe.is_some_and(|probe| probe.kind == ProbeKind::Neighbour);
+            if backend.mac.is_none() || is_asked {
                 wanted.insert((network, name.ip));
             }
             probes.extend(probe);
         }
         self.health.track(&probes, now);
         let events = self.neighbours.refresh(&wanted, noted, host, &desired.networks, now);
-        let mut changed = !events.moved.is_empty();
+        let has_moved = !events.moved.is_empty();
         for ((_, ip), mac) in events.moved {
             log::info!("backend {ip} is at {mac}");
         }
         for ((network, ip), answered) in events.answers {
-            changed |= self.record_check(Probe::Neighbour(network, ip), answered, now);
-            // A backend that does not answer ARP accepts no connection.
-            let tcp = Probe::Tcp(network, ip, 0)..=Probe::Tcp(network, ip, u16::MAX);
-            for probe in probes.range(tcp).filter(|_| !answered) {
-                changed |= self.record_check(*probe, false, now);
+            let its = probes.range(Probe::first_of(network, ip)..);
+            for probe in its.take_while(|probe| (probe.network, probe.ip) == (network, ip)) {
+                // A backend that does not answer ARP accepts no connection.
+                if probe.kind == ProbeKind::Neighbour || !answered {
+                    self.record_check(*probe, answered, now);
+                }
             }
         }
-        let checked = self.collect_checks(host, &desired.networks, now);
-        changed | checked
+        self.collect_checks(host, &desired.networks, now);
+        let assessment = self.assessor.assess(desired, &self.health, activity, now);
+        let is_same = assessment == self.assessment;
+        self.assessment = assessment;
+        has_moved || !is_same
     }
 
-    fn collect_checks(&mut self, host: &HostNetworks, networks: &Networks, now: Instant) -> bool {
+    fn collect_checks(&mut self, host: &HostNetworks, networks: &Networks, now: Instant) {
         let mut devices: BTreeMap<NetworkId, Option<String>> = BTreeMap::new();
         let mut targets = BTreeMap::new();
-        for probe in self.health.probes() {
-            if let Probe::Tcp(network, ip, port) = probe {
-                let device = devices.entry(network).or_insert_with(|| {
-                    networks.name(network).and_then(|name| host.host_device(name))
-                });
-                targets.insert((network, ip, port), device.clone());
-            }
+        for probe in self.health.probes().filter(|probe| probe.kind != ProbeKind::Neighbour) {
+            let device = devices.entry(probe.network).or_insert_with(|| {
+                networks.name(probe.network).and_then(|name| host.host_device(name))
+            });
+            targets.insert(probe, device.clone());
         }
-        self.impossible.retain(|target, _| targets.contains_key(target));
-        let mut changed = false;
-        for ((network, ip, port), outcome) in self.tcp_checks.exchange(targets) {
-            let (probe, target) = (Probe::Tcp(network, ip, port), (network, ip, port));
+        self.impossible.retain(|probe, _| targets.contains_key(probe));
+        for (probe, outcome) in self.port_checks.exchange(targets) {
             match outcome {
                 Outcome::Impossible(errno) => {
-                    if self.impossible.insert(target, errno).is_none() {
+                    if self.impossible.insert(probe, errno).is_none() {
                         log::debug!(
-                            "the host cannot check {ip} port {port}: {errno}; it is considered alive"
+                            "the host cannot check {} ({}): {errno}; it is considered alive",
+                            probe.ip,
+                            probe.kind
                         );
-                        changed |= self.health.reset(probe, now);
+                        self.health.reset(probe, now);
                     }
                 }
                 Outcome::Answered | Outcome::Failed => {
-                    self.impossible.remove(&target);
-                    changed |= self.record_check(probe, outcome == Outcome::Answered, now);
+                    self.impossible.remove(&probe);
+                    self.record_check(probe, outcome == Outcome::Answered, now);
                 }
             }
         }
-        changed
     }
 
-    fn record_check(&mut self, probe: Probe, succeeded: bool, now: Instant) -> bool {
-        let changed = self.health.record(probe, succeeded, now);
-        if changed {
-            let state = if succeeded { "alive again" } else { "dead" };
-            match probe {
-                Probe::Neighbour(_, ip) => {
-                    log::warn!("backend {ip} is {state} (check: ARP or neighbour discovery)");
-                }
-                Probe::Tcp(_, ip, port) => {
-                    log::warn!("backend {ip} is {state} (check: TCP port {port})");
-                }
-            }
+    fn record_check(&mut self, probe: Probe, succeeded: bool, now: Instant) {
+        if self.health.record(probe, succeeded, now) {
+            let result = if succeeded { "passes its checks again" } else { "fails its checks" };
+            log::warn!("backend {} {result} ({})", probe.ip, probe.kind);
         }
-        changed
     }
 }
 

@@ -50,6 +50,13 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             write_rule(out, rule)?;
         }
         for service in &middlebox.services {
+            if service.panic {
+                writeln!(
+                    out,
+                    "    {}: CHECKS DOUBTED: most backends fail at once; new flows still go to all of them",
+                    service.vip
+                )?;
+            }
             for backend in &service.backends {
                 write_backend(out, &service.vip, backend)?;
             }
@@ -122,9 +129,16 @@ fn write_rule(out: &mut String, rule: &RuleStatus) -> fmt::Result {
 fn write_backend(out: &mut String, frontend: &str, backend: &BackendStatus) -> fmt::Result {
     let mac = backend.mac.as_ref().map(|mac| format!(" at {mac}")).unwrap_or_default();
     let state = match backend.state {
+        BackendState::Up if backend.fails_checks => {
+            "up (fails its checks, but answers on its flows)"
+        }
         BackendState::Up => "up",
         BackendState::Draining => "DRAINING: gets no new flows",
+        BackendState::Failing => {
+            "FAILING: fails its checks, but answers on its flows: gets no new ones"
+        }
         BackendState::Dead => "DEAD: does not answer checks",
+        BackendState::Drained => "DRAINED: gets nothing",
         BackendState::Unresolved => {
             "MAC UNKNOWN: gets nothing until it answers on the middlebox' network, or the command has ip@mac"
         }
@@ -164,6 +178,7 @@ mod tests {
             reply_bytes: 4,
             health_unknown_reason: Some("no address".to_string()),
             network_problem: Some("elsewhere".to_string()),
+            fails_checks: false,
         };
         let status = Status {
             channels: vec![ChannelStatus {
@@ -189,6 +204,7 @@ mod tests {
                 services: vec![ServiceStatus {
                     vip: "10.0.0.1:80".to_string(),
                     method: "rr".to_string(),
+                    panic: true,
                     backends: vec![backend],
                 }],
             }],
@@ -205,6 +221,7 @@ mod tests {
             "channel /r: may speak for every MAC - NOT READ: cut",
             "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",
             "    NOT BALANCED: the host's",
+            "    10.0.0.1:80: CHECKS DOUBTED: most backends fail at once; new flows still go to all of them",
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",
             "NOT ENFORCED: gone",

@@ -16,6 +16,7 @@ use crate::networks::HostNetworks;
 use channel::Channel;
 use journal::{Journal, JournalError};
 use nfqd_rules::service::BackendRef;
+use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
 use std::time::Instant;
 
@@ -72,7 +73,12 @@ impl ControlPlane {
             self.follow_networks();
         }
         let noted = self.enforcer.neighbours(&self.desired);
-        if self.backends.refresh(&self.desired, &self.host, &noted) || self.lacks_ids {
+        if self.backends.needs_activity() {
+            self.enforcer.read_counters(&self.desired);
+        }
+        let (desired, enforcer) = (&self.desired, &self.enforcer);
+        let activity = |key: &SlotKey| Some(enforcer.activity(key, desired.slots.get(key)?.id));
+        if self.backends.refresh(desired, &self.host, &noted, activity) || self.lacks_ids {
             self.follow_observations();
         }
         self.enforcer.expire_flows();

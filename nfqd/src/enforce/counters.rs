@@ -4,10 +4,11 @@
 //! counted is added here.
 
 use super::Enforcer;
+use crate::backends::Activity;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::kernel::{BackendCounters, Counters, Kernel};
 use nfqd_rules::slots::SlotKey;
-use nfqd_rules::{Counter, Desired, MiddleboxKey, Policy};
+use nfqd_rules::{Counter, Desired, MiddleboxKey, Policy, SlotId};
 use nfqd_shmctl::RuleId;
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
@@ -130,6 +131,21 @@ impl Enforcer {
             sum.add(counters.backends.get(key).copied().unwrap_or_default());
         }
         sum
+    }
+
+    /// Returns the traffic of a backend that has a slot: in the kernel as of the last reading, in the
+    /// engine until now.
+    pub fn activity(&self, key: &SlotKey, slot: SlotId) -> Activity {
+        let answers = self.shared.state.flows.answers(slot);
+        let now = self.shared.now();
+        let age = |at: Option<u32>| at.map(|at| now.saturating_sub(at));
+        let counted = self.counters.kernel_counters.backends.get(key).copied().unwrap_or_default();
+        Activity {
+            answered: age(answers.answered),
+            accepted: age(answers.accepted),
+            unanswered: age(answers.unanswered),
+            replies: counted.received.packets.saturating_sub(u64::from(answers.refusals)),
+        }
     }
 
     /// Returns packets whose flows the kernel could not cache, by the map that was full, as of the

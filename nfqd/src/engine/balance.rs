@@ -1,6 +1,6 @@
 //! Load balancing: the backend of a packet that a service takes.
 
-use super::flows::{FlowEvent, FlowMatch, FlowState, OriginalTuple, ReplyTuple};
+use super::flows::{FlowEvent, FlowMatch, FlowState, OriginalTuple, ReplyTuple, UDP_TIMEOUT};
 use super::pipeline::{
     NO_PORTS, PacketContext, SnapshotOutdated, cache_action, client_event, reversed,
 };
@@ -8,7 +8,7 @@ use super::verdict::{AcceptReason, CacheAction, DropReason, Verdict};
 use nfqd_rules::packet::{IpHeader, Ports};
 use nfqd_rules::pool::{Member, can_serve};
 use nfqd_rules::service::Service;
-use nfqd_rules::slots::SlotKey;
+use nfqd_rules::slots::{Liveness, SlotKey};
 use nfqd_rules::{MiddleboxKey, SlotId};
 use nfqd_shmctl::{Fragment, Frontend, Method, OnDead, OnEmpty, Protocol};
 
@@ -128,6 +128,12 @@ impl PacketContext<'_> {
         })
     }
 
+    /// Returns the seconds without a packet after which a UDP flow of a service expires.
+    pub(super) fn udp_timeout(&self, key: &SlotKey) -> u32 {
+        let service = self.snapshot.desired().service(key);
+        service.and_then(|service| service.options().udp_timeout).unwrap_or(UDP_TIMEOUT)
+    }
+
     /// Records a new flow. Returns what the kernel may cache of it.
     fn begin_flow(
         &self,
@@ -144,7 +150,7 @@ impl PacketContext<'_> {
         if self.is_taken(reply, &original) {
             return CacheAction::None;
         }
-        flows.insert(original, reply, slot, state, self.now);
+        flows.insert(original, reply, slot, (state, self.udp_timeout(key)), self.now);
         cache_action(state, event)
     }
 
@@ -162,7 +168,8 @@ impl PacketContext<'_> {
         let found = flows.record_original(&tuple, event, self.now, |slot| slots.current(slot));
         let Some(found) = found else {
             // A connection from before the service, or one that nobody knows any more.
-            if ip.protocol == Protocol::TCP && event != FlowEvent::Syn {
+            let is_within = ip.protocol == Protocol::TCP && event != FlowEvent::Syn;
+            if is_within && !service.options().takeover {
                 return Ok(self.local(middlebox, frontend, event));
             }
             return Ok(self.choose(middlebox, frontend, service, ip, event));
@@ -173,6 +180,9 @@ impl PacketContext<'_> {
         match found.current.and_then(|slot| self.in_use(slot)) {
             Some(_) if found.ended_before(event) => {}
             Some((_, key)) if !self.is_owner_addressed(&key, ip) => {}
+            Some((_, key)) if self.leaves_dead(&key, &found, service, event) => {
+                flows.remove(&tuple);
+            }
             Some((slot, key)) if self.snapshot.is_reachable(&key) => {
                 if self.is_of_other_kind(&found, &key) {
                     let cache = self.begin_flow(&key, slot, ip, event);
@@ -195,6 +205,24 @@ impl PacketContext<'_> {
             }
         }
         Ok(self.choose(middlebox, frontend, service, ip, event))
+    }
+
+    /// Whether a flow leaves its backend, because that is dead and only established connections stay.
+    fn leaves_dead(
+        &self,
+        key: &SlotKey,
+        found: &FlowMatch,
+        service: &Service,
+        event: FlowEvent,
+    ) -> bool {
+        let slot = self.snapshot.desired().slots.get(key);
+        let is_dead = slot.is_some_and(|slot| slot.liveness == Liveness::Dead);
+        let is_connection = match found.state {
+            FlowState::Established => true,
+            FlowState::Opening | FlowState::Closing => event != FlowEvent::Syn,
+            FlowState::Datagram | FlowState::Stream | FlowState::Other => false,
+        };
+        is_dead && !is_connection && service.options().on_dead == OnDead::KeepConnections
     }
 
     /// Accepts a packet of a connection of the middlebox itself.
@@ -223,10 +251,9 @@ impl PacketContext<'_> {
         let is_free =
             |member: &Member| !self.is_taken(self.reply_tuple(&key_of(member), ip), &original);
         let fits = |member: &Member| can_serve(member, ip.source) && is_free(member);
-        let has_affinity = service.options().affinity && service.method() != Method::Hash;
+        let affinity = service.options().affinity.filter(|_| service.method() != Method::Hash);
         let client = (middlebox, frontend, ip.source);
-        let preferred =
-            if has_affinity { self.state.affinity.get(&client, self.now) } else { None };
+        let preferred = affinity.and_then(|_| self.state.affinity.get(&client, self.now));
         let preferred = preferred.and_then(|slot| self.snapshot.desired().slots.current(slot));
         let preferred = preferred.and_then(|slot| {
             pool.members().iter().find(|member| member.slot == slot && fits(member)).copied()
@@ -235,8 +262,8 @@ impl PacketContext<'_> {
         let Some(member) = chosen else {
             return self.without_backend(middlebox, frontend, service, pool.members(), ip);
         };
-        if has_affinity {
-            self.state.affinity.insert(client, member.slot, self.now);
+        if let Some(seconds) = affinity {
+            self.state.affinity.insert(client, member.slot, self.now, seconds);
         }
         let key = key_of(&member);
         let cache = self.begin_flow(&key, member.slot, ip, event);
@@ -254,7 +281,8 @@ impl PacketContext<'_> {
         let slots = &self.snapshot.desired().slots;
         let is_unresolved = service.backends().iter().any(|(name, backend)| {
             let slot = slots.get(&SlotKey { middlebox, frontend, backend: *name });
-            slot.is_some_and(|slot| slot.alive && slot.mac.is_none()) && !backend.draining
+            slot.is_some_and(|slot| slot.liveness == Liveness::Alive && slot.mac.is_none())
+                && backend.drain.is_none()
         });
         // The only backend there is may be the client itself, which cannot answer itself.
         let is_own_client =

@@ -9,14 +9,13 @@ const SHARDS: usize = 64;
 /// Entries that a full shard samples before it evicts one of them.
 const CANDIDATES: usize = 16;
 
-/// A sharded map of bounded size whose entries expire a fixed time after they were inserted. A full
+/// A sharded map of bounded size whose entries expire some time after they were inserted. A full
 /// shard evicts, of `CANDIDATES` sampled entries, the one closest to expiry; never the entry that
 /// is being inserted. All workers share the map.
 pub struct ExpiringMap<K, V> {
     hash: RandomState,
     shards: Vec<Mutex<Shard<K, V>>>,
     capacity: usize,
-    timeout: u32,
 }
 
 struct Shard<K, V> {
@@ -33,15 +32,14 @@ struct Entry<K, V> {
 }
 
 impl<K: Copy + Eq + Hash, V: Copy> ExpiringMap<K, V> {
-    /// A map for `capacity` entries, rounded up, which expire after `timeout` seconds.
-    pub fn new(capacity: usize, timeout: u32) -> ExpiringMap<K, V> {
+    /// A map for `capacity` entries, rounded up.
+    pub fn new(capacity: usize) -> ExpiringMap<K, V> {
         let shard =
             || Mutex::new(Shard { index: HashMap::new(), entries: Vec::new(), clock_hand: 0 });
         ExpiringMap {
             hash: RandomState::new(),
             shards: (0..SHARDS).map(|_| shard()).collect(),
             capacity: capacity.div_ceil(SHARDS).max(1),
-            timeout,
         }
     }
 
@@ -52,11 +50,11 @@ impl<K: Copy + Eq + Hash, V: Copy> ExpiringMap<K, V> {
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Inserts a value, in place of one with the same key.
-    pub fn insert(&self, key: K, value: V, now: u32) {
+    /// Inserts a value, in place of one with the same key; it expires after `timeout` seconds.
+    pub fn insert(&self, key: K, value: V, now: u32, timeout: u32) {
         let mut guard = self.shard(&key);
         let shard = &mut *guard;
-        let entry = Entry { key, value, expires: now.saturating_add(self.timeout) };
+        let entry = Entry { key, value, expires: now.saturating_add(timeout) };
         if let Some(&at) = shard.index.get(&key) {
             shard.entries[at] = entry;
             return;
@@ -108,19 +106,19 @@ mod tests {
 
     #[test]
     fn an_entry_expires_after_its_time() {
-        let map = ExpiringMap::new(100, 300);
-        map.insert(1, 'a', 0);
+        let map = ExpiringMap::new(100);
+        map.insert(1, 'a', 0, 300);
         assert_eq!(map.get(&1, 299), Some('a'));
         assert_eq!((map.get(&1, 300), map.get(&2, 0)), (None, None), "look-ups do not refresh it");
-        map.insert(1, 'b', 900);
+        map.insert(1, 'b', 900, 1);
         assert_eq!(map.get(&1, 900), Some('b'));
     }
 
     #[test]
     fn a_full_map_takes_new_entries_and_keeps_its_bound() {
-        let map = ExpiringMap::new(640, 300);
+        let map = ExpiringMap::new(640);
         for key in 0..10_000_u32 {
-            map.insert(key, (), key / 100);
+            map.insert(key, (), key / 100, 300);
             assert_eq!(map.get(&key, key / 100), Some(()), "{key}");
         }
         let kept = (0..10_000).filter(|key| map.get(key, 99).is_some()).count();

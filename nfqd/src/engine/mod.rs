@@ -35,17 +35,15 @@ pub struct EngineState {
 }
 
 /// Seconds that the route of a first fragment is remembered (RFC 791, reassembly: 15 s and up).
-const FRAGMENT_TIMEOUT: u32 = 30;
-/// Seconds that a client keeps its backend without a new flow.
-const AFFINITY_TIMEOUT: u32 = 300;
+pub(super) const FRAGMENT_TIMEOUT: u32 = 30;
 
 impl EngineState {
     /// A state with room for `capacity` flows.
     pub fn new(capacity: usize) -> EngineState {
         EngineState {
             flows: FlowTable::new(capacity),
-            fragments: ExpiringMap::new(capacity / 16, FRAGMENT_TIMEOUT),
-            affinity: ExpiringMap::new(capacity / 4, AFFINITY_TIMEOUT),
+            fragments: ExpiringMap::new(capacity / 16),
+            affinity: ExpiringMap::new(capacity / 4),
         }
     }
 }

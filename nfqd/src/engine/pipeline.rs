@@ -4,10 +4,13 @@ use super::flows::{FlowEvent, FlowState, OriginalTuple, ReplyTuple};
 use super::verdict::{
     AcceptReason, CacheAction, Decision, DropReason, QuotedTranslation, Translation, Verdict,
 };
-use super::{EngineResult, EngineState, FragmentKey, FragmentRoute, Ingress, Snapshot};
+use super::{
+    EngineResult, EngineState, FRAGMENT_TIMEOUT, FragmentKey, FragmentRoute, Ingress, Snapshot,
+};
 use nfqd_rules::packet::{IPV6_LEN, IpHeader, Packet, Ports};
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::slots::SlotKey;
+use nfqd_rules::timeouts::UDP_REPLY_TIMEOUT;
 use nfqd_rules::{FilterDecision, Middlebox, MiddleboxKey, SlotId};
 use nfqd_shmctl::{Action, Fragment, Protocol};
 use std::net::IpAddr;
@@ -136,7 +139,7 @@ impl PacketContext<'_> {
                 Verdict::Drop(_) | Verdict::Reject(_) => FragmentRoute::Dropped,
                 _ => FragmentRoute::Unchanged,
             };
-            self.state.fragments.insert(self.fragment_key(&ip), route, self.now);
+            self.state.fragments.insert(self.fragment_key(&ip), route, self.now, FRAGMENT_TIMEOUT);
         }
         Ok(verdict)
     }
@@ -200,7 +203,12 @@ impl PacketContext<'_> {
         let transport = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
         let has_ports = ip.fragment != Fragment::Later && ip.ports.is_some();
         let port = key.ports().is_some() && transport && has_ports;
-        let cache = if self.is_cacheable() { cache } else { CacheAction::None };
+        // The engine must see the flow more often than it expires: the kernel's entries are not refreshed.
+        let expires_early = ip.protocol == Protocol::UDP
+            && cache != CacheAction::None
+            && self.udp_timeout(&key) <= UDP_REPLY_TIMEOUT;
+        let is_cached = self.is_cacheable() && !expires_early;
+        let cache = if is_cached { cache } else { CacheAction::None };
         // Behind connection tracking, the frontend's address is restored and no other.
         let to_frontend = ip.destination == key.frontend.ip && !self.snapshot.is_dsr(&key);
         let tracked = self.snapshot.tracked_first && to_frontend;
@@ -297,8 +305,7 @@ impl PacketContext<'_> {
         }
         let Some((slot, key)) = found.current.and_then(|slot| self.in_use(slot)) else {
             let former = slots.former_key_of(found.slot);
-            let service = former
-                .and_then(|key| self.snapshot.policy().get(key.middlebox)?.service(&key.frontend));
+            let service = former.and_then(|key| self.snapshot.desired().service(&key));
             // As long as the service exists, the client's next packet decides about the flow.
             if service.is_some() {
                 return Ok(Some(Verdict::Drop(DropReason::BackendGone)));
@@ -357,6 +364,9 @@ impl PacketContext<'_> {
         let port = key.ports().map(|(frontend, _)| frontend);
         let quote = QuotedTranslation { side: Side::Destination, ip: key.frontend.ip, port };
         let from_backend = ip.source == key.backend.ip;
+        if from_backend {
+            flows.record_refusal(slot);
+        }
         let from = from_backend.then(|| self.translation(slot, key, ip, CacheAction::None));
         Some(Verdict::Error { quote, to: None, from })
     }

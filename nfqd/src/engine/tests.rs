@@ -10,7 +10,7 @@ use nfqd_rules::Policy;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::rewrite::Side;
 use nfqd_rules::service::BackendRef;
-use nfqd_rules::slots::BackendObservation;
+use nfqd_rules::slots::{BackendObservation, Liveness};
 use nfqd_shmctl::BackendName;
 
 const VM: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -269,17 +269,24 @@ fn earlier_connections_belong_to_the_middlebox() {
     to(decision(&snapshot, &memory, &syn(1000), 0));
 }
 
+fn dead_if(is_dead: bool) -> Liveness {
+    if is_dead { Liveness::Dead } else { Liveness::Alive }
+}
+
 #[test]
 fn a_dead_backends_flows_move_or_end_as_configured() {
-    for (option, expected) in
-        [("", "moved"), (" on-dead=reset", "reset"), (" on-dead=keep", "kept")]
-    {
+    for (option, expected) in [
+        ("", "kept"),
+        (" on-dead=move", "moved"),
+        (" on-dead=reset", "reset"),
+        (" on-dead=keep", "kept"),
+    ] {
         let (before, memory) = (snapshot(&[&format!("{POOL}{option}")]), EngineState::new(1000));
         let first = to(decision(&before, &memory, &syn(1000), 0));
         establish(&before, &memory, 1000, first);
         let dead = first.key.backend;
         let seen = |name: &BackendName| BackendObservation {
-            alive: *name != dead,
+            liveness: dead_if(*name == dead),
             ..BackendObservation::UNKNOWN
         };
         let after = following(&before, before.policy().clone(), seen);
@@ -308,7 +315,7 @@ fn without_a_backend_packets_are_rejected_or_passed() {
         let policy = snapshot(&[&line]).policy().clone();
         decision(&snapshot_of(policy, |_| seen), &memory, &syn(1000), 0)
     };
-    let dead = BackendObservation { alive: false, ..BackendObservation::UNKNOWN };
+    let dead = BackendObservation { mac: None, liveness: Liveness::Dead };
     assert_eq!(nobody("", dead), Verdict::Reject(DropReason::NoBackend));
     assert_eq!(nobody(" on-empty=pass", dead), Verdict::Accept(AcceptReason::NoBackend));
     assert_eq!(
@@ -355,10 +362,10 @@ fn two_services_with_one_backend_do_not_mix_a_clients_port() {
 
 #[test]
 fn what_a_dead_backend_still_sends_is_not_passed_untranslated() {
-    let before = snapshot(&[POOL]);
+    let before = snapshot(&[&format!("{POOL} on-dead=move")]);
     let memory = EngineState::new(1000);
     let there = to(decision(&before, &memory, &syn(1000), 0));
-    let dead = BackendObservation { mac: None, alive: false };
+    let dead = BackendObservation { mac: None, liveness: Liveness::Dead };
     let after = following(&before, before.policy().clone(), |name| {
         if *name == there.key.backend { dead } else { BackendObservation::UNKNOWN }
     });
@@ -494,7 +501,7 @@ fn fragments_of_balanced_datagrams_wait_for_the_first() {
     // Fragments of a datagram whose backend goes meanwhile are dropped, and make no flow of their own.
     let first = to(decision(&snapshot, &memory, &fragment(20, true), 0));
     let gone = following(&snapshot, snapshot.policy().clone(), |name| BackendObservation {
-        alive: *name != first.key.backend,
+        liveness: if *name == first.key.backend { Liveness::Drained } else { Liveness::Alive },
         ..BackendObservation::UNKNOWN
     });
     let flows = memory.flows.len();
@@ -503,4 +510,68 @@ fn fragments_of_balanced_datagrams_wait_for_the_first() {
         Verdict::Drop(DropReason::FirstFragmentDropped)
     );
     assert_eq!(memory.flows.len(), flows);
+}
+
+/// Another host has served the connection: with `takeover`, the backend that hashing gives it goes on.
+#[test]
+fn a_connection_of_another_host_goes_to_the_backend_of_its_hash() {
+    let pool = format!("{POOL} takeover");
+    let (here, memory) = (snapshot(&[&pool]), EngineState::new(1000));
+    let (there, its_memory) = (snapshot(&[&pool]), EngineState::new(1000));
+    for port in 1000..1100 {
+        let first = to(decision(&there, &its_memory, &syn(port), 0));
+        let then = to(decision(&here, &memory, &ack(port), 0));
+        assert_eq!(then.key.backend, first.key.backend);
+        let IpAddr::V4(ip) = first.key.backend.ip else { panic!("IPv6") };
+        let from = ip.octets()[3];
+        let ports = (first.key.backend.port.unwrap(), port);
+        let answer = tcp([2, 0, 0, 0, 0, from], CLIENT, (from, 1), ports, flag::ACK);
+        let Verdict::Reply(reply) = decision(&here, &memory, &answer, 0) else {
+            panic!("{port}: its reply is not translated")
+        };
+        assert_eq!(reply.key, then.key);
+        assert_eq!(to(decision(&here, &memory, &ack(port), 1)).cache, CacheAction::Install);
+    }
+    let (without, memory) = (snapshot(&[POOL]), EngineState::new(1000));
+    assert!(!matches!(decision(&without, &memory, &ack(1000), 0), Verdict::Redirect(_)));
+}
+
+/// Only what is established stays with a dead backend: a SYN that is sent again, and datagrams, find
+/// another.
+#[test]
+fn what_is_not_established_leaves_a_dead_backend() {
+    let line = "R L 2:0:0:0:0:2 10.0.0.2:80 hash 10.0.0.3:8080@2:0:0:0:0:3 10.0.0.4@2:0:0:0:0:4";
+    let (before, memory) = (snapshot(&[line]), EngineState::new(1000));
+    let datagram = |port: u16| udp(CLIENT, VM, (1, 2), (port, 80));
+    let first = to(decision(&before, &memory, &syn(1000), 0));
+    let dead = first.key.backend;
+    let port = (1..100)
+        .find(|port| to(decision(&before, &memory, &datagram(*port), 0)).key.backend == dead)
+        .unwrap();
+    let after = following(&before, before.policy().clone(), |name| BackendObservation {
+        liveness: dead_if(*name == dead),
+        ..BackendObservation::UNKNOWN
+    });
+    assert_ne!(to(decision(&after, &memory, &syn(1000), 1)).key.backend, dead);
+    assert_ne!(to(decision(&after, &memory, &datagram(port), 1)).key.backend, dead);
+}
+
+/// The kernel does not refresh what it caches of a flow, so one that expires before is not cached.
+#[test]
+fn a_udp_service_sets_its_timeout() {
+    for (option, timeout, is_cached) in
+        [("", 300, true), (" udp-timeout=10", 10, false), (" udp-timeout=4000", 4000, true)]
+    {
+        let line = format!(
+            "R L 2:0:0:0:0:2 10.0.0.2:53/udp rr 10.0.0.3@2:0:0:0:0:3 10.0.0.4@2:0:0:0:0:4{option}"
+        );
+        let (snapshot, memory) = (snapshot(&[&line]), EngineState::new(1000));
+        let packet = udp(CLIENT, VM, (1, 2), (1000, 53));
+        let first = to(decision(&snapshot, &memory, &packet, 0));
+        assert_eq!(first.cache == CacheAction::Install, is_cached, "{option}");
+        let same = to(decision(&snapshot, &memory, &packet, timeout - 1));
+        assert_eq!(same.key.backend, first.key.backend, "{option}");
+        let other = to(decision(&snapshot, &memory, &packet, 2 * timeout - 1));
+        assert_ne!(other.key.backend, first.key.backend, "{option}: in turn");
+    }
 }

@@ -11,7 +11,7 @@ use nfqd_rules::nft::filters::linear_rules;
 use nfqd_rules::nft::options::FastPath;
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::service::Service;
-use nfqd_rules::slots::{BackendView, SlotKey};
+use nfqd_rules::slots::{BackendView, Liveness, SlotKey};
 use nfqd_rules::{Desired, Middlebox, MiddleboxKey, Network, NetworkId};
 use nfqd_shmctl::{Frontend, RuleId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,7 +147,12 @@ impl<'a> StatusSource<'a> {
             let reference = BackendRef { middlebox, frontend, service, name, backend };
             backends.push(self.backend(&reference));
         }
-        ServiceStatus { vip: frontend.to_string(), method: service.method().to_string(), backends }
+        ServiceStatus {
+            vip: frontend.to_string(),
+            method: service.method().to_string(),
+            panic: self.view.backends.is_panicking(middlebox, frontend),
+            backends,
+        }
     }
 
     fn backend(&self, reference: &BackendRef<'_>) -> BackendStatus {
@@ -158,14 +163,13 @@ impl<'a> StatusSource<'a> {
         let observed = self.view.observe(reference, network);
         let counters = self.enforcer.backend_counters(&key);
         let mac = observed.mac;
-        let state = if !observed.alive && service.method().is_pool() {
-            BackendState::Dead
-        } else if mac.is_none() {
-            BackendState::Unresolved
-        } else if backend.draining {
-            BackendState::Draining
-        } else {
-            BackendState::Up
+        let state = match observed.liveness {
+            Liveness::Dead => BackendState::Dead,
+            Liveness::Failing => BackendState::Failing,
+            Liveness::Drained => BackendState::Drained,
+            Liveness::Alive if mac.is_none() => BackendState::Unresolved,
+            Liveness::Alive if backend.drain.is_some() => BackendState::Draining,
+            Liveness::Alive => BackendState::Up,
         };
         let given = backend.mac.filter(|_| mac.is_none());
         let misplaced = given.and_then(|given| self.view.misplaced_reason(given, network));
@@ -186,6 +190,10 @@ impl<'a> StatusSource<'a> {
             reply_bytes: counters.received.bytes,
             health_unknown_reason: unknown.map(str::to_string),
             network_problem: problem.map(str::to_string),
+            fails_checks: observed.liveness != Liveness::Drained
+                && (state == BackendState::Dead
+                    || state == BackendState::Failing
+                    || self.view.backends.is_vouched_for(&key)),
         }
     }
 }

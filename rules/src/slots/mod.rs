@@ -13,7 +13,7 @@ mod view;
 
 pub use table::{MAX_QUARANTINED, QUARANTINE, Slots};
 pub use version::SlotVersion;
-pub use view::{BackendObservation, BackendView, Unobserved};
+pub use view::{BackendObservation, BackendView, Liveness, Unobserved};
 
 use crate::ids::SlotId;
 use crate::network::{MiddleboxKey, NetworkId};
@@ -67,8 +67,8 @@ pub struct Slot {
     pub id: SlotId,
     /// The backend's MAC, once it is known.
     pub mac: Option<MacAddr>,
-    /// Whether the backend is considered alive.
-    pub alive: bool,
+    /// The health of the backend.
+    pub liveness: Liveness,
     /// Whether the backend owns the frontend's address, so that only the MAC is rewritten.
     pub dsr: bool,
     /// The network of the middlebox, which its backends are on.

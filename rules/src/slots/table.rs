@@ -2,15 +2,15 @@
 
 use super::allocator::IdAllocator;
 use super::version::{SlotVersion, fingerprint};
-use super::{BackendObservation, BackendView, Slot, SlotKey};
+use super::{BackendObservation, BackendView, Liveness, Slot, SlotKey};
 use crate::ids::{MiddleboxId, SlotId};
 use crate::limits::BACKENDS_OF_NETWORK;
 use crate::network::{MiddleboxKey, NetworkId};
 use crate::policy::{Middlebox, Policy};
-use crate::service::BackendRef;
+use crate::service::{BackendRef, Service};
 use crate::timeouts::LONGEST_TIMEOUT;
 use imbl::{OrdMap, OrdSet};
-use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead};
+use nfqd_shmctl::{BackendName, Frontend, MacAddr, OnDead, Protocol};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -191,7 +191,7 @@ impl Slots {
         let mut enough = self.count_backends(key, network.zip(middlebox));
         for (version, Wanted { observation, dsr }) in wanted {
             let SlotVersion { key, fingerprint } = version;
-            let BackendObservation { mac, alive } = observation;
+            let BackendObservation { mac, liveness } = observation;
             let network = network.unwrap_or(NetworkId::ANY);
             let has_room = dsr || self.is_backend(network, key.backend.ip);
             let id = if has_room { self.slot_ids.allocate(version, now) } else { None };
@@ -199,7 +199,7 @@ impl Slots {
                 enough = false;
                 continue;
             };
-            let slot = Slot { id, mac, alive, dsr, network, fingerprint };
+            let slot = Slot { id, mac, liveness, dsr, network, fingerprint };
             self.current.insert(key, slot);
             self.by_id.insert(id, key);
         }
@@ -493,7 +493,12 @@ fn wanted_slots(
         for (name, backend) in service.backends() {
             let reference = BackendRef { middlebox: key, frontend, service, name, backend };
             let observation = view.observe(&reference, network);
-            if !observation.alive && service.options().on_dead != OnDead::Keep {
+            let has_flows = match observation.liveness {
+                Liveness::Alive | Liveness::Failing => true,
+                Liveness::Dead => keeps_flows(frontend, service),
+                Liveness::Drained => false,
+            };
+            if !has_flows {
                 continue;
             }
             let slot = SlotKey { middlebox: key, frontend: *frontend, backend: *name };
@@ -502,6 +507,15 @@ fn wanted_slots(
         }
     }
     wanted
+}
+
+/// Whether some flows of a service stay with a dead backend.
+fn keeps_flows(frontend: &Frontend, service: &Service) -> bool {
+    match service.options().on_dead {
+        OnDead::Keep => true,
+        OnDead::KeepConnections => frontend.protocol != Some(Protocol::UDP),
+        OnDead::Move | OnDead::Reset => false,
+    }
 }
 
 /// Returns a key that sorts before all slots of a middlebox.

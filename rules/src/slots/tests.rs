@@ -98,9 +98,12 @@ fn the_ids_of_a_pool_stay_while_other_services_change() {
     let other = first.iter().find(|(name, _)| name.ends_with(":80")).unwrap().1;
     let key = slots.key_of(id(number)).unwrap();
     assert_eq!((key.ports(), slots.key_of(id(other)).unwrap().ports()), (Some((80, 8080)), None));
-    // A dead backend has none, and gets another when it lives again.
+    // A backend that is drained has none, and gets another when it is up again.
     let dead = |backend: &BackendRef<'_>| BackendObservation {
-        alive: backend.name.ip != IpAddr::from([10, 0, 0, 3]),
+        liveness: match backend.name.ip {
+            ip if ip == IpAddr::from([10, 0, 0, 3]) => Liveness::Drained,
+            _ => Liveness::Alive,
+        },
         ..BackendObservation::UNKNOWN
     };
     slots.sync_all(&policy, &dead, now);

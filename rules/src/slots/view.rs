@@ -4,18 +4,32 @@ use crate::network::{MiddleboxKey, NetworkId};
 use crate::service::BackendRef;
 use nfqd_shmctl::MacAddr;
 
+/// The health of a backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Liveness {
+    /// The backend gets new flows.
+    Alive,
+    /// The backend fails its checks, but answers on its flows: it keeps them and gets no new ones.
+    Failing,
+    /// The backend fails its checks and answers nothing: the service's `on-dead` decides about its flows.
+    Dead,
+    /// The time that the backend had for its last flows is over.
+    Drained,
+}
+
 /// The observed state of a backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BackendObservation {
     /// The MAC that packets to the backend are sent to.
     pub mac: Option<MacAddr>,
-    /// Whether the backend is considered alive.
-    pub alive: bool,
+    /// The health.
+    pub liveness: Liveness,
 }
 
 impl BackendObservation {
     /// An observation of nothing: a backend is alive until a check says otherwise.
-    pub const UNKNOWN: BackendObservation = BackendObservation { mac: None, alive: true };
+    pub const UNKNOWN: BackendObservation =
+        BackendObservation { mac: None, liveness: Liveness::Alive };
 }
 
 /// A source of observations of backends and middleboxes.

@@ -102,13 +102,39 @@ pub enum Check {
     Neighbour,
     /// A TCP connection from the host to this port, or to the backend's if there is none.
     Tcp(Option<u16>),
+    /// A UDP datagram from the host to this port, or to the backend's if there is none, which must
+    /// not be answered by ICMP port unreachable.
+    Udp(Option<u16>),
 }
+
+/// The pace of a service's checks.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct CheckPace {
+    /// The seconds between two TCP or UDP checks, from 1 to [`MAX_CHECK_INTERVAL`].
+    pub interval: u16,
+    /// The checks that must succeed in a row before a dead backend is alive.
+    pub rise: u8,
+    /// The checks that must fail in a row before a backend is dead.
+    pub fall: u8,
+}
+
+impl Default for CheckPace {
+    fn default() -> CheckPace {
+        CheckPace { interval: 1, rise: 2, fall: 3 }
+    }
+}
+
+/// The longest interval of checks, in seconds.
+pub const MAX_CHECK_INTERVAL: u16 = 3600;
 
 /// The treatment of the flows of a backend that is dead or was removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OnDead {
-    /// They move to other backends, which reset connections that they do not know.
+    /// Established TCP connections stay with a dead backend, because it may only fail its checks;
+    /// all other flows move, and so do those of a backend that was removed.
     #[default]
+    KeepConnections,
+    /// They move to other backends, which reset connections that they do not know.
     Move,
     /// TCP connections are reset at their next packet; other flows move.
     Reset,
@@ -131,8 +157,9 @@ pub enum OnEmpty {
 pub struct ServiceOptions {
     /// Whether only the MAC is rewritten: backends own the address, and answer clients directly.
     pub dsr: bool,
-    /// Whether all flows from one client address go to the same backend.
-    pub affinity: bool,
+    /// Whether all flows from one client address go to the same backend, and for how many seconds after
+    /// the last new one, up to [`MAX_TIMEOUT`].
+    pub affinity: Option<u32>,
     /// The seed of consistent hashing.
     pub seed: u32,
     /// The check of the backends.
@@ -141,6 +168,30 @@ pub struct ServiceOptions {
     pub on_dead: OnDead,
     /// The treatment of new flows without a backend.
     pub on_empty: OnEmpty,
+    /// The pace of the checks.
+    pub pace: CheckPace,
+    /// The seconds without a packet after which a UDP flow expires, from 1 to [`MAX_TIMEOUT`]; `None`
+    /// for 300 (RFC 4787, REQ-5).
+    pub udp_timeout: Option<u32>,
+    /// Whether a TCP segment of an unknown connection goes to the backend that consistent hashing gives
+    /// it, because another host has served the connection before.
+    pub takeover: bool,
+}
+
+/// The seconds of affinity if the command gives none.
+pub const DEFAULT_AFFINITY: u32 = 300;
+/// The longest timeout that a service may set, in seconds.
+pub const MAX_TIMEOUT: u32 = 7200;
+/// The longest time that a backend may be draining before its flows end, in seconds.
+pub const MAX_DRAIN: u32 = 86_400;
+
+/// The end of a drain.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Drain {
+    /// The flows of the backend last as long as they are used.
+    Unlimited,
+    /// The flows end after so many seconds, at most [`MAX_DRAIN`].
+    For(u32),
 }
 
 /// A service as `R L` registers it. All addresses are of one family.
@@ -161,8 +212,8 @@ pub enum BackendChange {
     Add(Vec<Destination>),
     /// `-`: remove these backends.
     Remove(Vec<BackendName>),
-    /// `= … drain`: these backends get no new flows.
-    Drain(Vec<BackendName>),
+    /// `= … drain`: these backends get no new flows, and lose those that they have at the end.
+    Drain(Vec<BackendName>, Drain),
     /// `= … up`: these backends get new flows again.
     Up(Vec<BackendName>),
 }
@@ -259,8 +310,10 @@ impl fmt::Display for ServiceOptions {
         if self.dsr {
             f.write_str(" dsr")?;
         }
-        if self.affinity {
-            f.write_str(" affinity")?;
+        match self.affinity {
+            None => {}
+            Some(DEFAULT_AFFINITY) => f.write_str(" affinity")?,
+            Some(seconds) => write!(f, " affinity={seconds}")?,
         }
         if self.seed != 0 {
             write!(f, " seed={}", self.seed)?;
@@ -271,16 +324,33 @@ impl fmt::Display for ServiceOptions {
             Check::Neighbour => f.write_str(" check=arp")?,
             Check::Tcp(None) => f.write_str(" check=tcp")?,
             Check::Tcp(Some(port)) => write!(f, " check=tcp:{port}")?,
+            Check::Udp(None) => f.write_str(" check=udp")?,
+            Check::Udp(Some(port)) => write!(f, " check=udp:{port}")?,
+        }
+        let (pace, usual) = (self.pace, CheckPace::default());
+        if pace.interval != usual.interval {
+            write!(f, " interval={}", pace.interval)?;
+        }
+        if pace.rise != usual.rise {
+            write!(f, " rise={}", pace.rise)?;
+        }
+        if pace.fall != usual.fall {
+            write!(f, " fall={}", pace.fall)?;
         }
         match self.on_dead {
-            OnDead::Move => {}
+            OnDead::KeepConnections => {}
+            OnDead::Move => f.write_str(" on-dead=move")?,
             OnDead::Reset => f.write_str(" on-dead=reset")?,
             OnDead::Keep => f.write_str(" on-dead=keep")?,
         }
         match self.on_empty {
-            OnEmpty::Reject => Ok(()),
-            OnEmpty::Pass => f.write_str(" on-empty=pass"),
+            OnEmpty::Reject => {}
+            OnEmpty::Pass => f.write_str(" on-empty=pass")?,
         }
+        if let Some(seconds) = self.udp_timeout {
+            write!(f, " udp-timeout={seconds}")?;
+        }
+        if self.takeover { f.write_str(" takeover") } else { Ok(()) }
     }
 }
 
@@ -301,7 +371,10 @@ impl fmt::Display for BackendChange {
         };
         match self {
             BackendChange::Remove(names) => words('-', names, ""),
-            BackendChange::Drain(names) => words('=', names, " drain"),
+            BackendChange::Drain(names, Drain::Unlimited) => words('=', names, " drain"),
+            BackendChange::Drain(names, Drain::For(seconds)) => {
+                words('=', names, &format!(" drain={seconds}"))
+            }
             BackendChange::Up(names) => words('=', names, " up"),
             BackendChange::Add(destinations) => {
                 f.write_str("+")?;

@@ -2,10 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_shmctl::{
-    Action, AddressRange, BackendChange, Check, Class, Command, Destination, EtherType, Field,
-    FieldValue, FilterRemoval, FilterUpdate, FragmentMatch, Frontend, MAX_WEIGHT, MacAddr, MacMask,
-    Method, NumberRange, OnDead, OnEmpty, Protocol, RuleId, ServiceOptions, ServiceSpec, TcpFlags,
-    UnregisterScope,
+    Action, AddressRange, BackendChange, Check, CheckPace, Class, Command, Destination, Drain,
+    EtherType, Field, FieldValue, FilterRemoval, FilterUpdate, FragmentMatch, Frontend, MAX_WEIGHT,
+    MacAddr, MacMask, Method, NumberRange, OnDead, OnEmpty, Protocol, RuleId, ServiceOptions,
+    ServiceSpec, TcpFlags, UnregisterScope,
 };
 use proptest::option::of;
 use proptest::prelude::*;
@@ -113,18 +113,32 @@ fn options() -> impl Strategy<Value = ServiceOptions> {
         Just(Check::Default),
         Just(Check::None),
         Just(Check::Neighbour),
-        of(1u16..).prop_map(Check::Tcp)
+        of(1u16..).prop_map(Check::Tcp),
+        of(1u16..).prop_map(Check::Udp)
     ];
-    let on_dead = prop_oneof![Just(OnDead::Move), Just(OnDead::Reset), Just(OnDead::Keep)];
+    let on_dead = prop_oneof![
+        Just(OnDead::KeepConnections),
+        Just(OnDead::Move),
+        Just(OnDead::Reset),
+        Just(OnDead::Keep)
+    ];
     let on_empty = prop_oneof![Just(OnEmpty::Reject), Just(OnEmpty::Pass)];
-    (any::<bool>(), any::<bool>(), any::<u32>(), check, on_dead, on_empty).prop_map(
-        |(dsr, affinity, seed, check, on_dead, on_empty)| ServiceOptions {
-            dsr,
-            affinity,
-            seed,
-            check,
-            on_dead,
-            on_empty,
+    let pace = (1..=3600_u16, 1..=u8::MAX, 1..=u8::MAX)
+        .prop_map(|(interval, rise, fall)| CheckPace { interval, rise, fall });
+    let times = (of(1..=7200_u32), of(1..=7200_u32), any::<bool>());
+    (any::<bool>(), any::<u32>(), check, on_dead, on_empty, pace, times).prop_map(
+        |(dsr, seed, check, on_dead, on_empty, pace, (affinity, udp_timeout, takeover))| {
+            ServiceOptions {
+                dsr,
+                affinity,
+                seed,
+                check,
+                on_dead,
+                on_empty,
+                pace,
+                udp_timeout,
+                takeover,
+            }
         },
     )
 }
@@ -171,8 +185,20 @@ fn spec() -> impl Strategy<Value = (Frontend, ServiceSpec)> {
                     options = ServiceOptions { dsr: options.dsr, ..ServiceOptions::default() };
                     destinations.truncate(1);
                 }
-                if options.check == Check::Tcp(None) && frontend.port.is_none() {
-                    options.check = Check::Tcp(Some(80));
+                match options.check {
+                    Check::Tcp(None) if frontend.port.is_none() => {
+                        options.check = Check::Tcp(Some(80));
+                    }
+                    Check::Udp(None) if frontend.port.is_none() => {
+                        options.check = Check::Udp(Some(53));
+                    }
+                    Check::Tcp(_) | Check::Udp(_) => {}
+                    _ => options.pace.interval = 1,
+                }
+                if method == Method::Hash {
+                    options.affinity = options.affinity.and(Some(300));
+                } else {
+                    options.takeover = false;
                 }
                 if options.dsr {
                     destinations.iter_mut().for_each(|to| to.port = None);
@@ -188,16 +214,18 @@ fn spec() -> impl Strategy<Value = (Frontend, ServiceSpec)> {
 }
 
 fn change() -> impl Strategy<Value = (Option<Frontend>, BackendChange)> {
-    (frontend(), any::<bool>(), 0..4_u8)
+    (frontend(), any::<bool>(), 0..5_u8)
         .prop_flat_map(|(frontend, named, kind)| {
             (Just((frontend, named, kind)), destinations(frontend))
         })
         .prop_filter_map("no backend", |((frontend, named, kind), destinations)| {
             let names: Vec<_> = destinations.iter().map(Destination::name).collect();
+            let weight = destinations.first().map_or(0, |to| to.weight);
             let change = match kind {
                 0 => BackendChange::Add(destinations),
                 1 => BackendChange::Remove(names.clone()),
-                2 => BackendChange::Drain(names.clone()),
+                2 => BackendChange::Drain(names.clone(), Drain::Unlimited),
+                3 => BackendChange::Drain(names.clone(), Drain::For(u32::from(weight))),
                 _ => BackendChange::Up(names.clone()),
             };
             (!names.is_empty()).then_some((named.then_some(frontend), change))

@@ -4,7 +4,7 @@
 //! All workers share it. It is divided into shards, each behind a lock; both directions of a flow
 //! are in one shard. All memory is allocated at the start, and no operation depends on the number
 //! of flows: there are two hash tables with chains, one for each direction, and for each state a
-//! list in the order of the last packets. So the oldest flow is always at hand, to be expired, or
+//! list in the order of the last packets (for UDP, one for timeouts of the same magnitude). So the oldest flow is always at hand, to be expired, or
 //! to be evicted from a full shard: first of those that are not assured, of the state that has the
 //! most of them; last of those that are. A flood of SYNs or of UDP evicts nothing but its own
 //! flows.
@@ -13,7 +13,7 @@
 //! established once its client has acknowledged what the backend has sent.
 
 mod shard;
-mod slot_counts;
+mod slot_counters;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +21,8 @@ use nfqd_rules::packet::Ports;
 use nfqd_rules::{MiddleboxKey, NetworkId, SlotId};
 use nfqd_shmctl::Protocol;
 use shard::{Entry, NONE, Sender, Shard, TupleHashes};
-use slot_counts::SlotCounts;
+pub use slot_counters::SlotAnswers;
+use slot_counters::SlotCounters;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
 use std::net::IpAddr;
@@ -86,14 +87,14 @@ const STATES: [FlowState; 6] = [
 ];
 
 impl FlowState {
-    /// Returns the seconds without a packet after which a flow expires. RFC 5382, REQ-5: 2 h 4 min
-    /// for established TCP, 4 min for opening and closing connections; RFC 4787, REQ-5: 5 min for
-    /// UDP; RFC 5508, REQ-2: 60 s for ICMP, which the kernel does not cache.
-    fn timeout(self) -> u32 {
+    /// Returns the seconds without a packet after which a flow expires, `udp` of UDP. RFC 5382, REQ-5:
+    /// 2 h 4 min for established TCP, 4 min for opening and closing connections; RFC 5508, REQ-2: 60 s
+    /// for ICMP, which the kernel does not cache.
+    fn timeout(self, udp: u32) -> u32 {
         match self {
             FlowState::Established => 7440,
             FlowState::Opening | FlowState::Closing => 240,
-            FlowState::Datagram | FlowState::Stream => 300,
+            FlowState::Datagram | FlowState::Stream => udp,
             FlowState::Other => 60,
         }
     }
@@ -166,13 +167,17 @@ impl FlowMatch {
 /// insertion, which a sender of packets that change nothing must not be able to cause at will.
 const REINSTALL_AFTER: u32 = 5;
 
+/// Seconds without a packet after which a UDP flow expires, unless its service says otherwise (RFC 4787,
+/// REQ-5).
+pub const UDP_TIMEOUT: u32 = 300;
+
 const SHARDS: usize = 64;
 
 /// The flow table.
 pub struct FlowTable {
     hash: RandomState,
     shards: Vec<Mutex<Shard>>,
-    live: SlotCounts,
+    slots: SlotCounters,
     evicted: AtomicU64,
     evicted_established: AtomicU64,
 }
@@ -199,7 +204,7 @@ impl FlowTable {
         FlowTable {
             hash: RandomState::new(),
             shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(capacity))).collect(),
-            live: SlotCounts::new(),
+            slots: SlotCounters::new(),
             evicted: AtomicU64::new(0),
             evicted_established: AtomicU64::new(0),
         }
@@ -235,7 +240,7 @@ impl FlowTable {
         let mut guard = self.shard_of(tuple);
         let shard = &mut *guard;
         let at = shard.find_original(self.hash(tuple), tuple)?;
-        let found = shard.record(at, Sender::Client, event, now, current, &self.live);
+        let found = shard.record(at, Sender::Client, event, now, current, &self.slots);
         self.evict_excess_assured(shard);
         found
     }
@@ -250,7 +255,11 @@ impl FlowTable {
     ) -> Option<FlowMatch> {
         let mut shard = self.shard_of_reply(tuple);
         let at = shard.find_reply(self.hash(tuple), tuple)?;
-        shard.record(at, Sender::Backend, event, now, current, &self.live)
+        let found = shard.record(at, Sender::Backend, event, now, current, &self.slots)?;
+        if let Some(slot) = found.current {
+            self.slots.record_reply(slot, found.state, event, now);
+        }
+        Some(found)
     }
 
     /// Leaves room for new flows: without it each would evict the one before it. Assured flows give
@@ -302,13 +311,13 @@ impl FlowTable {
     }
 
     /// Inserts a flow. A flow with the same original tuple is replaced, and one with the same reply
-    /// tuple loses that; a full shard evicts another one.
+    /// tuple loses that; a full shard evicts another one. `udp_timeout` is in seconds.
     pub fn insert(
         &self,
         original: OriginalTuple,
         reply: Option<ReplyTuple>,
         slot: SlotId,
-        state: FlowState,
+        (state, udp_timeout): (FlowState, u32),
         now: u32,
     ) {
         let hashes = TupleHashes {
@@ -340,6 +349,7 @@ impl FlowTable {
             reply,
             slot,
             state,
+            udp_timeout,
             created: now,
             last_seen: now,
             expected_ack: None,
@@ -352,7 +362,10 @@ impl FlowTable {
             newer: NONE,
         };
         shard.insert(entry, hashes);
-        self.live.add(slot, state);
+        self.slots.add(slot, state);
+        if reply.is_some() && !matches!(state, FlowState::Closing | FlowState::Established) {
+            self.slots.record_begin(slot, now);
+        }
         self.evict_excess_assured(shard);
     }
 
@@ -388,7 +401,7 @@ impl FlowTable {
             original: self.hash(entry.original),
             reply: entry.reply.map(|tuple| self.hash(tuple)),
         };
-        self.live.subtract(entry.slot, entry.state);
+        self.slots.subtract(entry.slot, entry.state);
         shard.remove(at, hashes);
     }
 
@@ -406,7 +419,17 @@ impl FlowTable {
 
     /// Returns the number of live flows of a slot.
     pub fn live(&self, slot: SlotId) -> u32 {
-        self.live.get(slot)
+        self.slots.live(slot)
+    }
+
+    /// Records an ICMP error of a slot's backend about one of its flows.
+    pub fn record_refusal(&self, slot: SlotId) {
+        self.slots.record_refusal(slot);
+    }
+
+    /// Returns the answers of a slot's backend.
+    pub fn answers(&self, slot: SlotId) -> SlotAnswers {
+        self.slots.answers(slot)
     }
 
     /// Returns the number of flows, those included that have expired and are not removed yet.

@@ -1,9 +1,10 @@
 //! A shard of the flow table: its entries, the chains of both hash tables, and a list for each
 //! state.
 
-use super::slot_counts::SlotCounts;
+use super::slot_counters::SlotCounters;
 use super::{FlowEvent, FlowMatch, FlowState, OriginalTuple, REINSTALL_AFTER, ReplyTuple, STATES};
 use nfqd_rules::SlotId;
+use std::ops::Range;
 
 /// The index of no entry.
 pub(super) const NONE: u32 = u32::MAX;
@@ -21,6 +22,8 @@ pub(super) struct Entry {
     pub reply: Option<ReplyTuple>,
     pub slot: SlotId,
     pub state: FlowState,
+    /// The timeout in the states of UDP, in seconds.
+    pub udp_timeout: u32,
     pub created: u32,
     pub last_seen: u32,
     /// The number that the client must acknowledge; `None` before the backend has answered.
@@ -92,7 +95,35 @@ impl Entry {
     }
 }
 
-/// The ends of the list of a state.
+/// Timeouts of UDP flows in one list differ by a factor below two: by the binary digits of the timeout.
+const UDP_LISTS: usize = u32::BITS as usize;
+
+const LISTS: usize = STATES.len() + 2 * UDP_LISTS;
+
+impl Entry {
+    /// Returns the list that the entry is in.
+    fn list(&self) -> usize {
+        let magnitude = self.udp_timeout.checked_ilog2().unwrap_or(0) as usize;
+        lists_of(self.state).start
+            + if matches!(self.state, FlowState::Datagram | FlowState::Stream) {
+                magnitude
+            } else {
+                0
+            }
+    }
+}
+
+/// Returns the lists of a state.
+fn lists_of(state: FlowState) -> Range<usize> {
+    let (datagrams, streams) = (STATES.len(), STATES.len() + UDP_LISTS);
+    match state {
+        FlowState::Datagram => datagrams..streams,
+        FlowState::Stream => streams..LISTS,
+        other => other as usize..other as usize + 1,
+    }
+}
+
+/// The ends of a list.
 #[derive(Clone, Copy)]
 struct List {
     oldest: u32,
@@ -108,7 +139,7 @@ pub(super) struct Shard {
     /// The first entry of each chain, plus one: memory that is zero costs nothing until it is used.
     originals: Vec<u32>,
     replies: Vec<u32>,
-    lists: [List; STATES.len()],
+    lists: [List; LISTS],
     pub len: usize,
 }
 
@@ -128,7 +159,7 @@ impl Shard {
             free: NONE,
             originals: vec![0; heads],
             replies: vec![0; heads],
-            lists: [List { oldest: NONE, newest: NONE, len: 0 }; STATES.len()],
+            lists: [List { oldest: NONE, newest: NONE, len: 0 }; LISTS],
             len: 0,
         }
     }
@@ -164,45 +195,58 @@ impl Shard {
 
     pub(super) fn is_expired(&self, at: u32, now: u32) -> bool {
         let entry = &self.entries[at as usize];
-        entry.last_seen.saturating_add(entry.state.timeout()) <= now
+        entry.last_seen.saturating_add(entry.state.timeout(entry.udp_timeout)) <= now
     }
 
     pub(super) fn unexpired(&self, at: u32, now: u32) -> Option<&Entry> {
         (!self.is_expired(at, now)).then(|| &self.entries[at as usize])
     }
 
-    /// Returns the oldest flow in a state, if it has expired.
+    /// Returns a flow in a state that has expired, the oldest of its list.
     pub(super) fn oldest_expired(&self, state: FlowState, now: u32) -> Option<u32> {
-        let oldest = self.lists[state as usize].oldest;
-        (oldest != NONE && self.is_expired(oldest, now)).then_some(oldest)
+        let oldest = self.lists[lists_of(state)].iter().map(|list| list.oldest);
+        oldest.into_iter().find(|oldest| *oldest != NONE && self.is_expired(*oldest, now))
+    }
+
+    /// Returns the number of flows in a state.
+    fn count(&self, state: FlowState) -> usize {
+        self.lists[lists_of(state)].iter().map(|list| list.len).sum()
+    }
+
+    /// Returns the oldest flow of the longest list of a state.
+    fn oldest(&self, state: FlowState) -> Option<u32> {
+        let longest = self.lists[lists_of(state)].iter().max_by_key(|list| list.len)?;
+        (longest.oldest != NONE).then_some(longest.oldest)
     }
 
     /// Returns the flow to evict: an expired one; or the oldest that is not assured, of the state
     /// that has the most of them, so that a flood of one kind evicts its own; or the oldest of the
     /// rest.
     pub(super) fn eviction_candidate(&self, now: u32) -> Option<(u32, FlowState)> {
-        let is_used = |state: &FlowState| self.lists[*state as usize].len != 0;
+        let is_used = |state: &FlowState| self.count(*state) != 0;
         for state in STATES {
             if let Some(at) = self.oldest_expired(state, now) {
                 return Some((at, state));
             }
         }
         let unassured = STATES.into_iter().filter(|state| !state.is_assured() && is_used(state));
-        let most = unassured.max_by_key(|state| self.lists[*state as usize].len);
+        let most = unassured.max_by_key(|state| self.count(*state));
         let assured = || STATES.into_iter().find(|state| state.is_assured() && is_used(state));
         let state = most.or_else(assured)?;
-        Some((self.lists[state as usize].oldest, state))
+        Some((self.oldest(state)?, state))
     }
 
     /// Returns the oldest assured flow, if the assured ones leave less than a sixteenth of the room
     /// to others.
     pub(super) fn excess_assured(&self) -> Option<(u32, FlowState)> {
-        let lists = [FlowState::Stream, FlowState::Established]
-            .map(|state| (self.lists[state as usize], state));
-        let assured: usize = lists.iter().map(|(list, _)| list.len).sum();
+        let states = [FlowState::Stream, FlowState::Established];
+        let assured: usize = states.iter().map(|state| self.count(*state)).sum();
         let most = self.capacity - self.capacity / 16;
-        let longest = lists.iter().max_by_key(|(list, _)| list.len)?;
-        (assured > most).then_some((longest.0.oldest, longest.1))
+        if assured <= most {
+            return None;
+        }
+        let state = states.into_iter().max_by_key(|state| self.count(*state))?;
+        Some((self.oldest(state)?, state))
     }
 
     /// Records a packet of a flow; `None` if the flow has expired. A flow whose backend has no slot
@@ -215,7 +259,7 @@ impl Shard {
         event: FlowEvent,
         now: u32,
         current: impl Fn(SlotId) -> Option<SlotId>,
-        live: &SlotCounts,
+        slots: &SlotCounters,
     ) -> Option<FlowMatch> {
         if self.is_expired(at, now) {
             return None;
@@ -273,8 +317,8 @@ impl Shard {
         entry.last_seen = now.max(entry.last_seen);
         self.link(at);
         if before.is_live() != after.is_live() || current != slot {
-            live.subtract(slot, before);
-            live.add(current, after);
+            slots.subtract(slot, before);
+            slots.add(current, after);
         }
         Some(FlowMatch {
             slot,
@@ -356,22 +400,22 @@ impl Shard {
 
     /// Appends an entry to the list of its state, as the newest.
     fn link(&mut self, at: u32) {
-        let state = self.entries[at as usize].state as usize;
-        self.lists[state].len += 1;
-        let newest = self.lists[state].newest;
+        let list = self.entries[at as usize].list();
+        self.lists[list].len += 1;
+        let newest = self.lists[list].newest;
         let entry = &mut self.entries[at as usize];
         (entry.older, entry.newer) = (newest, NONE);
         if newest == NONE {
-            self.lists[state].oldest = at;
+            self.lists[list].oldest = at;
         } else {
             self.entries[newest as usize].newer = at;
         }
-        self.lists[state].newest = at;
+        self.lists[list].newest = at;
     }
 
     fn unlink(&mut self, at: u32) {
-        let Entry { state, older, newer, .. } = self.entries[at as usize];
-        let list = &mut self.lists[state as usize];
+        let Entry { older, newer, .. } = self.entries[at as usize];
+        let list = &mut self.lists[self.entries[at as usize].list()];
         list.len -= 1;
         if older == NONE {
             list.oldest = newer;

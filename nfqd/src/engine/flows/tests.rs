@@ -29,7 +29,13 @@ fn reply(client: u32, protocol: Protocol) -> ReplyTuple {
 const GOES_ON: FlowEvent = FlowEvent::Segment { acknowledgement: 5 };
 
 fn insert(flows: &FlowTable, client: u32, protocol: Protocol, state: FlowState, now: u32) {
-    flows.insert(original(client, protocol), Some(reply(client, protocol)), slot(7), state, now);
+    flows.insert(
+        original(client, protocol),
+        Some(reply(client, protocol)),
+        slot(7),
+        (state, UDP_TIMEOUT),
+        now,
+    );
 }
 
 #[test]
@@ -208,7 +214,7 @@ fn replies_of_two_flows_cannot_be_confused() {
     assert!(!is_taken(&reply(1, Protocol::UDP), &other, 1), "another protocol");
     flows.record_original(&original(1, Protocol::TCP), FlowEvent::Fin, 2, Some);
     assert!(!is_taken(&back, &other, 3), "it is at its end");
-    flows.insert(other, Some(back), slot(9), FlowState::Opening, 3);
+    flows.insert(other, Some(back), slot(9), (FlowState::Opening, UDP_TIMEOUT), 3);
     assert_eq!((flows.slot_of_reply(&back, 3), flows.len()), (Some(slot(9)), 2));
     let first = flows.record_original(&original(1, Protocol::TCP), FlowEvent::Fin, 3, Some);
     assert!(first.is_some_and(|found| !found.has_reply), "the kernel may still have it");
@@ -223,11 +229,11 @@ proptest! {
         let mut now = 0;
         for (step, client, pass) in steps {
             now += pass * 50;
-            model.retain(|_, (_, seen)| *seen + FlowState::Datagram.timeout() > now);
+            model.retain(|_, (_, seen)| *seen + UDP_TIMEOUT > now);
             let (there, back) = (original(client, Protocol::UDP), reply(client, Protocol::UDP));
             match step {
                 0 => {
-                    flows.insert(there, Some(back), slot(client + 1), FlowState::Datagram, now);
+                    flows.insert(there, Some(back), slot(client + 1), (FlowState::Datagram, UDP_TIMEOUT), now);
                     model.insert(client, (slot(client + 1), now));
                 }
                 1 => {
@@ -249,4 +255,24 @@ proptest! {
             prop_assert_eq!(live as usize, model.len());
         }
     }
+}
+
+/// Flows with long timeouts do not keep those with short ones from being removed.
+#[test]
+fn each_udp_flow_expires_after_its_own_time() {
+    let flows = FlowTable::new(1000);
+    let (short, long) = (10, 4000);
+    for client in 0..100_u32 {
+        let timeout = if client % 2 == 0 { long } else { short };
+        let state = (FlowState::Datagram, timeout);
+        flows.insert(original(client, Protocol::UDP), None, slot(7), state, 0);
+    }
+    let found =
+        |client: u32, now: u32| flows.slot_of(&original(client, Protocol::UDP), now).is_some();
+    assert!(found(1, short - 1) && !found(1, short) && found(2, short));
+    flows.expire(short);
+    assert_eq!((flows.len(), flows.live(slot(7))), (50, 50));
+    assert!(found(2, long - 1) && !found(2, long));
+    flows.expire(long);
+    assert!(flows.is_empty());
 }

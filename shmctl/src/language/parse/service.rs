@@ -6,12 +6,14 @@ use super::words::{Place, Words};
 use super::{check_family, check_unicast, same_family};
 use crate::language::command::Command;
 use crate::language::service::{
-    BackendChange, BackendName, Check, Destination, Frontend, MAX_WEIGHT, Method, OnDead, OnEmpty,
+    BackendChange, BackendName, Check, DEFAULT_AFFINITY, Destination, Drain, Frontend,
+    MAX_CHECK_INTERVAL, MAX_DRAIN, MAX_TIMEOUT, MAX_WEIGHT, Method, OnDead, OnEmpty,
     ServiceOptions, ServiceSpec,
 };
 use crate::language::value::{MacAddr, decimal};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 const SERVICE: &str = "not an address or a port of one; write one like 10.129.126.15, 2001:db8::1, \
                        10.129.126.15:80, 10.129.126.15:53/udp or [2001:db8::1]:80";
@@ -19,7 +21,8 @@ const TYPE: &str =
     "not a balancing method; write 0 (static), 1 (source), 2 (rr), 3 (hash) or 4 (least)";
 const DESTINATION: &str = "not a destination; write an IP address, like 10.129.126.17, or 10.129.126.17@MAC; in full \
                            ip[:port][@mac][*weight], with [ip]:port for IPv6";
-const OPTIONS: &str = "dsr, affinity, seed=N, check=none|arp|tcp[:port], on-dead=move|reset|keep, on-empty=reject|pass";
+const OPTIONS: &str = "dsr, affinity[=SECONDS], seed=N, check=none|arp|tcp[:port]|udp[:port], interval=SECONDS, \
+                       rise=N, fall=N, on-dead=move|reset|keep, on-empty=reject|pass, udp-timeout=SECONDS, takeover";
 
 /// Parses `{ip}[:port[/tcp|udp]] {type} [{srcip}] {dst}… [options]`.
 pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, CommandError> {
@@ -28,6 +31,7 @@ pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, C
     let destinations = destinations(words, Some(frontend), method.is_pool())?;
     let mut options = ServiceOptions::default();
     let mut named = BTreeSet::new();
+    let mut interval = None;
     for word in words.by_ref() {
         let name = option(word, method, &mut options)?;
         if !named.insert(name) {
@@ -39,10 +43,19 @@ pub(super) fn register(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, C
             let expected = "dsr rewrites only the MAC; omit the backends' ports";
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
-        if options.check == Check::Tcp(None) && frontend.port.is_none() {
-            let expected = "needs a port, because the service has none; write check=tcp:PORT";
+        let unported = matches!(options.check, Check::Tcp(None) | Check::Udp(None));
+        if unported && frontend.port.is_none() {
+            let expected = "needs a port, because the service has none; write check=tcp:PORT or check=udp:PORT";
             return Err(CommandError::new(ErrorCode::Value, word, expected));
         }
+        if word.text.to_ascii_lowercase().starts_with("interval=") {
+            interval = Some(word);
+        }
+    }
+    if let Some(word) = interval.filter(|_| !matches!(options.check, Check::Tcp(_) | Check::Udp(_)))
+    {
+        let expected = "only TCP and UDP checks have an interval; write check=tcp or check=udp too";
+        return Err(CommandError::new(ErrorCode::Value, word, expected));
     }
     Ok(Command::RegisterService {
         mac,
@@ -65,15 +78,24 @@ pub(super) fn change(words: &mut Words<'_>, mac: MacAddr) -> Result<Command, Com
         "-" => BackendChange::Remove(names(destinations(words, frontend, true)?)),
         _ => {
             let backends = names(destinations(words, frontend, true)?);
-            let expected = "not a state; write drain (no new flows) or up";
-            let drain = words.expect(ErrorCode::Syntax, expected, |text| {
-                match text.to_ascii_lowercase().as_str() {
-                    "drain" => Some(true),
-                    "up" => Some(false),
+            let expected = "not a state; write drain (no new flows), drain=SECONDS (0 to 86400, then its \
+                            flows end) or up";
+            let state = words.expect(ErrorCode::Syntax, expected, |text| {
+                let text = text.to_ascii_lowercase();
+                match text.split_once('=') {
+                    None if text == "drain" => Some(Some(Drain::Unlimited)),
+                    None if text == "up" => Some(None),
+                    Some(("drain", seconds)) => {
+                        let seconds = decimal(seconds).filter(|seconds| *seconds <= MAX_DRAIN)?;
+                        Some(Some(Drain::For(seconds)))
+                    }
                     _ => None,
                 }
             })?;
-            if drain { BackendChange::Drain(backends) } else { BackendChange::Up(backends) }
+            match state {
+                Some(drain) => BackendChange::Drain(backends, drain),
+                None => BackendChange::Up(backends),
+            }
         }
     };
     Ok(Command::ChangeBackends { mac, frontend, change })
@@ -193,9 +215,10 @@ fn option(
     options: &mut ServiceOptions,
 ) -> Result<String, CommandError> {
     let syntax = |expected: String| CommandError::new(ErrorCode::Syntax, word, expected);
-    let (name, value) = match word.text.split_once('=') {
+    let value = |expected: &str| CommandError::new(ErrorCode::Value, word, expected);
+    let (name, argument) = match word.text.split_once('=') {
         None => (word.text, None),
-        Some((name, value)) => (name, Some(value)),
+        Some((name, argument)) => (name, Some(argument)),
     };
     let unknown = || {
         if method.is_pool() {
@@ -210,52 +233,93 @@ fn option(
         }
     };
     let lower = |text: &str| text.to_ascii_lowercase();
-    if lower(name) == "dsr" && value.is_none() {
+    if lower(name) == "dsr" && argument.is_none() {
         options.dsr = true;
         return Ok(lower(name));
     }
     if !method.is_pool() {
         return Err(unknown());
     }
-    match (lower(name).as_str(), value.map(lower).as_deref()) {
-        ("affinity", None) => options.affinity = true,
+    match (lower(name).as_str(), argument.map(lower).as_deref()) {
+        ("affinity", None) => options.affinity = Some(DEFAULT_AFFINITY),
+        ("affinity", Some(_)) if method == Method::Hash => {
+            return Err(value("affinity of the method hash does not expire; write affinity"));
+        }
+        ("affinity", Some(seconds)) => {
+            let expected = "not a time; write affinity=SECONDS, from 1 to 7200";
+            options.affinity = Some(number(word, seconds, (1, MAX_TIMEOUT), expected)?);
+        }
         ("seed", Some(seed)) => {
             let expected = "has no seed behind it; write a number from 0 to 4294967295";
-            options.seed =
-                decimal(seed).ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))?;
+            options.seed = number(word, seed, (0, u32::MAX), expected)?;
         }
         ("check", Some(kind)) => {
-            let expected = "not a check; write check=none, check=arp, check=tcp or check=tcp:PORT";
-            let check = match kind.split_once(':') {
-                None if kind == "none" => Some(Check::None),
-                None if kind == "arp" => Some(Check::Neighbour),
-                None if kind == "tcp" => Some(Check::Tcp(None)),
-                Some(("tcp", port)) => {
-                    decimal(port).filter(|port| *port != 0).map(|port| Check::Tcp(Some(port)))
-                }
-                _ => None,
-            };
-            options.check =
-                check.ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))?;
+            let expected = "not a check; write check=none, check=arp, check=tcp, check=tcp:PORT, check=udp or \
+                            check=udp:PORT";
+            options.check = check(kind).ok_or_else(|| value(expected))?;
+        }
+        ("interval", Some(seconds)) => {
+            let expected = "not an interval of checks; write interval=SECONDS, from 1 to 3600";
+            options.pace.interval = number(word, seconds, (1, MAX_CHECK_INTERVAL), expected)?;
+        }
+        ("rise", Some(count)) => {
+            let expected = "not a number of checks; write rise=N, from 1 to 255";
+            options.pace.rise = number(word, count, (1, u8::MAX), expected)?;
+        }
+        ("fall", Some(count)) => {
+            let expected = "not a number of checks; write fall=N, from 1 to 255";
+            options.pace.fall = number(word, count, (1, u8::MAX), expected)?;
         }
         ("on-dead", Some(what)) => {
-            let expected = "not an on-dead action; write move, reset or keep";
             options.on_dead = match what {
                 "move" => OnDead::Move,
                 "reset" => OnDead::Reset,
                 "keep" => OnDead::Keep,
-                _ => return Err(CommandError::new(ErrorCode::Value, word, expected)),
+                _ => return Err(value("not an on-dead action; write move, reset or keep")),
             };
         }
         ("on-empty", Some(what)) => {
-            let expected = "not an on-empty action; write reject or pass";
             options.on_empty = match what {
                 "reject" => OnEmpty::Reject,
                 "pass" => OnEmpty::Pass,
-                _ => return Err(CommandError::new(ErrorCode::Value, word, expected)),
+                _ => return Err(value("not an on-empty action; write reject or pass")),
             };
+        }
+        ("udp-timeout", Some(seconds)) => {
+            let expected = "not a time; write udp-timeout=SECONDS, from 1 to 7200";
+            options.udp_timeout = Some(number(word, seconds, (1, MAX_TIMEOUT), expected)?);
+        }
+        ("takeover", None) if method == Method::Hash => options.takeover = true,
+        ("takeover", None) => {
+            return Err(value("only for the method hash, which chooses alike on every host"));
         }
         _ => return Err(unknown()),
     }
     Ok(lower(name))
+}
+
+/// Parses the value of `check=`.
+fn check(text: &str) -> Option<Check> {
+    let (kind, port) = match text.split_once(':') {
+        None => (text, None),
+        Some((kind, port)) => (kind, Some(decimal(port).filter(|port| *port != 0)?)),
+    };
+    match (kind, port) {
+        ("none", None) => Some(Check::None),
+        ("arp", None) => Some(Check::Neighbour),
+        ("tcp", port) => Some(Check::Tcp(port)),
+        ("udp", port) => Some(Check::Udp(port)),
+        _ => None,
+    }
+}
+
+/// Parses the value of an option as a number from `least` to `most`.
+fn number<T: FromStr + PartialOrd>(
+    word: Word<'_>,
+    text: &str,
+    (least, most): (T, T),
+    expected: &str,
+) -> Result<T, CommandError> {
+    let number = decimal(text).filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| CommandError::new(ErrorCode::Value, word, expected))
 }
