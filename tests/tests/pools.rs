@@ -110,6 +110,7 @@ fn connections_keep_their_backend_whatever_happens_to_others() {
         });
         daemon.must(&format!("B {VM_MAC} - {}", backend_ip(1)));
         ask_all(&mut rest, "the drained one was removed");
+        assert!(daemon.status().flows.full_maps.is_empty(), "{:?}", daemon.status().flows);
         println!(
             "{count} connections; {} were left at the end; flows {:?}",
             rest.len(),

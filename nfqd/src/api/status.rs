@@ -1,7 +1,7 @@
 //! The state of a daemon.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The state of a daemon.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -51,9 +51,12 @@ pub struct FlowTableStatus {
     pub evicted: u64,
     /// Established flows among them.
     pub evicted_established: u64,
-    /// Packets whose flows the kernel could not cache, by the map that was full. Their flows go
-    /// through the engine.
+    /// Packets whose flows the kernel could not cache, by the map. Their flows go through the engine
+    /// until it can: a map may be full, or about to be enlarged.
     pub cache_full_packets: BTreeMap<String, u64>,
+    /// The maps that were full then.
+    #[serde(default)]
+    pub full_maps: BTreeSet<String>,
 }
 
 /// A queue.

@@ -1,7 +1,7 @@
 //! Health of backends: the results of checks, damped.
 //!
 //! A backend fails after some checks in a row that failed, and passes after some that succeeded. One
-//! that flaps fails longer each time. What a failure means for its service, [`super::liveness`]
+//! that flaps fails longer each time. What a failure means for its service, `liveness`
 //! decides.
 
 use nfqd_rules::NetworkId;

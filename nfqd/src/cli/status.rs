@@ -94,9 +94,10 @@ fn write_flow_table(out: &mut String, flows: &FlowTableStatus) -> fmt::Result {
         )?;
     }
     for (map, packets) in &flows.cache_full_packets {
+        let what = if flows.full_maps.contains(map) { "KERNEL MAP FULL" } else { "not cached yet" };
         writeln!(
             out,
-            "KERNEL MAP FULL: {packets} packets of {map} not cached; their flows go through the engine"
+            "{what}: {packets} packets of {map}; their flows go through the engine until they are cached"
         )?;
     }
     Ok(())
@@ -163,6 +164,7 @@ fn write_backend(out: &mut String, frontend: &str, backend: &BackendStatus) -> f
 mod tests {
     use super::*;
     use crate::api::{ChannelStatus, MiddleboxStatus, ServiceStatus};
+    use std::collections::{BTreeMap, BTreeSet};
 
     #[test]
     fn faults_are_in_capitals() {
@@ -208,7 +210,12 @@ mod tests {
                     backends: vec![backend],
                 }],
             }],
-            flows: FlowTableStatus { evicted: 9, ..FlowTableStatus::default() },
+            flows: FlowTableStatus {
+                evicted: 9,
+                cache_full_packets: BTreeMap::from([("a".to_string(), 3), ("b".to_string(), 4)]),
+                full_maps: BTreeSet::from(["a".to_string()]),
+                ..FlowTableStatus::default()
+            },
             repair_error: Some("gone".to_string()),
             steering_error: Some("off".to_string()),
             rejected: vec!["/s/commands.rejected.1".to_string()],
@@ -224,6 +231,8 @@ mod tests {
             "    10.0.0.1:80: CHECKS DOUBTED: most backends fail at once; new flows still go to all of them",
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",
+            "KERNEL MAP FULL: 3 packets of a; their flows go through the engine until they are cached",
+            "not cached yet: 4 packets of b; their flows go through the engine until they are cached",
             "NOT ENFORCED: gone",
             "NOT STEERED: off",
             "NOT RESTORED: registrations in /s/commands.rejected.1; remove it when you have looked at it",

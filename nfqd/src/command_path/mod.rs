@@ -78,7 +78,9 @@ impl ControlPlane {
         }
         let (desired, enforcer) = (&self.desired, &self.enforcer);
         let activity = |key: &SlotKey| Some(enforcer.activity(key, desired.slots.get(key)?.id));
-        if self.backends.refresh(desired, &self.host, &noted, activity) || self.lacks_ids {
+        let is_changed = self.backends.refresh(desired, &self.host, &noted, activity);
+        let has_expired = !desired.slots.with_expired_backends(Instant::now()).is_empty();
+        if is_changed || has_expired || self.lacks_ids {
             self.follow_observations();
         }
         self.enforcer.expire_flows();

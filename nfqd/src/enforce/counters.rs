@@ -10,7 +10,7 @@ use nfqd_rules::nft::kernel::{BackendCounters, Counters, Kernel};
 use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Counter, Desired, MiddleboxKey, Policy, SlotId};
 use nfqd_shmctl::RuleId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
@@ -20,12 +20,18 @@ const MIN_READ_INTERVAL: Duration = Duration::from_secs(1);
 /// as long as the ruleset.
 const READ_SHARE: u32 = 20;
 
+/// The fill, in percent, from which on a map is called full: it may have lost some elements between the
+/// last packet that found no room and the reading.
+const NEARLY_FULL_PERCENT: u64 = 90;
+
 /// The counters of the kernel, with what was carried over.
 #[derive(Default)]
 pub(super) struct CarriedCounters {
     carried_counters: Counters,
     /// The last reading.
     kernel_counters: Counters,
+    /// The maps that were full when they did not take a flow.
+    full_maps: BTreeSet<String>,
     /// The earliest time of the next reading.
     next_read: Option<Instant>,
 }
@@ -33,7 +39,7 @@ pub(super) struct CarriedCounters {
 impl CarriedCounters {
     /// Counters that begin with what was counted before.
     pub(super) fn new(carried_counters: Counters) -> CarriedCounters {
-        CarriedCounters { carried_counters, kernel_counters: Counters::default(), next_read: None }
+        CarriedCounters { carried_counters, ..CarriedCounters::default() }
     }
 
     /// Forgets the counters of everything that a policy does not have.
@@ -104,11 +110,31 @@ impl CarriedCounters {
             return;
         }
         match kernel.counters(desired) {
-            Ok(counters) => self.kernel_counters = counters,
+            Ok(counters) => {
+                self.note_full_maps(&counters);
+                self.kernel_counters = counters;
+            }
             Err(error) => log::warn!("counters: {error}"),
         }
         let pause = MIN_READ_INTERVAL.max(start.elapsed() * READ_SHARE);
         self.next_read = Some(Instant::now() + pause);
+    }
+}
+
+impl CarriedCounters {
+    /// Notes the maps that have not taken flows since the last reading, and are full; on a kernel that
+    /// does not tell that, they are taken for full.
+    fn note_full_maps(&mut self, counters: &Counters) {
+        for (map, packets) in &counters.cache_full {
+            let before = self.kernel_counters.cache_full.get(map).copied().unwrap_or_default();
+            let fill = counters.fill.get(map);
+            let is_full = fill.is_none_or(|fill| {
+                u64::from(fill.count) * 100 >= u64::from(fill.size) * NEARLY_FULL_PERCENT
+            });
+            if *packets > before && is_full {
+                self.full_maps.insert(map.clone());
+            }
+        }
     }
 }
 
@@ -152,6 +178,11 @@ impl Enforcer {
     /// last reading.
     pub fn cache_full_packets(&self) -> &BTreeMap<String, u64> {
         &self.counters.kernel_counters.cache_full
+    }
+
+    /// Returns the maps that were full when they did not take a flow, as of the last reading.
+    pub fn full_maps(&self) -> &BTreeSet<String> {
+        &self.counters.full_maps
     }
 
     /// Returns what a rule has matched: in the kernel as of the last reading, in the engine until

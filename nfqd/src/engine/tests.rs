@@ -374,6 +374,11 @@ fn what_a_dead_backend_still_sends_is_not_passed_untranslated() {
     let port = if there.port { there.key.backend.port.unwrap() } else { 80 };
     let late = tcp(BACKEND, CLIENT, (last, 1), (port, 1000), flag::ACK);
     assert_eq!(decision(&after, &memory, &late, 1), Verdict::Drop(DropReason::BackendGone));
+    // Nor what one sends that was removed.
+    let mut policy = before.policy().clone();
+    policy.apply_line(&format!("B 2:0:0:0:0:2 - {}", there.key.backend)).unwrap();
+    let removed = following(&before, policy, |_| BackendObservation::UNKNOWN);
+    assert_eq!(decision(&removed, &memory, &late, 1), Verdict::Drop(DropReason::BackendGone));
 }
 
 #[test]

@@ -58,6 +58,7 @@ impl<'a> StatusSource<'a> {
             evicted: evictions.total,
             evicted_established: evictions.established,
             cache_full_packets: self.enforcer.cache_full_packets().clone(),
+            full_maps: self.enforcer.full_maps().clone(),
         }
     }
 

@@ -96,11 +96,15 @@ impl MiddleboxPart {
         }
         if !middlebox.services().is_empty() {
             part.element("with_services", vec![Value::Mac(mac)], Element::default());
+            for ip in slots.counted(key) {
+                let set = IpFamily::of(ip).name("backends");
+                part.element(&set, vec![Value::Ip(ip)], Element::default());
+            }
             part.own_chain("static_redirects", mac, None, static_rules(key, middlebox, slots));
             middlebox
                 .services()
                 .iter()
-                .for_each(|(frontend, service)| part.service(mac, frontend, service, slots));
+                .for_each(|(frontend, service)| part.service(mac, frontend, service));
         }
         slots.of(key).for_each(|(key, slot)| part.backend(key, slot));
         self
@@ -148,18 +152,14 @@ impl MiddleboxPart {
     }
 
     /// The elements that send packets to the engine.
-    fn service(&mut self, mac: MacAddr, frontend: &Frontend, service: &Service, slots: &Slots) {
+    fn service(&mut self, mac: MacAddr, frontend: &Frontend, service: &Service) {
         let ip = IpFamily::of(frontend.ip);
         let (mac, address) = (Value::Mac(mac), Value::Ip(frontend.ip));
         let whole = !service.method().is_pool() && !service.options().dsr;
-        let network = self.network;
         let mut add =
             |set: &str, key: Vec<Value>| self.element(&ip.name(set), key, Element::default());
         for name in service.backends().keys() {
             add("watched", vec![Value::Ip(name.ip)]);
-            if !service.options().dsr && slots.is_backend(network, name.ip) {
-                add("backends", vec![Value::Ip(name.ip)]);
-            }
         }
         match frontend.port {
             None if whole => add("service_all", vec![mac]),

@@ -33,9 +33,9 @@ pub struct Slots {
     slot_ids: IdAllocator<SlotVersion, SlotId>,
     current: OrdMap<SlotKey, Slot>,
     by_id: OrdMap<SlotId, SlotKey>,
-    /// The addresses of the registered backends of each middlebox whose replies are translated, and the
-    /// number of middleboxes on a network that have each.
-    counted_by: OrdMap<MiddleboxKey, (NetworkId, Arc<BTreeSet<IpAddr>>)>,
+    /// The addresses of the backends of each middlebox whose replies are translated, with the time at
+    /// which they were removed, if they were; and the number of middleboxes on a network that have each.
+    counted_by: OrdMap<MiddleboxKey, CountedBackends>,
     backends: OrdMap<(NetworkId, IpAddr), u32>,
     /// The number of backend addresses of a network, those of IPv4 and those of IPv6.
     backend_counts: OrdMap<(NetworkId, bool), u32>,
@@ -73,6 +73,15 @@ impl Default for Slots {
         }
     }
 }
+
+/// The addresses of backends on a network.
+type CountedBackends = (NetworkId, Arc<BTreeMap<IpAddr, Option<Instant>>>);
+
+/// The time for which packets of a backend that was removed are known as such: as long as TCP sends a
+/// segment again (tcp_retries2 of 15: 924 s).
+const FORMER_TIME: Duration = Duration::from_secs(960);
+/// The most backends of a middlebox that were removed and are still known.
+const MAX_FORMER: usize = 255;
 
 /// A slot that the policy needs.
 struct Wanted {
@@ -188,7 +197,7 @@ impl Slots {
             self.current.remove(&key);
             self.by_id.remove(&slot.id);
         }
-        let mut enough = self.count_backends(key, network.zip(middlebox));
+        let mut enough = self.count_backends(key, network.zip(middlebox), now);
         for (version, Wanted { observation, dsr }) in wanted {
             let SlotVersion { key, fingerprint } = version;
             let BackendObservation { mac, liveness } = observation;
@@ -206,28 +215,44 @@ impl Slots {
         enough
     }
 
-    /// Whether the kernel's set of a network's backends has room for an address.
-    fn has_room(&self, network: NetworkId, ip: IpAddr) -> bool {
+    /// Whether the kernel's set of a network's backends has room for an address. Former backends leave
+    /// half of it to others.
+    fn has_room(&self, network: NetworkId, ip: IpAddr, is_former: bool) -> bool {
         let count = self.backend_counts.get(&(network, ip.is_ipv4())).copied().unwrap_or(0);
-        count < BACKENDS_OF_NETWORK || self.is_backend(network, ip)
+        let room = if is_former { BACKENDS_OF_NETWORK / 2 } else { BACKENDS_OF_NETWORK };
+        count < room || self.is_backend(network, ip)
     }
 
     /// Replaces the addresses of backends that are counted for a middlebox: of all that it has
-    /// registered, because a backend without a slot, which is dead, still sends packets of its flows.
-    /// Packets of a backend that owns the frontend's address need no translation, so it is not counted.
-    /// Returns false if a network has too many.
+    /// registered, because a backend without a slot, which is dead, still sends packets of its flows; and
+    /// for some time of those that it had. Packets of a backend that owns the frontend's address need no
+    /// translation, so it is not counted. Returns false if a network has too many.
     fn count_backends(
         &mut self,
         key: MiddleboxKey,
         registered: Option<(NetworkId, &Middlebox)>,
+        now: Instant,
     ) -> bool {
-        let addresses = |middlebox: &Middlebox| {
-            let services = middlebox.services().values().filter(|service| !service.options().dsr);
-            services.flat_map(|service| service.backends().keys().map(|name| name.ip)).collect()
-        };
-        let new = registered.map(|(network, middlebox)| (network, addresses(middlebox)));
-        let new = new.filter(|(_, addresses): &(_, BTreeSet<IpAddr>)| !addresses.is_empty());
         let old = self.counted_by.get(&key).cloned();
+        let mut new: BTreeMap<IpAddr, Option<Instant>> = BTreeMap::new();
+        if let Some((_, middlebox)) = registered {
+            let services = middlebox.services().values().filter(|service| !service.options().dsr);
+            let names = services.flat_map(|service| service.backends().keys());
+            new.extend(names.map(|name| (name.ip, None)));
+        }
+        let network = registered.map(|(network, _)| network);
+        // Without a service, its flows are over.
+        let has_services =
+            registered.is_some_and(|(_, middlebox)| !middlebox.services().is_empty());
+        let before = old.as_ref().filter(|(its, _)| Some(*its) == network && has_services);
+        if let Some((_, old)) = before {
+            let gone = old.iter().filter(|(ip, _)| !new.contains_key(ip));
+            let former = gone.map(|(ip, since)| (*ip, since.unwrap_or(now)));
+            let recent = former.filter(|(_, since)| now < *since + FORMER_TIME);
+            let recent: Vec<_> = recent.take(MAX_FORMER).collect();
+            new.extend(recent.into_iter().map(|(ip, since)| (ip, Some(since))));
+        }
+        let new = network.map(|network| (network, new)).filter(|(_, new)| !new.is_empty());
         let is_same = match (&old, &new) {
             (Some((network, old)), Some((now, new))) => network == now && **old == *new,
             (None, None) => true,
@@ -236,7 +261,7 @@ impl Slots {
         if is_same {
             return true;
         }
-        for (network, ip) in old.iter().flat_map(|(n, all)| all.iter().map(|ip| (*n, *ip))) {
+        for (network, ip) in old.iter().flat_map(|(n, all)| all.keys().map(|ip| (*n, *ip))) {
             self.count_backend((network, ip), |count| count.saturating_sub(1));
         }
         let Some((network, addresses)) = new else {
@@ -244,17 +269,30 @@ impl Slots {
             return true;
         };
         let mut enough = true;
-        let mut counted = BTreeSet::new();
-        for ip in addresses {
-            if self.has_room(network, ip) {
+        let mut counted = BTreeMap::new();
+        for (ip, since) in addresses {
+            if self.has_room(network, ip, since.is_some()) {
                 self.count_backend((network, ip), |count| count + 1);
-                counted.insert(ip);
-            } else {
+                counted.insert(ip, since);
+            } else if since.is_none() {
                 enough = false;
             }
         }
         self.counted_by.insert(key, (network, Arc::new(counted)));
         enough
+    }
+
+    /// Returns the addresses of backends that are counted for a middlebox.
+    pub fn counted(&self, key: MiddleboxKey) -> impl Iterator<Item = IpAddr> {
+        let counted = self.counted_by.get(&key).into_iter();
+        counted.flat_map(|(_, addresses)| addresses.keys().copied())
+    }
+
+    /// Returns the middleboxes that had a backend whose packets need no longer be known.
+    pub fn with_expired_backends(&self, now: Instant) -> Vec<MiddleboxKey> {
+        let is_over = |since: &Option<Instant>| since.is_some_and(|at| now >= at + FORMER_TIME);
+        let expired = self.counted_by.iter().filter(|(_, (_, all))| all.values().any(is_over));
+        expired.map(|(key, _)| *key).collect()
     }
 
     fn count_backend(&mut self, address: (NetworkId, IpAddr), change: fn(u32) -> u32) {
@@ -290,7 +328,10 @@ impl Slots {
             // The address may pass from one middlebox to another.
             [Some(key), before.owner(network, ip), self.owner(network, ip)].into_iter().flatten()
         });
-        slots.chain(middleboxes).chain(homes).chain(claims).collect()
+        let counted = before.counted_by.diff(&self.counted_by).map(|item| match item {
+            Add(key, _) | Remove(key, _) | Update { new: (key, _), .. } => *key,
+        });
+        slots.chain(middleboxes).chain(homes).chain(claims).chain(counted).collect()
     }
 
     /// Returns the slot of a backend of a service.

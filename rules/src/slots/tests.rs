@@ -3,7 +3,7 @@ use crate::policy::Policy;
 use crate::service::BackendRef;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 fn policy(line: &str) -> Policy {
     Policy::from_lines(&[line]).unwrap()
@@ -244,4 +244,28 @@ fn a_network_has_no_more_backends_than_the_kernel_has_room_for() {
     let (last, its) = all.iter().next_back().unwrap();
     assert!(slots.sync(*last, Some(its), &Unobserved, now));
     assert_eq!(slots.of(*last).count(), 101, "its own address is one");
+}
+
+/// What a backend that was removed still sends on its flows must not pass untranslated.
+#[test]
+fn a_removed_backend_is_known_for_some_time() {
+    let mut policy = policy("R L 2:0:0:0:0:1 10.0.0.1:80 rr 10.0.0.2 10.0.0.3");
+    let (mut slots, now) = (Slots::default(), Instant::now());
+    let ip = IpAddr::from([10, 0, 0, 2]);
+    slots.sync_all(&policy, &Unobserved, now);
+    let before = slots.clone();
+    policy.apply_line("B 2:0:0:0:0:1 - 10.0.0.2").unwrap();
+    slots.sync_all(&policy, &Unobserved, now);
+    assert!(
+        slots.is_backend(NetworkId::ANY, ip) && slots.iter().all(|(key, _)| key.backend.ip != ip)
+    );
+    assert_eq!(slots.changed(&before).len(), 1);
+    let later = now + Duration::from_secs(959);
+    assert!(slots.with_expired_backends(later).is_empty());
+    let over = now + Duration::from_secs(960);
+    assert_eq!(slots.with_expired_backends(over).len(), 1);
+    let before = slots.clone();
+    slots.sync_all(&policy, &Unobserved, over);
+    assert!(!slots.is_backend(NetworkId::ANY, ip) && slots.with_expired_backends(over).is_empty());
+    assert_eq!(slots.changed(&before).len(), 1, "the kernel follows");
 }

@@ -2,7 +2,7 @@
 
 use super::super::model::Family;
 use super::super::names::{CACHE_FULL, MIDDLEBOXES, middlebox_of_chain, split_prefix};
-use super::super::sys::DumpRequest;
+use super::super::sys::{DumpRequest, FoundSet, SetFill};
 use super::{Kernel, KernelError};
 use crate::counter::Counter;
 use crate::desired::Desired;
@@ -20,8 +20,11 @@ pub struct Counters {
     pub rules: BTreeMap<(MiddleboxKey, Option<RuleId>), Counter>,
     /// The counters of the backends of a service.
     pub backends: BTreeMap<SlotKey, BackendCounters>,
-    /// Packets whose flows could not be cached, by the map that was full.
+    /// Packets whose flows could not be cached, by the map that did not take them: because it was full,
+    /// or because the kernel was about to enlarge it.
     pub cache_full: BTreeMap<String, u64>,
+    /// The fill of the maps and sets, if the kernel tells it.
+    pub fill: BTreeMap<String, SetFill>,
 }
 
 /// The counters of a backend of a service.
@@ -84,6 +87,8 @@ impl Kernel {
             return Ok(out);
         }
         let sets = self.dump(&DumpRequest::Sets(Family::Bridge))?.sets;
+        let filled = |(name, set): (&String, &FoundSet)| Some((name.clone(), set.fill?));
+        out.fill = sets.iter().filter_map(filled).collect();
         for name in sets.keys().filter(|name| counts_rules(name)) {
             let (prefix, kind) = split_prefix(name);
             if kind == MIDDLEBOXES {

@@ -9,6 +9,7 @@ use super::{
     TableObject, message, named_set, named_table, number,
 };
 use crate::counter::Counter;
+use crate::netlink::{HEADER, attributes};
 use nftnl::nftnl_sys as sys;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
@@ -59,6 +60,34 @@ pub(in crate::nft) struct FoundSet {
     pub key_len: u32,
     pub flags: u32,
     pub data: u32,
+    /// The fill, if the kernel tells it.
+    pub fill: Option<SetFill>,
+}
+
+/// The number of elements of a set, and the number that it has room for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SetFill {
+    /// The number of elements, those included that have expired and are not removed yet.
+    pub count: u32,
+    /// The room.
+    pub size: u32,
+}
+
+/// Returns the fill of a set from a message about it: from Linux 6.17 on (`NFTA_SET_COUNT` in
+/// uapi/linux/netfilter/nf_tables.h). libnftnl does not know the attribute yet.
+fn fill(message: &[u8]) -> Option<SetFill> {
+    const FAMILY_HEADER: usize = 4;
+    const DESC: u16 = 9;
+    const DESC_SIZE: u16 = 1;
+    const COUNT: u16 = 20;
+    /// The bits of a type that are no flags.
+    const TYPE: u16 = 0x3fff;
+    let body = message.get(HEADER + FAMILY_HEADER..)?;
+    let find = |bytes, kind| attributes(bytes).find(|(found, _)| found & TYPE == kind);
+    let number = |(_, value): (u16, &[u8])| Some(u32::from_be_bytes(*value.first_chunk()?));
+    let count = find(body, COUNT).and_then(number)?;
+    let size = find(find(body, DESC)?.1, DESC_SIZE).and_then(number)?;
+    Some(SetFill { count, size })
 }
 
 impl FoundSet {
@@ -208,6 +237,7 @@ impl DumpRequest {
                             key_len: get(sys::NFTNL_SET_KEY_LEN),
                             flags: get(sys::NFTNL_SET_FLAGS),
                             data: if has_data { get(sys::NFTNL_SET_DATA_TYPE) } else { 0 },
+                            fill: fill(bytes),
                         };
                         let name =
                             text(sys::nftnl_set_get_str(set.0.pointer, sys::NFTNL_SET_NAME as u16));

@@ -10,8 +10,8 @@ mod batch;
 mod dump;
 
 pub(super) use batch::Batch;
-pub(super) use dump::FoundElement;
 pub(super) use dump::{DumpReply, DumpRequest, FoundSet};
+pub(super) use dump::{FoundElement, SetFill};
 
 use super::model::{Family, TABLE_NAME};
 use nftnl::nftnl_sys as sys;
