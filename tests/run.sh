@@ -8,13 +8,15 @@
 #   uml    the same labs in user-mode Linux, whose kernel has the nft queue expression
 #   vm     a virtual machine that writes commands into its ivshmem device
 #   demo   br-netfilter.sh demo
-#   all    all of them (the default)
+#   chaos  ten minutes of everything that goes wrong on a host, under load (netns and uml have a minute of it)
+#   all    all of them but chaos (the default)
 #
 # Missing Debian packages are installed as root, and named otherwise.
 #
 # Environment: NFQD_TESTS_POLICIES, the number of random policies under which the three oracles are compared, with 60
 # frames each (180; 60 in user-mode Linux); NFQD_TESTS_CONNECTIONS, the connections that a pool holds at once (10000; 500
-# there, 2000 in a user namespace); NFQD_TESTS_SEED, the seed of the randomness (1).
+# there, 2000 in a user namespace); NFQD_TESTS_SEED, the seed of the randomness (1); NFQD_TESTS_CHAOS_SECONDS, the length
+# of the chaos (60; 600 in the depth of that name).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -63,7 +65,7 @@ netns() {
     need_packages $lab_packages
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
-    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test firewall --test kernel --test host --test lab --test lifecycle
+    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test chaos --test firewall --test kernel --test host --test lab --test lifecycle
         --test health --test networks --test oracles --test pools --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"
@@ -89,7 +91,7 @@ uml() {
     cargo build --quiet --workspace --all-targets --locked
     in_guest() {
         NFQD_TESTS_POLICIES=${NFQD_TESTS_POLICIES:-60} NFQD_TESTS_CONNECTIONS=${NFQD_TESTS_CONNECTIONS:-500} \
-            NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
+            NFQD_TESTS_CHAOS_CONNECTIONS=${NFQD_TESTS_CHAOS_CONNECTIONS:-300} NFQD_TESTS_STEER=native CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/uml/run \
             cargo test --locked -p nfqd-rules -p nfqd-tests "$@" -- --ignored --test-threads 1
     }
     # A guest has one core, so two guests run in parallel.
@@ -98,7 +100,7 @@ uml() {
     # This kernel may have no VLAN filtering; that one has.
     in_guest --test kernel --test oracles --test traffic --test vlans > "$log" 2>&1 &
     local guest=$!
-    in_guest --test firewall --test lab --test lifecycle --test networks --test pools || passed=no
+    in_guest --test chaos --test firewall --test health --test lab --test lifecycle --test networks --test pools || passed=no
     wait "$guest" || passed=no
     cat "$log"
     rm "$log"
@@ -130,22 +132,31 @@ demo() {
     fi
 }
 
+chaos() {
+    need_root chaos
+    # shellcheck disable=SC2086
+    need_packages $lab_packages
+    step "chaos"
+    NFQD_TESTS_CHAOS_SECONDS=${NFQD_TESTS_CHAOS_SECONDS:-600} \
+        cargo test --locked -p nfqd-tests --test chaos -- --ignored --nocapture
+}
+
 depths=()
 for depth in "${@:-all}"; do
     case $depth in
         all) depths+=(unit netns uml vm demo) ;;
-        unit | netns | uml | vm | demo) depths+=("$depth") ;;
+        unit | netns | uml | vm | demo | chaos) depths+=("$depth") ;;
         -h | --help)
-            sed -n '2,17s/^# \{0,1\}//p' "$0"
+            sed -n '2,19s/^# \{0,1\}//p' "$0"
             exit
             ;;
         *)
-            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo or all" >&2
+            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos or all" >&2
             exit 2
             ;;
     esac
 done
-if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo " ]]; then
+if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos " ]]; then
     need_root "${depths[*]}"
 fi
 

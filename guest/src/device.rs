@@ -63,20 +63,32 @@ pub(crate) enum DeviceError {
     },
 }
 
-/// Switches the device on, and returns the file that maps its shared memory (BAR 2).
+/// A device that was found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// The PCI address.
+    pub address: String,
+    /// The file that maps its shared memory (BAR 2).
+    pub memory: PathBuf,
+    /// The addresses of other ivshmem devices, if this one was not asked for by its own.
+    pub others: Vec<String>,
+}
+
+/// Switches the device on.
 ///
 /// # Errors
 /// If there is no such device, or it cannot be switched on.
-pub(crate) fn memory(device: &Device) -> Result<PathBuf, DeviceError> {
+pub(crate) fn memory(device: &Device) -> Result<Found, DeviceError> {
     find(Path::new(DEVICES), device)
 }
 
-fn find(devices: &Path, device: &Device) -> Result<PathBuf, DeviceError> {
+fn find(devices: &Path, device: &Device) -> Result<Found, DeviceError> {
     let is_ivshmem = |path: &Path| {
         let id =
             |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_string();
         id("vendor") == VENDOR && id("device") == DEVICE
     };
+    let mut others = Vec::new();
     let path = match device {
         Device::At(address) => {
             let path = devices.join(address);
@@ -90,12 +102,19 @@ fn find(devices: &Path, device: &Device) -> Result<PathBuf, DeviceError> {
                 .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
                 .unwrap_or_default();
             all.sort();
-            all.into_iter().find(|path| is_ivshmem(path)).ok_or(DeviceError::None)?
+            let mut found = all.into_iter().filter(|path| is_ivshmem(path));
+            let first = found.next().ok_or(DeviceError::None)?;
+            others.extend(found.map(|path| name_of(&path)));
+            first
         }
     };
     let enable = path.join("enable");
     fs::write(&enable, "1").map_err(|source| DeviceError::Enable { path: enable, source })?;
-    Ok(path.join("resource2"))
+    Ok(Found { address: name_of(&path), memory: path.join("resource2"), others })
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]
@@ -115,10 +134,18 @@ mod tests {
             fs::write(path.join("enable"), "0\n").unwrap();
         }
         let first = dir.path().join("0000:00:04.0");
-        assert_eq!(find(dir.path(), &Device::Auto).unwrap(), first.join("resource2"));
+        let found = find(dir.path(), &Device::Auto).unwrap();
+        assert_eq!(found.memory, first.join("resource2"));
+        // The old behaviour: the other one was not mentioned.
+        assert_eq!(
+            (found.address.as_str(), found.others),
+            ("0000:00:04.0", vec!["0000:00:05.0".to_string()])
+        );
         assert_eq!(fs::read_to_string(first.join("enable")).unwrap(), "1");
         let named = "00:05.0".parse().unwrap();
-        assert_eq!(find(dir.path(), &named).unwrap(), dir.path().join("0000:00:05.0/resource2"));
+        let found = find(dir.path(), &named).unwrap();
+        assert_eq!(found.memory, dir.path().join("0000:00:05.0/resource2"));
+        assert!(found.others.is_empty());
         assert!(matches!(
             find(dir.path(), &"00:01.0".parse().unwrap()),
             Err(DeviceError::Other(_))

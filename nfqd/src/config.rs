@@ -19,12 +19,13 @@ pub struct DaemonArgs {
     pub queue: Option<QueueRange>,
 
     /// An ivshmem-plain region, created (1 MiB) if it does not exist; repeatable, one per VM. mac=
-    /// (repeatable) binds it to the MACs it may speak for, to= (repeatable) to the addresses it may
-    /// redirect to, bridge= and vlan= to the network it is on. owner=, group= and mode= are those of
+    /// (repeatable) binds it to the MACs it may speak for, ip= (repeatable) to the addresses it may
+    /// register, to= (repeatable) to those it may redirect to, bridge= and vlan= to the network it is
+    /// on. mac=any says that it may speak for all. owner=, group= and mode= are those of
     /// a region that nfqd creates [default: nfqd's own, and 0600]
     #[arg(
         long,
-        value_name = "PATH[,mac=MAC]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]][,KEY=VALUE]..."
+        value_name = "PATH[,mac=MAC]...[,ip=ADDRESS[/LENGTH]]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]][,KEY=VALUE]..."
     )]
     #[serde(default)]
     pub shm: Vec<ShmSpec>,
@@ -127,12 +128,14 @@ pub enum ConfigError {
     #[error("'{0}' is not a range of queues; write N or N-M, like 0-3, with at most 64 numbers")]
     Queues(String),
     /// A region without a path.
-    #[error("there is no path; write PATH[,mac=MAC]...[,to=ADDRESS]...[,bridge=NAME[,vlan=ID]]")]
+    #[error(
+        "there is no path; write PATH[,mac=MAC]...[,ip=ADDRESS]...[,to=ADDRESS]...[,bridge=NAME[,vlan=ID]]"
+    )]
     NoPath,
     /// A word behind the path of a region.
     #[error(
-        "'{0}' behind the path is not a binding; write mac=MAC, to=ADDRESS[/LENGTH], bridge=NAME, \
-         vlan=ID from 1 to 4094, owner=USER, group=GROUP, or mode=MODE such as 0660"
+        "'{0}' behind the path is not a binding; write mac=MAC, ip=ADDRESS[/LENGTH], to=ADDRESS[/LENGTH], \
+         bridge=NAME, vlan=ID from 1 to 4094, owner=USER, group=GROUP, or mode=MODE such as 0660"
     )]
     Binding(String),
     /// An owner that does not exist on this host.
@@ -143,6 +146,9 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// A binding to every MAC and to one.
+    #[error("'mac=any' beside another mac=; write one or the other")]
+    AnyAndOne,
     /// A VLAN without its bridge.
     #[error("'vlan={0}' without a bridge; write bridge=NAME as well")]
     VlanWithoutBridge(u16),
@@ -189,6 +195,10 @@ pub struct ShmSpec {
     pub path: PathBuf,
     /// The MACs that the guest may speak for.
     pub macs: Vec<MacAddr>,
+    /// Whether the operator has said that it may speak for every MAC.
+    pub any_mac: bool,
+    /// The addresses that it may register; all if there are none.
+    pub ips: Vec<AddressRange>,
     /// The addresses that it may redirect to.
     pub to: Vec<AddressRange>,
     /// The network that it is on; wherever its MACs are seen if there is none.
@@ -198,6 +208,11 @@ pub struct ShmSpec {
 }
 
 impl ShmSpec {
+    /// Whether the guest may register an address.
+    pub fn may_register(&self, ip: IpAddr) -> bool {
+        self.ips.is_empty() || self.ips.iter().any(|range| range.contains(ip))
+    }
+
     /// Whether the guest may redirect to an address.
     pub fn may_redirect_to(&self, ip: IpAddr) -> bool {
         self.to.is_empty() || self.to.iter().any(|range| range.contains(ip))
@@ -212,12 +227,22 @@ impl FromStr for ShmSpec {
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
         let path = PathBuf::from(path);
         let ownership = Ownership::default();
-        let mut spec = ShmSpec { path, macs: vec![], to: vec![], network: None, ownership };
+        let mut spec = ShmSpec {
+            path,
+            macs: vec![],
+            any_mac: false,
+            ips: vec![],
+            to: vec![],
+            network: None,
+            ownership,
+        };
         let (mut bridge, mut vlan) = (None, None);
         for part in parts {
             let wrong = || ConfigError::Binding(part.to_string());
             match part.split_once('=') {
+                Some(("mac", "any")) => spec.any_mac = true,
                 Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|_| wrong())?),
+                Some(("ip", ip)) => spec.ips.push(ip.parse().map_err(|_| wrong())?),
                 Some(("to", to)) => spec.to.push(to.parse().map_err(|_| wrong())?),
                 Some(("bridge", name)) if bridge.is_none() => {
                     bridge = Some(bridge_name(name).ok_or_else(wrong)?);
@@ -232,6 +257,9 @@ impl FromStr for ShmSpec {
                 }
                 _ => return Err(wrong()),
             }
+        }
+        if spec.any_mac && !spec.macs.is_empty() {
+            return Err(ConfigError::AnyAndOne);
         }
         spec.network = match (bridge, vlan) {
             (Some(bridge), vlan) => Some(Network { vlan, ..bridge }),

@@ -351,5 +351,6 @@ fn channel_status(channel: &Channel) -> ChannelStatus {
         path: channel.spec().path.display().to_string(),
         macs: channel.spec().macs.iter().map(MacAddr::to_string).collect(),
         error: channel.error().map(ToString::to_string),
+        denied: channel.denied(),
     }
 }

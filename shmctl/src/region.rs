@@ -7,8 +7,11 @@
 #![allow(unsafe_code)]
 
 use memmap2::{MmapOptions, MmapRaw};
-use std::fs::OpenOptions;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -22,6 +25,13 @@ pub(crate) const MIN_SIZE: u64 = 4096;
 #[derive(Debug)]
 pub struct Region {
     map: MmapRaw,
+    file: File,
+}
+
+/// A lock of a region's file, see [`Region::try_lock`].
+#[derive(Debug)]
+pub struct RegionLock {
+    _lock: Flock<File>,
 }
 
 /// The reason a region cannot be used.
@@ -88,7 +98,24 @@ impl Region {
         if about.len() < MIN_SIZE {
             return Err(RegionError::Size { path: path.to_path_buf(), size: about.len() });
         }
-        Ok(Region { map: MmapOptions::new().map_raw(&file).map_err(io)? })
+        Ok(Region { map: MmapOptions::new().map_raw(&file).map_err(io)?, file })
+    }
+
+    /// Locks the file against other processes that lock it (`flock`), without waiting. Returns `None` if
+    /// another one has it. The lock is opened by a descriptor of its own, so it ends with its value or
+    /// with the process, and keeps nobody from the memory.
+    ///
+    /// # Errors
+    /// If the file cannot be locked.
+    pub fn try_lock(&self) -> io::Result<Option<RegionLock>> {
+        let own = OpenOptions::new()
+            .read(true)
+            .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        match Flock::lock(own, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(RegionLock { _lock: lock })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno.into()),
+        }
     }
 
     /// Returns the size in bytes.

@@ -23,7 +23,7 @@ fn every_example_of_the_reference_parses() {
         // A network before the command is a file's, not the language's.
         .filter(|line| line.contains("12:13:") && !line.starts_with('['))
         .collect();
-    assert_eq!(examples.len(), 32);
+    assert_eq!(examples.len(), 33);
     for example in examples {
         let command = Command::parse(example).unwrap_or_else(|error| panic!("{example}: {error}"));
         assert_eq!(Command::parse(&command.to_string()), Ok(command), "{example}");

@@ -113,6 +113,11 @@ impl Daemon {
         self.directory.path().join("shm")
     }
 
+    /// Returns the directory of its registrations.
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
     /// Returns the path of its control socket.
     pub fn control(&self) -> PathBuf {
         self.directory.path().join("control")

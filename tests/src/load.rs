@@ -149,6 +149,14 @@ fn connect(to: IpAddr, port: u16) -> std::io::Result<Member> {
 }
 
 impl Member {
+    /// Sets the time that an answer may take.
+    ///
+    /// # Panics
+    /// If it is zero.
+    pub fn set_patience(&self, patience: Duration) {
+        self.stream.set_read_timeout(Some(patience)).expect("a timeout");
+    }
+
     /// Sends another request; returns the server that answers.
     ///
     /// # Errors

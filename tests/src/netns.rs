@@ -38,7 +38,7 @@ pub fn run(line: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A further network namespace, held by a process that ends with this value or after ten minutes.
+/// A further network namespace, held by a process that ends with this value or after half an hour.
 pub struct Host {
     holder: Child,
 }
@@ -62,7 +62,7 @@ impl Host {
     pub fn linked(port: &str, mac: &str, addresses: &[&str]) -> Host {
         let before = std::fs::read_link("/proc/thread-self/ns/net").expect("ns");
         let holder = Command::new("unshare")
-            .args(["--net", "sleep", "600"])
+            .args(["--net", "sleep", "1800"])
             .stdin(Stdio::null())
             .spawn()
             .expect("unshare");

@@ -3,11 +3,11 @@
 
 use nfqd::api::BackendState;
 use nfqd_tests::daemon::Daemon;
+use nfqd_tests::echo::{Asker, Echo};
 use nfqd_tests::load::{LoadServer, Member, ask_all, connect_all, shares};
 use nfqd_tests::netns::{Host, in_netns, run};
 use nfqd_tests::pool::{Fixture, backend_ip, backends, register, to};
 use nfqd_tests::topology::{VM, VM_MAC, wait_for};
-use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 fn servers(fixture: &Fixture) -> Vec<LoadServer> {
@@ -125,56 +125,6 @@ fn a_backend_that_accepts_nothing_keeps_its_connections() {
     });
 }
 
-/// A UDP server that answers with its name.
-struct Echo {
-    stop: std::sync::mpsc::Sender<()>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Echo {
-    fn start(host: &Host, name: u8, port: u16) -> Echo {
-        let socket = host.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
-        socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-        let (stop, stopped) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let mut buffer = [0; 64];
-            while stopped.try_recv().is_err() {
-                if let Ok((_, from)) = socket.recv_from(&mut buffer) {
-                    let _ = socket.send_to(&[name], from);
-                }
-            }
-        });
-        Echo { stop, thread: Some(thread) }
-    }
-}
-
-impl Drop for Echo {
-    fn drop(&mut self) {
-        let _ = self.stop.send(());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// A client that always uses one port.
-struct Asker(UdpSocket);
-
-impl Asker {
-    fn new(host: &Host, port: u16) -> Asker {
-        let socket = host.enter(|| UdpSocket::bind(("0.0.0.0", port)).unwrap());
-        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-        socket.connect((VM, 53)).unwrap();
-        Asker(socket)
-    }
-
-    fn ask(&self) -> Option<u8> {
-        let mut answer = [0];
-        self.0.send(b"?").ok()?;
-        self.0.recv(&mut answer).ok().map(|_| answer[0])
-    }
-}
-
 /// The old behaviours: a client that never stopped kept a drain from ending, and was refused for ever
 /// if only the server's process died.
 #[test]
@@ -186,7 +136,7 @@ fn a_udp_client_that_never_stops_moves_when_its_backend_ends() {
         let mut echoes = [Some(start(0)), Some(start(1))];
         let daemon = Daemon::start(&[]);
         register(&daemon, &format!("{VM}:53/udp rr {} {} check=udp", to(0), to(1)));
-        let client = Asker::new(&fixture.client, 4000);
+        let client = Asker::new(&fixture.client, 4000, 53);
         wait_for("an answer", || client.ask().is_some());
         let first = client.ask().unwrap();
         let other = b'0' + b'1' - first;

@@ -53,6 +53,26 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         let (code, output) = vm.run("nfqd-guest A 12:13:14:15:16:17 I 99");
         assert_eq!(code, 1);
         assert!(output.starts_with("ERR value column 23: '99'"), "{output}");
+        // In words: the MAC is that of the only interface, the number of a rule the next one.
+        let mut say = |words: &str| {
+            let (code, output) = vm.run(&format!("nfqd-guest {words}"));
+            assert_eq!(code, 0, "{words}: {output}");
+            output
+        };
+        say("register 10.129.126.15");
+        say("deny from 10.129.126.1 tcp to-port 80");
+        assert_eq!(at_vm(), None);
+        let rules = say("deny from 10.129.126.99");
+        assert!(rules.starts_with("OK A 12:13:14:15:16:17 #2 "), "{rules}");
+        say("undo '#1'");
+        assert_eq!(at_vm().as_deref(), Some("vm"));
+        let status = say("--json status");
+        assert!(status.starts_with("{\"replies\":[{\"ok\":true,\"text\":\""), "{status}");
+        // Four at once: each gets the reply to its own command.
+        let script = "for n in 1 2 3 4; do (for m in 1 2 3 4 5 6 7 8; do nfqd-guest X 2:0:0:0:$n:$m; done) > \
+                      /tmp/out.$n 2>&1 & done; wait; for n in 1 2 3 4; do grep -c \"'2:0:0:0:$n:\" /tmp/out.$n; done";
+        let (code, output) = vm.run(script);
+        assert_eq!((code, output.as_str()), (0, "8\n8\n8\n8\n"));
         drop(daemon);
         let (code, output) = vm.run("nfqd-guest --timeout 0.2 X 12:13:14:15:16:17");
         assert_eq!(code, 3);

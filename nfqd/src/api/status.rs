@@ -211,4 +211,7 @@ pub struct ChannelStatus {
     pub macs: Vec<String>,
     /// The reason the region is not read any more.
     pub error: Option<String>,
+    /// Commands that its binding did not allow.
+    #[serde(default)]
+    pub denied: u64,
 }

@@ -27,7 +27,11 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             macs => macs.join(", "),
         };
         let error = suffix("NOT READ", channel.error.as_deref());
-        writeln!(out, "channel {}: may speak for {macs}{error}", channel.path)?;
+        let denied = match channel.denied {
+            0 => String::new(),
+            count => format!(", {count} commands denied"),
+        };
+        writeln!(out, "channel {}: may speak for {macs}{denied}{error}", channel.path)?;
     }
     for middlebox in &status.middleboxes {
         let network = middlebox.network.as_ref().map(|name| format!(" on {name}"));
@@ -187,6 +191,7 @@ mod tests {
                 path: "/r".to_string(),
                 macs: vec![],
                 error: Some("cut".to_string()),
+                denied: 2,
             }],
             middleboxes: vec![MiddleboxStatus {
                 mac: "m".to_string(),
@@ -225,7 +230,7 @@ mod tests {
         };
         let text = text(&status);
         for line in [
-            "channel /r: may speak for every MAC - NOT READ: cut",
+            "channel /r: may speak for every MAC, 2 commands denied - NOT READ: cut",
             "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",
             "    NOT BALANCED: the host's",
             "    10.0.0.1:80: CHECKS DOUBTED: most backends fail at once; new flows still go to all of them",

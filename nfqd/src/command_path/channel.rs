@@ -26,6 +26,8 @@ pub struct Channel {
     log_limiter: RateLimiter,
     /// Accepted commands since the last one that was logged.
     unlogged: u32,
+    /// Commands that the binding does not allow.
+    denied: u64,
 }
 
 /// Commands a second that a channel may send in the long run, and how many at once. Further ones
@@ -41,9 +43,10 @@ impl Channel {
     /// A channel with its region, which is made if it does not exist. A region that cannot be used is
     /// [tried again](Channel::follow).
     pub fn open(spec: &ShmSpec) -> Channel {
-        if spec.macs.is_empty() {
+        if spec.macs.is_empty() && !spec.any_mac {
             log::warn!(
-                "{}: bound to no MAC, so its guest may speak for every middlebox; add mac=",
+                "{}: bound to no MAC, so its guest may speak for every middlebox; add mac=MAC, or mac=any \
+                 if it should",
                 spec.path.display()
             );
         }
@@ -63,7 +66,13 @@ impl Channel {
             schedule: PollSchedule::new(now),
             log_limiter: RateLimiter::new(LOGGED_PER_SECOND),
             unlogged: 0,
+            denied: 0,
         }
+    }
+
+    /// Returns the number of commands that the binding did not allow.
+    pub fn denied(&self) -> u64 {
+        self.denied
     }
 
     /// Rejects a channel whose path is not a region and will not become one, such as a directory.
@@ -169,22 +178,29 @@ impl Channel {
         self.budget.commands -= excess / COMMAND_TIME.as_secs_f64();
     }
 
-    /// Logs answered messages: accepted commands, a bounded number of bounded lines. Rejections and
-    /// queries are logged at debug level.
+    /// Logs answered messages: accepted commands and those that the binding does not allow, a bounded
+    /// number of bounded lines. Other rejections and queries are logged at debug level.
     pub fn log(&mut self, answered: &[(MailboxMessage, Reply)]) {
         let second = self.budget.counted.saturating_duration_since(*GRID).as_secs() as u32;
         for (message, reply) in answered {
             let text = message.text.as_deref().unwrap_or("a message that is not text");
             let is_change = reply.is_ok() && !text.trim_start().starts_with(['q', 'Q']);
-            if is_change && !self.log_limiter.has_room(second) {
-                self.unlogged += 1;
+            let is_denied = reply.code() == Some(ErrorCode::Denied);
+            self.denied += u64::from(is_denied);
+            let is_noted = is_change || is_denied;
+            if is_noted && !self.log_limiter.has_room(second) {
+                self.unlogged += u32::from(is_change);
                 continue;
             }
-            let level = if is_change { log::Level::Info } else { log::Level::Debug };
-            if is_change {
+            let level = match (is_change, is_denied) {
+                (true, _) => log::Level::Info,
+                (_, true) => log::Level::Warn,
+                _ => log::Level::Debug,
+            };
+            if is_noted {
                 self.log_limiter.count();
                 let unlogged = std::mem::take(&mut self.unlogged);
-                if unlogged != 0 {
+                if unlogged != 0 && is_change {
                     let path = self.spec.path.display();
                     log::info!("{path}: {unlogged} more commands were accepted");
                 }
@@ -215,6 +231,12 @@ impl Channel {
                     format!("this channel may not redirect there, only to {}", may.join(", "));
                 return Err(parsed.error(Place::Backend(at), ErrorCode::Denied, &expected));
             }
+        }
+        let registered = parsed.command.registered_address();
+        if registered.is_some_and(|ip| !self.spec.may_register(ip)) {
+            let may: Vec<String> = self.spec.ips.iter().map(ToString::to_string).collect();
+            let expected = format!("this channel may not register it, only {}", may.join(", "));
+            return Err(parsed.error(Place::Frontend, ErrorCode::Denied, &expected));
         }
         let may_speak_for = |mac: MacAddr| self.spec.macs.contains(&mac);
         if self.spec.macs.is_empty() || parsed.command.mac().is_none_or(may_speak_for) {
@@ -416,13 +438,15 @@ mod tests {
 
     #[test]
     fn a_channel_speaks_for_its_macs_only() {
-        let (_dir, channel) = channel(",mac=2:0:0:0:0:1,to=10.0.0.0/24");
+        let (_dir, channel) = channel(",mac=2:0:0:0:0:1,to=10.0.0.0/24,ip=10.0.0.1,ip=10.9.0.0/16");
         let authorise = |line: &str| channel.authorise(&ParsedCommand::parse(line).unwrap());
         assert!(authorise("R F 2:0:0:0:0:1 10.0.0.1").is_ok());
         assert!(authorise("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.0.3").is_ok() && authorise("Q").is_ok());
         for (line, column, words) in [
             ("R L 2:0:0:0:0:1 10.9.9.9 0 10.0.1.3", 28, "only to 10.0.0.0/24"),
             ("B 2:0:0:0:0:1 + 10.0.0.3 10.0.1.3", 26, "only to 10.0.0.0/24"),
+            ("R F 2:0:0:0:0:1 10.0.0.2", 17, "only 10.0.0.1, 10.9.0.0/16"),
+            ("R L 2:0:0:0:0:1 10.8.0.1:80 rr 10.0.0.3", 17, "only 10.0.0.1, 10.9.0.0/16"),
             ("R F 2:0:0:0:0:2 10.0.0.1", 5, "only for 02:00:00:00:00:01"),
             ("X 2:0:0:0:0:2", 3, "only for 02:00:00:00:00:01"),
         ] {

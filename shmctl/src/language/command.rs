@@ -207,6 +207,15 @@ impl Command {
 }
 
 impl Command {
+    /// Returns the address that the command registers.
+    pub fn registered_address(&self) -> Option<IpAddr> {
+        match self {
+            Command::RegisterFirewall { ip, .. } => Some(*ip),
+            Command::RegisterService { frontend, .. } => Some(frontend.ip),
+            _ => None,
+        }
+    }
+
     /// Returns the backends that the command adds, in its order.
     pub fn destinations(&self) -> &[Destination] {
         match self {

@@ -35,6 +35,14 @@ impl Reply {
         Reply::Err(Rejection { code, column: None, message: one_line(message) })
     }
 
+    /// Returns the code of a rejection.
+    pub fn code(&self) -> Option<ErrorCode> {
+        match self {
+            Reply::Ok(_) => None,
+            Reply::Err(rejection) => Some(rejection.code),
+        }
+    }
+
     /// Whether the command was accepted.
     pub fn is_ok(&self) -> bool {
         matches!(self, Reply::Ok(_))

@@ -3,7 +3,9 @@
 use super::{COMMAND_SIZE, MARK, REPLY_OFFSET, REPLY_SIZE};
 use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
-use crate::region::Region;
+use crate::region::{Region, RegionLock};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The reason a guest got no reply.
@@ -20,6 +22,15 @@ pub enum SendError {
          region as --shm?"
     )]
     Busy,
+    /// Another process on this side waits for its own reply.
+    #[error("another nfqd-guest has been using the mailbox for {} s; try again", .0.as_secs_f32())]
+    Contended(Duration),
+    /// The mailbox cannot be locked.
+    #[error("the mailbox cannot be locked: {0}")]
+    Lock(String),
+    /// The sender was interrupted, and the command was withdrawn.
+    #[error("interrupted; the command was withdrawn")]
+    Interrupted,
     /// Nobody took the command.
     #[error(
         "nobody took the command within {} s; check that nfqd runs on the host with this region as --shm",
@@ -33,39 +44,100 @@ pub enum SendError {
     NotAReply(String),
 }
 
+/// How long a sender waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience<'a> {
+    /// The time that everything may take.
+    pub timeout: Duration,
+    /// Set when the sender is to give up before that.
+    pub interrupted: Option<&'a AtomicBool>,
+}
+
+impl From<Duration> for Patience<'_> {
+    fn from(timeout: Duration) -> Self {
+        Patience { timeout, interrupted: None }
+    }
+}
+
+/// The reason a wait has ended without what was waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum GaveUp {
+    Timeout,
+    Interrupted,
+}
+
+impl Patience<'_> {
+    /// Waits until a condition holds.
+    fn wait_for(&self, deadline: Instant, condition: impl Fn() -> bool) -> Result<(), GaveUp> {
+        let start = Instant::now();
+        while !condition() {
+            if self.interrupted.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+                return Err(GaveUp::Interrupted);
+            }
+            if Instant::now() >= deadline {
+                return Err(GaveUp::Timeout);
+            }
+            // A share of the time so far, so that an answer is noticed soon after it is there.
+            std::thread::sleep((start.elapsed() / 8).clamp(MIN_PAUSE, MAX_PAUSE));
+        }
+        Ok(())
+    }
+}
+
+/// Locks the mailbox, so that several senders on this side each get their own reply.
+fn lock(
+    region: &Region,
+    patience: &Patience<'_>,
+    deadline: Instant,
+) -> Result<RegionLock, SendError> {
+    let found = RefCell::new(None);
+    let is_locked = || {
+        let result = region.try_lock().transpose();
+        let is_over = result.is_some();
+        found.replace(result);
+        is_over
+    };
+    match patience.wait_for(deadline, is_locked) {
+        Ok(()) => {}
+        Err(GaveUp::Interrupted) => return Err(SendError::Interrupted),
+        Err(GaveUp::Timeout) => return Err(SendError::Contended(patience.timeout)),
+    }
+    match found.into_inner() {
+        Some(Ok(lock)) => Ok(lock),
+        Some(Err(error)) => Err(SendError::Lock(error.to_string())),
+        None => Err(SendError::Contended(patience.timeout)),
+    }
+}
+
 /// The shortest and the longest pause between two looks at whether the host has taken a message.
 const MIN_PAUSE: Duration = Duration::from_micros(20);
 const MAX_PAUSE: Duration = Duration::from_millis(5);
+/// The time that the host may take from the first mark to the last.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Writes one `@…@` message, waits until the host has taken it, and returns its replies. A message
-/// that nobody takes within `timeout` is withdrawn, so that it is not executed later.
+/// Writes one `@…@` message, or several one behind the other, waits until the host has taken them, and
+/// returns the replies. What nobody takes in time is withdrawn, so that it is not executed later.
+/// Senders on this side take turns.
 ///
 /// # Errors
 /// See [`SendError`].
-pub fn send_message(
+pub fn send_message<'a>(
     region: &Region,
     message: &str,
-    timeout: Duration,
+    patience: impl Into<Patience<'a>>,
 ) -> Result<Vec<Reply>, SendError> {
+    let patience = patience.into();
     let bytes = message.as_bytes();
     let framed = bytes.len() >= 2 && bytes.first() == Some(&MARK) && bytes.last() == Some(&MARK);
     if !framed || bytes.len() > COMMAND_SIZE {
         return Err(SendError::NotAMessage(message.to_string()));
     }
-    let deadline = Instant::now() + timeout;
-    let wait_until_taken = |marks: &[usize]| {
-        let start = Instant::now();
-        while marks.iter().any(|&at| region.load(at) == MARK) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            // A share of the time so far, so that an answer is noticed soon after it is there.
-            std::thread::sleep((start.elapsed() / 8).clamp(MIN_PAUSE, MAX_PAUSE));
-        }
-        true
-    };
-    if !wait_until_taken(&[0]) {
-        return Err(SendError::Busy);
+    let deadline = Instant::now() + patience.timeout;
+    let _lock = lock(region, &patience, deadline)?;
+    match patience.wait_for(deadline, || region.load(0) != MARK) {
+        Ok(()) => {}
+        Err(GaveUp::Interrupted) => return Err(SendError::Interrupted),
+        Err(GaveUp::Timeout) => return Err(SendError::Busy),
     }
     // Old text behind the message must not be read as part of a later one.
     let mut rest = bytes.get(1..).unwrap_or_default().to_vec();
@@ -74,13 +146,20 @@ pub fn send_message(
     region.write(1, &rest);
     region.store(0, MARK);
     let close = bytes.len() - 1;
-    if wait_until_taken(&[0, close]) {
-        return replies(region);
-    }
+    let is_taken = || [0, close].iter().all(|&at| region.load(at) != MARK);
+    let Err(reason) = patience.wait_for(deadline, is_taken) else { return replies(region) };
     if region.replace(0, MARK, 0) {
-        region.replace(close, MARK, 0);
-        return Err(SendError::Timeout(timeout));
+        for (at, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte == MARK) {
+            region.replace(at, MARK, 0);
+        }
+        return Err(match reason {
+            GaveUp::Timeout => SendError::Timeout(patience.timeout),
+            GaveUp::Interrupted => SendError::Interrupted,
+        });
     }
+    // The host has begun to take it: the reply is on its way.
+    let uninterrupted = Patience { interrupted: None, ..patience };
+    let _ = uninterrupted.wait_for(Instant::now() + FINISH_TIMEOUT, is_taken);
     replies(region)
 }
 
@@ -88,12 +167,12 @@ pub fn send_message(
 ///
 /// # Errors
 /// See [`SendError`].
-pub fn send_command(
+pub fn send_command<'a>(
     region: &Region,
     command: &str,
-    timeout: Duration,
+    patience: impl Into<Patience<'a>>,
 ) -> Result<Vec<Reply>, SendError> {
-    send_message(region, &format!("@{command}@"), timeout)
+    send_message(region, &format!("@{command}@"), patience)
 }
 
 fn replies(region: &Region) -> Result<Vec<Reply>, SendError> {

@@ -1,11 +1,12 @@
-use super::guest::{SendError, send_command, send_message};
+use super::guest::{Patience, SendError, send_command, send_message};
 use super::host::HostMailbox;
 use super::*;
 use crate::language::reply::Reply;
 use crate::region::Region;
 use crate::region_file::{Ownership, RegionFile};
 use proptest::prelude::*;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// Both sides of a region.
 struct Both {
@@ -245,6 +246,68 @@ fn both_ends_meet() {
     });
     let expected: Vec<_> = (0..50).map(|n| Ok(vec![Reply::ok(&format!("X {n}"))])).collect();
     assert_eq!(got, expected);
+}
+
+/// The old behaviour: two senders at once got each other's replies, and lost commands.
+#[test]
+fn several_senders_each_get_their_own_reply() {
+    let region = region();
+    let path = region.host.path();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..4)
+            .map(|sender| {
+                scope.spawn(move || {
+                    let own = Region::open(path).unwrap();
+                    for n in 0..50 {
+                        let command = format!("X {sender} {n}");
+                        let got = send_command(&own, &command, Duration::from_secs(60));
+                        assert_eq!(got, Ok(vec![Reply::ok(&command)]));
+                    }
+                })
+            })
+            .collect();
+        let host = scope.spawn(|| {
+            let (mut mailbox, mut taken) = (HostMailbox::default(), 0);
+            while !stop.load(Ordering::Relaxed) {
+                let messages = mailbox.take(&region.host, Instant::now()).unwrap();
+                taken += messages.len();
+                let reply = |message: MailboxMessage| {
+                    let text = message.text.clone().unwrap();
+                    (message, Reply::ok(&text))
+                };
+                let answered: Vec<_> = messages.into_iter().map(reply).collect();
+                mailbox.reply(&region.host, &answered).unwrap();
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            taken
+        });
+        for sender in senders {
+            sender.join().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(host.join().unwrap(), 200, "none is lost, none is taken twice");
+    });
+}
+
+/// The old behaviour: the command stayed, and was carried out whenever nfqd came.
+#[test]
+fn a_sender_that_is_interrupted_withdraws_its_command() {
+    let region = region();
+    let interrupted = AtomicBool::new(false);
+    let patience = Patience { timeout: Duration::from_secs(60), interrupted: Some(&interrupted) };
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send_command(&region, "X 1:2:3:4:5:6", patience));
+        while region.load(0) != b'@' {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Another one waits for its turn, not for ever.
+        let soon = Duration::from_millis(20);
+        assert_eq!(send_command(&region, "Q", soon), Err(SendError::Contended(soon)));
+        interrupted.store(true, Ordering::Relaxed);
+        assert_eq!(sender.join().unwrap(), Err(SendError::Interrupted));
+    });
+    assert_eq!(HostMailbox::default().take(&region.host, Instant::now()).unwrap(), []);
 }
 
 proptest! {

@@ -149,6 +149,7 @@ fn register(words: &mut Words<'_>) -> Result<Command, CommandError> {
     if !firewall {
         return service::register(words, mac);
     }
+    words.mark(Place::Frontend);
     let ip = unicast(words)?;
     let default = match words.peek() {
         None => Action::Allow,

@@ -13,7 +13,7 @@ pub enum Place {
     Rule,
     /// The bit value of `A` and `D`.
     Bits,
-    /// The frontend of a service.
+    /// The frontend of a service, or the address that `R F` registers.
     Frontend,
     /// The backend with this index among those of the command.
     Backend(usize),
