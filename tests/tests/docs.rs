@@ -35,6 +35,7 @@ fn files_that_the_documentation_names_exist() {
         }
         for word in text.split('`').skip(1).step_by(2) {
             let is_path = word.contains('/')
+                && !word.starts_with('/')
                 && word.split('/').next().is_some_and(|first| root().join(first).is_dir())
                 && word.chars().all(|c| c.is_alphanumeric() || "/._-".contains(c));
             if is_path {

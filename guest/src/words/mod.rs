@@ -44,7 +44,7 @@ pub(crate) enum Words {
         frontend: String,
         /// static, rr, hash or least
         method: String,
-        /// The backends: ip[:port][@mac][*weight], and options behind them
+        /// The backends, like 10.129.126.17:8080*3, and options behind them
         #[arg(required = true, value_name = "BACKEND|OPTION")]
         backends: Vec<String>,
         #[command(flatten)]
