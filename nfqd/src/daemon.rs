@@ -1,10 +1,13 @@
 //! The daemon: its event loop, which dispatches what the reactor reports.
 
-use crate::api::{self, Answer, ChannelStatus, ErrorCode, Request, RequestError, Status};
+use crate::api::{
+    self, Answer, ChannelStatus, ErrorCode, Request, RequestError, Status, Trace, TraceRequest,
+};
 use crate::bindings::Bindings;
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::config::{Config, DaemonArgs};
+use crate::engine::Ingress;
 use crate::host_lock::HostLock;
 use crate::observe::control_socket::{ClientId, ControlSocket, Interest, Progress, Socket};
 use crate::observe::status::StatusSource;
@@ -13,7 +16,10 @@ use crate::rate_limiter::RateLimiter;
 use crate::reactor::{Reactor, Readiness, SignalFd, Timer};
 use crate::reload::reload;
 use crate::startup::{StartError, Started, start};
+use crate::trace::words::from_hex;
+use crate::trace::{network_of, trace};
 use nfqd_rules::nft::options::RulesetOptions;
+use nfqd_rules::packet::Packet;
 use nfqd_shmctl::MacAddr;
 use nix::errno::Errno;
 use signal_hook::consts::SIGHUP;
@@ -253,9 +259,11 @@ impl Daemon {
         let now = Instant::now();
         let readiness = match self.control.proceed(id, now) {
             Progress::Asks(request) => {
-                let line = match (request, self.control.socket_of(id)) {
-                    (Request::Status, Some(Socket::Observe)) => self.answer_observer(),
-                    _ => line(&self.answer(request)),
+                let is_observer = self.control.socket_of(id) == Some(Socket::Observe);
+                let line = if is_observer {
+                    self.answer_observer(request)
+                } else {
+                    line(&self.answer(request))
                 };
                 self.control.answer(id, line, now);
                 Readiness::Writable
@@ -278,6 +286,10 @@ impl Daemon {
     fn answer(&mut self, request: Request) -> Answer {
         match request {
             Request::Status => Answer::Status(Box::new(self.status())),
+            Request::Trace(request) => match self.trace(&request) {
+                Ok(trace) => Answer::Trace(Box::new(trace)),
+                Err(error) => Answer::Error(error),
+            },
             Request::Reload => match reload(&self.args, &mut self.config, &mut self.plane) {
                 Ok(()) => Answer::Reloaded {},
                 Err(error) => {
@@ -289,14 +301,17 @@ impl Daemon {
     }
 
     /// Answers an observer, or rejects its request if all of them together ask too often.
-    fn answer_observer(&mut self) -> Arc<[u8]> {
+    fn answer_observer(&mut self, request: Request) -> Arc<[u8]> {
         let now = self.start.elapsed().as_secs() as u32;
         if !self.observer_limiter.has_room(now) {
             let message = format!("more than {OBSERVER_REQUESTS} requests a second; ask later");
             return line(&Answer::Error(RequestError::new(ErrorCode::Busy, message)));
         }
         self.observer_limiter.count();
-        self.observed_status()
+        match request {
+            Request::Status => self.observed_status(),
+            other => line(&self.answer(other)),
+        }
     }
 
     fn observed_status(&mut self) -> Arc<[u8]> {
@@ -309,6 +324,35 @@ impl Daemon {
         let until = end + (end - start) * OBSERVE_AGE;
         self.observed = Some(ObservedStatus { line: line.clone(), until });
         line
+    }
+
+    fn trace(&mut self, request: &TraceRequest) -> Result<Trace, RequestError> {
+        let wrong = |message: &str| RequestError::new(ErrorCode::Syntax, message);
+        let frame = from_hex(&request.frame).ok_or_else(|| {
+            wrong("the frame is not a sequence of hexadecimal digits, two a byte")
+        })?;
+        let length = request.length.unwrap_or(frame.len()).max(frame.len());
+        let packet = Packet::from_captured_frame(&frame, length)
+            .ok_or_else(|| wrong("the frame is shorter than an Ethernet header"))?;
+        let snapshot = self.plane.enforcer.snapshot();
+        let network = match &request.network {
+            None => network_of(&snapshot, &packet),
+            Some(name) => {
+                let names = snapshot.desired().networks.names();
+                let found =
+                    names.filter(|(_, its)| its.to_string() == *name).map(|(id, _)| id).next();
+                found.ok_or_else(|| {
+                    let message = format!(
+                        "'{name}' is no network that nfqd knows; write BRIDGE or BRIDGE vlan ID"
+                    );
+                    RequestError::new(ErrorCode::Failed, message)
+                })?
+            }
+        };
+        let is_own = self.plane.enforcer.has_begun(&snapshot, network, &packet);
+        let ingress = Ingress { network, is_own };
+        let (state, now) = (self.plane.enforcer.engine_state(), self.plane.enforcer.now());
+        Ok(trace(&snapshot, state, ingress, &packet, now))
     }
 
     fn status(&mut self) -> Status {

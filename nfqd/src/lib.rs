@@ -7,7 +7,7 @@
 //! * [`startup`] takes the [`host_lock`], checks the process [`limits`] and builds the daemon;
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
-//! * [`replay`] runs a capture through the engine.
+//! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
 //!
 //! `docs/ARCHITECTURE.md` shows both ways step by step.
 
@@ -31,3 +31,4 @@ mod reload;
 pub mod replay;
 mod rtnetlink;
 pub mod startup;
+pub mod trace;

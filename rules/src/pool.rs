@@ -112,6 +112,25 @@ impl Pool {
         }
     }
 
+    /// Returns a pool of its own with the same state.
+    fn copy(&self) -> Pool {
+        let credits = self.credits.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let slow_start = |start: &SlowStart| SlowStart {
+            is_active: AtomicBool::new(start.is_active()),
+            credit: AtomicU64::new(start.credit.load(Relaxed)),
+        };
+        Pool {
+            method: self.method,
+            seed: self.seed,
+            affinity: self.affinity,
+            members: self.members.clone(),
+            table: Arc::clone(&self.table),
+            credits: Mutex::new(credits),
+            start: AtomicUsize::new(self.start.load(Relaxed)),
+            slow_starts: self.slow_starts.iter().map(slow_start).collect(),
+        }
+    }
+
     /// Begins the slow start of members that another pool, which this one replaces, did not have.
     fn slow_down_new(&mut self, before: Option<&Pool>) {
         let Some(before) = before.filter(|before| !before.members.is_empty()) else { return };
@@ -337,6 +356,17 @@ impl Pools {
         };
         let pools = middlebox.services().iter().map(pool).collect();
         self.middleboxes.insert(key, Arc::new(pools));
+    }
+
+    /// Gives a middlebox pools of its own with the same state, so that choosing there changes nothing
+    /// elsewhere.
+    pub fn detach(&mut self, middlebox: MiddleboxKey) {
+        if let Some(pools) = self.middleboxes.get(&middlebox) {
+            let copy =
+                |(frontend, pool): (&Frontend, &Arc<Pool>)| (*frontend, Arc::new(pool.copy()));
+            let copies = pools.iter().map(copy).collect();
+            self.middleboxes.insert(middlebox, Arc::new(copies));
+        }
     }
 
     /// Makes the tables that packets of this middlebox would have to wait for.

@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If no daemon answers there, or not in this protocol.
-pub fn ask(path: &Path, request: Request) -> io::Result<Answer> {
+pub fn ask(path: &Path, request: &Request) -> io::Result<Answer> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
@@ -32,9 +32,11 @@ pub fn ask(path: &Path, request: Request) -> io::Result<Answer> {
 /// # Errors
 /// If no daemon answers there, or it answers with an error.
 pub fn status(path: &Path) -> io::Result<Status> {
-    match ask(path, Request::Status)? {
+    match ask(path, &Request::Status)? {
         Answer::Status(status) => Ok(*status),
         Answer::Error(error) => Err(io::Error::other(error)),
-        Answer::Reloaded {} => Err(io::Error::other("an answer to another request")),
+        Answer::Reloaded {} | Answer::Trace(_) => {
+            Err(io::Error::other("an answer to another request"))
+        }
     }
 }

@@ -16,12 +16,15 @@
 
 pub mod client;
 pub mod legacy;
+mod problems;
 mod status;
+mod trace;
 
 pub use status::{
     BackendState, BackendStatus, ChannelStatus, FlowTableStatus, MiddleboxStatus, QueueStatus,
     RuleStatus, ServiceStatus, Status,
 };
+pub use trace::{RuleTrace, TargetTrace, Trace, TraceRequest};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,29 +35,31 @@ pub const VERSION: u32 = 1;
 pub const MAX_REQUEST: usize = 4096;
 
 /// A request.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case")]
 pub enum Request {
     /// The state of the daemon.
     Status,
+    /// What would happen to a packet now, and why.
+    Trace(TraceRequest),
     /// Read the configuration again, as at SIGHUP.
     Reload,
 }
 
 impl Request {
     /// The names of all requests, for messages.
-    pub const NAMES: [&str; 2] = ["status", "reload"];
+    pub const NAMES: [&str; 3] = ["status", "trace", "reload"];
 
     /// Whether the request changes something.
-    pub fn is_change(self) -> bool {
+    pub fn is_change(&self) -> bool {
         match self {
-            Request::Status => false,
+            Request::Status | Request::Trace(_) => false,
             Request::Reload => true,
         }
     }
 
     /// Returns the request as a line of the protocol.
-    pub fn to_line(self) -> String {
+    pub fn to_line(&self) -> String {
         to_line(&Envelope { v: VERSION, nfqd: None, body: self })
     }
 
@@ -93,6 +98,8 @@ impl Request {
 pub enum Answer {
     /// The state of the daemon.
     Status(Box<Status>),
+    /// What would happen to a packet, and why.
+    Trace(Box<Trace>),
     /// The configuration has been read again.
     Reloaded {},
     /// The request was not carried out.
@@ -198,7 +205,7 @@ mod tests {
             ("[]", ErrorCode::Version, "write \"v\":1"),
             ("{\"ask\":\"status\"}", ErrorCode::Version, "write \"v\":1"),
             ("{\"v\":2,\"ask\":\"status\"}", ErrorCode::Version, "speaks version 1"),
-            ("{\"v\":1}", ErrorCode::Unsupported, "one of status, reload"),
+            ("{\"v\":1}", ErrorCode::Unsupported, "one of status, trace, reload"),
             ("{\"v\":1,\"ask\":\"tea\"}", ErrorCode::Unsupported, "'tea'"),
             ("{\"v\":1,\"ask\":[1]}", ErrorCode::Unsupported, "one of"),
         ] {
@@ -207,7 +214,7 @@ mod tests {
             assert!(error.message.contains(words), "{line}: {error}");
         }
         for name in Request::NAMES {
-            let line = format!("{{\"v\":1,\"ask\":\"{name}\"}}");
+            let line = format!("{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\"}}");
             assert!(Request::parse(line.as_bytes()).is_ok(), "{name}");
         }
     }

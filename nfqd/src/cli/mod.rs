@@ -2,7 +2,9 @@
 //!
 //! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 system error.
 
+mod explain;
 pub mod status;
+mod trace;
 
 use crate::command_path::command_file::{CommandFileError, read_commands};
 use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice};
@@ -19,7 +21,7 @@ use nfqd_rules::slots::Unobserved;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Enforces header filters and DNAT-style load balancing for middlebox VMs on the bridges of a KVM
 /// host
@@ -62,9 +64,23 @@ enum Job {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Print the first line only
+        #[arg(long, conflicts_with = "json")]
+        brief: bool,
+        /// Wait up to so many seconds until all is well
+        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        wait: u64,
         /// A socket of the daemon
         #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
         socket: PathBuf,
+    },
+    /// Show what would happen to a packet now, and why
+    Trace(trace::TraceArgs),
+    /// Show what a command means, and what it becomes in nftables; needs no daemon
+    Explain {
+        /// The command
+        #[arg(required = true, allow_hyphen_values = true)]
+        command: Vec<String>,
     },
     /// Remove the ruleset that a daemon has left
     Flush,
@@ -117,7 +133,16 @@ pub fn main() -> ExitCode {
         Some(Job::Replay { capture, commands, json, write }) => {
             replay_capture(&capture, &commands, json, write.as_deref())
         }
-        Some(Job::Status { json, socket }) => show_status(&socket, json),
+        Some(Job::Status { json, brief, wait, socket }) => {
+            let form = match (json, brief) {
+                (true, _) => StatusForm::Json,
+                (false, true) => StatusForm::Brief,
+                (false, false) => StatusForm::Text,
+            };
+            show_status(&socket, form, Duration::from_secs(wait))
+        }
+        Some(Job::Trace(args)) => trace::run(&args).and_then(|trace| show_trace(&trace, args.json)),
+        Some(Job::Explain { command }) => explain(&command.join(" ")),
         Some(Job::Flush) => flush(),
     };
     let (code, message) = match result {
@@ -189,21 +214,67 @@ fn replay_capture(
     }
 }
 
-fn show_status(socket: &Path, json: bool) -> Result<(), Failure> {
+/// The form in which the status is printed.
+#[derive(Clone, Copy)]
+enum StatusForm {
+    Text,
+    Brief,
+    Json,
+}
+
+/// The pause between two looks at the status while waiting.
+const WAIT_INTERVAL: Duration = Duration::from_millis(100);
+
+fn show_status(socket: &Path, form: StatusForm, wait: Duration) -> Result<(), Failure> {
     // The path of earlier versions sends the status in their form, and means the default here.
     let is_legacy = socket == Path::new(LEGACY_CONTROL);
     let socket = if is_legacy { Path::new(DEFAULT_OBSERVE) } else { socket };
-    let state = api::client::status(socket).map_err(|error| {
+    let deadline = Instant::now() + wait;
+    let state = loop {
+        let state = api::client::status(socket);
+        let is_well = state.as_ref().is_ok_and(|state| state.problems().is_empty());
+        if is_well || Instant::now() >= deadline {
+            break state;
+        }
+        std::thread::sleep(WAIT_INTERVAL);
+    };
+    let state = state.map_err(|error| {
         Failure::System(format!(
             "{}: {error}; is nfqd running, and is this one of its sockets?",
             socket.display()
         ))
     })?;
-    let text = if json {
-        serde_json::to_string_pretty(&state).map(|text| text + "\n").unwrap_or_default()
-    } else {
-        status::text(&state)
+    let problems = state.problems();
+    let text = match form {
+        StatusForm::Text => status::text(&state),
+        StatusForm::Brief => status::first_line(&problems),
+        StatusForm::Json => status_json(&state, &problems),
     };
+    print(|out| out.write_all(text.as_bytes()))?;
+    if problems.is_empty() { Ok(()) } else { Err(Failure::Input(String::new())) }
+}
+
+/// Returns the status as JSON, with its problems.
+fn status_json(state: &api::Status, problems: &[String]) -> String {
+    let mut value = serde_json::to_value(state).unwrap_or_default();
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("problems".to_string(), problems.into());
+    }
+    format!("{value:#}\n")
+}
+
+fn show_trace(trace: &api::Trace, json: bool) -> Result<(), Failure> {
+    let text = if json {
+        serde_json::to_string(trace).map(|text| text + "\n").unwrap_or_default()
+    } else {
+        trace::text(trace)
+    };
+    print(|out| out.write_all(text.as_bytes()))
+}
+
+fn explain(command: &str) -> Result<(), Failure> {
+    let text = explain::explain(command)
+        .map_err(|error| Failure::Input(format!("column {}: {}", error.column, error.message)))?;
     print(|out| out.write_all(text.as_bytes()))
 }
 

@@ -11,7 +11,17 @@ pub fn text(status: &Status) -> String {
     out
 }
 
+/// Returns the first line: OK, or the first thing that is wrong, and how many more there are.
+pub fn first_line(problems: &[String]) -> String {
+    match problems {
+        [] => "OK\n".to_string(),
+        [problem] => format!("{problem}\n"),
+        [problem, others @ ..] => format!("{problem} (and {} more)\n", others.len()),
+    }
+}
+
 fn write_status(out: &mut String, status: &Status) -> fmt::Result {
+    out.push_str(&first_line(&status.problems()));
     writeln!(
         out,
         "nfqd {} (pid {}): steer {}, fast path {}, fail {}, {} flows",
@@ -229,6 +239,8 @@ mod tests {
             ..Status::default()
         };
         let text = text(&status);
+        assert_eq!(text.lines().next(), Some("NOT ENFORCED: gone (and 10 more)"), "{text}");
+        assert!(super::text(&Status::default()).starts_with("OK\nnfqd "));
         for line in [
             "channel /r: may speak for every MAC, 2 commands denied - NOT READ: cut",
             "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",

@@ -9,14 +9,15 @@ mod nft_monitor;
 pub mod queue_path;
 mod reconcile;
 
-use crate::engine::EngineState;
 use crate::engine::flows::FlowTable;
+use crate::engine::{EngineState, Snapshot};
 use crate::packet_path::queue::Queue;
 use crate::packet_path::worker::{Shared, Worker};
 use counters::CarriedCounters;
 use nfqd_rules::nft::delta::Installed;
 use nfqd_rules::nft::kernel::{Kernel, KernelError, Neighbour};
 use nfqd_rules::nft::options::RulesetOptions;
+use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::{Desired, NetworkId};
 use nft_monitor::NftMonitor;
@@ -142,6 +143,26 @@ impl Enforcer {
     /// Returns the engine's state between packets.
     pub fn engine_state(&self) -> &EngineState {
         &self.shared.state
+    }
+
+    /// Returns the snapshot that the engine decides by.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.snapshot.load_full()
+    }
+
+    /// Returns the seconds of the engine's clock.
+    pub fn now(&self) -> u32 {
+        self.shared.now()
+    }
+
+    /// Whether a packet answers a conversation that its middlebox has begun, as the kernel remembers.
+    pub fn has_begun(&mut self, snapshot: &Snapshot, network: NetworkId, packet: &Packet) -> bool {
+        let prefix = snapshot.desired().networks.prefix(network);
+        let begun = self.kernel.has_begun(&prefix, packet);
+        begun.unwrap_or_else(|error| {
+            log::debug!("conversations of middleboxes: {error}");
+            false
+        })
     }
 
     /// Removes expired flows.

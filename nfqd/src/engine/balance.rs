@@ -23,7 +23,7 @@ fn initial_state(ip: &IpHeader, event: FlowEvent) -> FlowState {
 }
 
 /// Returns the original direction of the flow of a packet to a middlebox.
-fn original_tuple(middlebox: MiddleboxKey, ip: &IpHeader) -> OriginalTuple {
+pub(super) fn original_tuple(middlebox: MiddleboxKey, ip: &IpHeader) -> OriginalTuple {
     OriginalTuple {
         middlebox,
         client: ip.source,

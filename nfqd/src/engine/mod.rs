@@ -3,12 +3,14 @@
 //!
 //! `pipeline` is the path of a packet: filters, ICMP errors, fragments, replies, services.
 //! `balance` chooses backends. [`snapshot`] is what a verdict depends on, [`verdict`] what comes
-//! out, [`flows`] the flow table.
+//! out, [`reason`] why, [`flows`] the flow table; [`dry_run`] decides without a side effect.
 
 mod balance;
+pub mod dry_run;
 pub mod expiring_map;
 pub mod flows;
 mod pipeline;
+pub mod reason;
 pub mod snapshot;
 #[cfg(test)]
 mod tests;

@@ -237,7 +237,7 @@ impl PacketContext<'_> {
         !self.snapshot.is_dsr(key) || key.frontend.ip == ip.destination
     }
 
-    fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
+    pub(super) fn fragment_key(&self, ip: &IpHeader) -> FragmentKey {
         // By br_netfilter no other destination is known.
         let balanced = self.middlebox.filter(|(_, middlebox)| !middlebox.services().is_empty());
         FragmentKey {

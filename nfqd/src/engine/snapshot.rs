@@ -4,8 +4,8 @@ use super::Ingress;
 use nfqd_rules::mark::{self, Origin};
 use nfqd_rules::pool::Pools;
 use nfqd_rules::slots::{BackendView, SlotKey};
-use nfqd_rules::{Desired, Middlebox, MiddleboxKey, NetworkId, Policy, SlotId};
-use nfqd_shmctl::MacAddr;
+use nfqd_rules::{Desired, Firewall, Middlebox, MiddleboxKey, NetworkId, Policy, SlotId};
+use nfqd_shmctl::{Action, MacAddr};
 use std::time::Instant;
 
 /// Everything that a verdict depends on besides the packet and the flows. Every change of the
@@ -61,6 +61,14 @@ impl Snapshot {
         Snapshot { desired, pools, ..*self }
     }
 
+    /// Returns a copy that evaluates all filters, and whose pools of a middlebox take turns of their own.
+    pub fn detached(&self, middlebox: Option<MiddleboxKey>) -> Snapshot {
+        let mut pools = self.pools.clone();
+        middlebox.into_iter().for_each(|key| pools.detach(key));
+        let filter_scope = FilterScope::All;
+        Snapshot { desired: self.desired.clone(), pools, filter_scope, ..*self }
+    }
+
     /// Returns the policy.
     pub fn policy(&self) -> &Policy {
         &self.desired.policy
@@ -94,6 +102,13 @@ impl Snapshot {
     /// Returns the middlebox with this MAC on a network.
     pub fn middlebox_at(&self, network: NetworkId, mac: MacAddr) -> Option<MiddleboxKey> {
         self.desired.slots.middlebox_at(network, mac)
+    }
+
+    /// Returns what the filters of the middlebox with this MAC do with packets that no rule matches.
+    pub fn default_action(&self, network: NetworkId, mac: MacAddr) -> Action {
+        let middlebox = self.middlebox_at(network, mac).and_then(|key| self.policy().get(key));
+        let firewall = middlebox.and_then(Middlebox::firewall);
+        firewall.map_or(Action::Allow, Firewall::default_action)
     }
 
     /// Returns the MAC of a slot's backend, if it is known.

@@ -93,7 +93,7 @@ pub enum Interest {
 }
 
 /// The outcome of a step of a client.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Progress {
     /// The client asks; the answer is passed to [`ControlSocket::answer`].
     Asks(Request),

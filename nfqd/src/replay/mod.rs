@@ -8,7 +8,8 @@ mod tests;
 
 pub use capture::{Captured, ETHERNET, read_capture};
 
-use crate::engine::verdict::{AcceptReason, Decision, DropReason, Translation, Verdict};
+use crate::engine::reason::Reason;
+use crate::engine::verdict::{Decision, DropReason, Translation, Verdict};
 use crate::engine::{EngineState, Ingress, Snapshot, decide};
 use crate::packet_path::fragments::FragmentQueue;
 use nfqd_rules::packet::{Packet, l3_offset};
@@ -16,7 +17,7 @@ use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::BackendObservation;
 use nfqd_rules::{NetworkId, Policy};
-use nfqd_shmctl::{MacAddr, RuleId};
+use nfqd_shmctl::MacAddr;
 use own::OwnConversations;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -231,16 +232,21 @@ impl Replay {
         let is_registered = self.snapshot.middlebox_at(NetworkId::ANY, destination).is_some();
         line.middlebox = is_registered.then(|| destination.to_string());
         // There is one snapshot, so no flow can have a newer one.
-        let Decision { verdict, rule } =
-            decide(&self.snapshot, &self.state, ingress, packet, now).decision()?;
+        let decision = decide(&self.snapshot, &self.state, ingress, packet, now).decision()?;
+        let Decision { verdict, rule } = decision;
+        let default = self.snapshot.default_action(NetworkId::ANY, destination);
+        let why = Reason::of(&decision, default);
         match verdict {
-            Verdict::Accept(reason) => line.reason = accept_reason(reason).to_string(),
-            Verdict::Bypass => line.reason = "a backend's own traffic".to_string(),
-            Verdict::Local(_) => line.reason = "a connection of the middlebox itself".to_string(),
+            Verdict::Accept(_) | Verdict::Bypass | Verdict::Local(_) => {
+                line.reason = why.text().to_string();
+            }
             Verdict::AwaitFirstFragment => return None,
             Verdict::Drop(reason) | Verdict::Reject(reason) => {
                 line.verdict = "drop";
-                line.reason = drop_reason(reason, rule);
+                line.reason = match rule.filter(|_| why == Reason::DenyRule) {
+                    Some(rule) => format!("deny rule {} matches", rule.number),
+                    None => why.text().to_string(),
+                };
                 let denying = rule.filter(|_| reason == DropReason::Filtered);
                 line.rule = denying.map(|rule| rule.number.get());
                 return Some((line, None));
@@ -260,7 +266,7 @@ impl Replay {
                     (_, Some(from)) if is_translated => {
                         translate_reply(&mut line, &mut out, packet, &from);
                     }
-                    _ => line.reason = "an ICMP error about a flow, from a router".to_string(),
+                    _ => line.reason = why.text().to_string(),
                 }
             }
         }
@@ -293,34 +299,10 @@ fn translate_reply(line: &mut Line, out: &mut [u8], packet: &Packet, from: &Tran
     line.from = Some(from.key.frontend.ip.to_string());
 }
 
-fn accept_reason(reason: AcceptReason) -> &'static str {
-    match reason {
-        AcceptReason::NotForMiddlebox => "not for a middlebox",
-        AcceptReason::NoMatch => "no deny rule matches and no service takes it",
-        AcceptReason::OwnConversation => "a conversation of the middlebox itself",
-        AcceptReason::BackendUnresolved => "the backend's MAC is unknown",
-        AcceptReason::NoBackend => "no backend can take it, so the middlebox does",
-    }
-}
-
-fn drop_reason(reason: DropReason, rule: Option<RuleId>) -> String {
-    let text = match (reason, rule) {
-        (DropReason::Filtered, Some(rule)) => {
-            return format!("deny rule {} matches", rule.number);
-        }
-        (DropReason::Filtered, None) => "no allow rule matches",
-        (DropReason::BackendUnresolved, _) => "the backends' MACs are unknown",
-        (DropReason::NoBackend, _) => "no backend can take it; rejected",
-        (DropReason::BackendGone, _) => "its backend is gone; ended",
-        (DropReason::FirstFragmentDropped, _) => "a fragment of a datagram that was dropped",
-    };
-    text.to_string()
-}
-
 /// Returns the outcome of a later fragment whose first one did not come.
 fn lost(mut line: Line) -> Outcome {
     line.verdict = "drop";
-    line.reason = "a later fragment of a datagram whose first fragment did not come".to_string();
+    line.reason = Reason::FirstFragmentMissing.text().to_string();
     (line, None)
 }
 

@@ -2,6 +2,9 @@
 //! it.
 
 pub mod classifier;
+mod comparison;
+
+pub use comparison::Comparison;
 
 use crate::packet::{IPV6_LEN, Packet};
 use nfqd_shmctl::{

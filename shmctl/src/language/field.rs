@@ -211,6 +211,31 @@ impl Field {
         at.map_or(0, |at| 1 << at)
     }
 
+    /// Returns the name of the field in a sentence.
+    pub fn name(self) -> &'static str {
+        match self {
+            Field::SourceIp => "source address",
+            Field::DestinationIp => "destination address",
+            Field::Tos => "TOS or traffic-class byte",
+            Field::Protocol => "protocol",
+            Field::SourceMac => "source MAC",
+            Field::DestinationMac => "destination MAC",
+            Field::EtherType => "EtherType",
+            Field::TcpSource => "TCP source port",
+            Field::TcpDestination => "TCP destination port",
+            Field::UdpSource => "UDP source port",
+            Field::UdpDestination => "UDP destination port",
+            Field::VlanId => "VLAN id",
+            Field::IcmpType => "ICMP type",
+            Field::IcmpCode => "ICMP code",
+            Field::Icmp6Type => "ICMPv6 type",
+            Field::Icmp6Code => "ICMPv6 code",
+            Field::TcpFlags => "TCP flags",
+            Field::Length => "IP length in bytes",
+            Field::Fragment => "position in a fragmented datagram",
+        }
+    }
+
     /// Whether the registration provides a value, so that a command may leave it out.
     pub fn has_default(self) -> bool {
         matches!(self, Field::DestinationIp | Field::DestinationMac)

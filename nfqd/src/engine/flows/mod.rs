@@ -369,6 +369,32 @@ impl FlowTable {
         self.evict_excess_assured(shard);
     }
 
+    /// Copies the flows of a client's port to another table.
+    pub fn copy_flows_of(&self, client: IpAddr, port: u16, protocol: Protocol, to: &FlowTable) {
+        let shard = self.shard(client, port, protocol);
+        let is_of = |entry: &&Entry| {
+            let tuple = &entry.original;
+            (tuple.client, tuple.ports.source, tuple.protocol) == (client, port, protocol)
+        };
+        for entry in shard.iter().filter(is_of) {
+            let hashes = TupleHashes {
+                original: to.hash(entry.original),
+                reply: entry.reply.map(|tuple| to.hash(tuple)),
+            };
+            let mut its = to.shard_of(&entry.original);
+            if its.len < its.capacity
+                && its.find_original(hashes.original, &entry.original).is_none()
+            {
+                its.insert(entry.clone(), hashes);
+            }
+        }
+    }
+
+    /// Sets the number of live flows of a slot.
+    pub fn set_live(&self, slot: SlotId, count: u32) {
+        self.slots.set_live(slot, count);
+    }
+
     /// Removes a flow.
     pub fn remove(&self, tuple: &OriginalTuple) {
         let mut guard = self.shard_of(tuple);

@@ -16,6 +16,7 @@ const WINDOW: u32 = 1 << 31;
 /// is conntrack's, as far as the engine sees the packets.
 const STREAM_AFTER: u32 = 50;
 
+#[derive(Clone)]
 pub(super) struct Entry {
     pub original: OriginalTuple,
     /// `None` if backends answer clients directly.
@@ -191,6 +192,15 @@ impl Shard {
             at = entry.next_reply;
         }
         None
+    }
+
+    /// Returns all flows.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.lists.iter().flat_map(|list| {
+            std::iter::successors(self.entries.get(list.oldest as usize), |entry| {
+                self.entries.get(entry.newer as usize)
+            })
+        })
     }
 
     pub(super) fn is_expired(&self, at: u32, now: u32) -> bool {

@@ -70,6 +70,11 @@ impl SlotCounters {
         self.of(slot).map_or(0, |counters| counters.live.load(Relaxed))
     }
 
+    /// Sets the number of live flows.
+    pub(super) fn set_live(&self, slot: SlotId, count: u32) {
+        self.of(slot).into_iter().for_each(|counters| counters.live.store(count, Relaxed));
+    }
+
     /// Records that a flow begins, which its backend is to answer.
     pub(super) fn record_begin(&self, slot: SlotId, now: u32) {
         if let Some(counters) = self.of(slot) {

@@ -6,6 +6,7 @@
 mod counters;
 mod difference;
 mod neighbours;
+mod own;
 mod probe;
 mod recover;
 

@@ -1,0 +1,82 @@
+//! The problems that a status shows, the most important first.
+
+use super::{BackendState, MiddleboxStatus, ServiceStatus, Status};
+
+impl Status {
+    /// Returns what is wrong, each in one line, the most important first; nothing if all is well.
+    ///
+    /// A backend that is draining is not wrong, nor is a limit that the host's setup brings with it.
+    pub fn problems(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        let mut add = |what: &str, reason: &str| out.push(format!("{what}: {reason}"));
+        if let Some(error) = &self.repair_error {
+            add("NOT ENFORCED", error);
+        }
+        if let Some(error) = &self.steering_error {
+            add("NOT STEERED", error);
+        }
+        for queue in self.queues.iter().filter(|queue| !queue.alive) {
+            add("NOT SERVED", &format!("queue {}: its thread ended, see the log", queue.queue));
+        }
+        for channel in &self.channels {
+            if let Some(error) = &channel.error {
+                add("NOT READ", error);
+            }
+        }
+        if let Some(error) = &self.state_error {
+            add("NOT SAVED", error);
+        }
+        for path in &self.rejected {
+            add("NOT RESTORED", &format!("registrations in {path}"));
+        }
+        for middlebox in &self.middleboxes {
+            if let Some(problem) = &middlebox.network_problem {
+                add("NETWORK", &format!("{}: {problem}", middlebox.mac));
+            }
+        }
+        let services = || {
+            let of = |middlebox| services_of(middlebox).map(move |service| (middlebox, service));
+            self.middleboxes.iter().flat_map(of)
+        };
+        for (middlebox, service) in services() {
+            let name = format!("{} {}", middlebox.mac, service.vip);
+            let takes = |state| matches!(state, BackendState::Up);
+            if !service.backends.iter().any(|backend| takes(backend.state)) {
+                add(
+                    "NO BACKEND",
+                    &format!("{name}: new flows are rejected or go to the middlebox"),
+                );
+            }
+        }
+        for (middlebox, service) in services() {
+            if service.panic {
+                add("CHECKS DOUBTED", &format!("{} {}", middlebox.mac, service.vip));
+            }
+            for backend in &service.backends {
+                let name = format!("{} {} -> {}", middlebox.mac, service.vip, backend.backend);
+                match backend.state {
+                    BackendState::Dead => add("DEAD", &format!("{name} answers nothing")),
+                    BackendState::Failing => add("FAILING", &format!("{name} fails its checks")),
+                    BackendState::Unresolved => add("MAC UNKNOWN", &name),
+                    BackendState::Up | BackendState::Draining | BackendState::Drained => {}
+                }
+                if let Some(problem) = &backend.network_problem {
+                    add("NETWORK", &format!("{name}: {problem}"));
+                }
+            }
+        }
+        let flows = &self.flows;
+        if flows.evicted_established != 0 {
+            let count = flows.evicted_established;
+            add("FLOW TABLE FULL", &format!("{count} established flows were evicted"));
+        }
+        for map in &flows.full_maps {
+            add("KERNEL MAP FULL", map);
+        }
+        out
+    }
+}
+
+fn services_of(middlebox: &MiddleboxStatus) -> impl Iterator<Item = &ServiceStatus> {
+    middlebox.services.iter()
+}
