@@ -332,7 +332,7 @@ impl Daemon {
             wrong("the frame is not a sequence of hexadecimal digits, two a byte")
         })?;
         let length = request.length.unwrap_or(frame.len()).max(frame.len());
-        let packet = Packet::from_captured_frame(&frame, length)
+        let mut packet = Packet::from_captured_frame(&frame, length)
             .ok_or_else(|| wrong("the frame is shorter than an Ethernet header"))?;
         let snapshot = self.plane.enforcer.snapshot();
         let network = match &request.network {
@@ -349,6 +349,12 @@ impl Daemon {
                 })?
             }
         };
+        // The kernel sends a packet to a registered address in a frame to a group to its middlebox.
+        if let Some(ip) = packet.ip.filter(|_| packet.link.destination.is_group())
+            && let Some(owner) = snapshot.desired().slots.owner(network, ip.destination)
+        {
+            packet.link.destination = owner.mac;
+        }
         let is_own = self.plane.enforcer.has_begun(&snapshot, network, &packet);
         let ingress = Ingress { network, is_own };
         let (state, now) = (self.plane.enforcer.engine_state(), self.plane.enforcer.now());

@@ -1,11 +1,16 @@
 //! The three oracles: the fast path in the kernel, the engine alone, and offline replay give the
-//! same verdict and the same bytes for every frame.
+//! same verdict and the same bytes for every frame. `nfqd trace` is the fourth witness: it tells what then
+//! happens.
 //!
 //! `NFQD_TESTS_POLICIES` sets the number of random policies (60 frames each), `NFQD_TESTS_SEED` the
 //! randomness.
 #![allow(clippy::unwrap_used)]
 
-use nfqd::replay::Replay;
+use nfqd::api::client::ask;
+use nfqd::api::{Answer, Request, Trace, TraceRequest};
+use nfqd::engine::reason::Reason;
+use nfqd::replay::{Outcome, Replay};
+use nfqd::trace::words::to_hex;
 use nfqd_rules::Policy;
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_tests::captures;
@@ -77,6 +82,21 @@ impl Topology {
             seen.extend(std::iter::from_fn(|| tap.try_receive()).map(|frame| (index, frame)));
         }
         seen
+    }
+
+    /// Asks the daemon what would happen to a frame; `None` for one without an Ethernet header.
+    fn trace(&self, frame: &[u8]) -> Option<Trace> {
+        // A request holds the beginning.
+        let beginning = &frame[..frame.len().min(1600)];
+        let length = Some(frame.len());
+        let request = TraceRequest { frame: to_hex(beginning), length, network: None };
+        match ask(&self.daemon.control(), &Request::Trace(request)).expect("an answer") {
+            Answer::Trace(trace) => Some(*trace),
+            other => {
+                assert!(Packet::from_frame(frame).is_none(), "{other:?}");
+                None
+            }
+        }
     }
 
     /// The port that the frames of a middlebox come in by.
@@ -171,6 +191,30 @@ fn hop_by_hop_holds(header: &[u8]) -> bool {
 /// no single answer there.
 fn ambiguous_by_br_netfilter(frame: &[u8]) -> bool {
     br_netfilter(frame).is_some_and(|cut| Packet::from_frame(&cut) != Packet::from_frame(frame))
+}
+
+/// Whether a trace tells what replay says of the same frame. Fragments that the frame releases are no
+/// concern of its own.
+fn agrees(trace: Option<&Trace>, outcomes: &[Outcome]) -> Result<(), String> {
+    let Some(trace) = trace else { return Ok(()) };
+    let Some((line, _)) = outcomes.first() else {
+        let is_held = trace.reason == Reason::FirstFragmentMissing.name();
+        return if is_held { Ok(()) } else { Err("the frame is held".to_string()) };
+    };
+    // Fragments that have expired come first.
+    if outcomes.len() > 1 {
+        return Ok(());
+    }
+    let rule = trace.rule.as_ref().and_then(|rule| rule.strip_prefix('#')?.parse::<u16>().ok());
+    let to = trace.to.as_ref().map(|to| (to.ip.clone(), to.port));
+    let its_to = line.to.as_ref().map(|to| (to.ip.clone(), to.port));
+    if trace.verdict != line.verdict || rule != line.rule || to != its_to {
+        return Err(line.text());
+    }
+    if trace.explanation != line.reason {
+        return Err(format!("{} is not {}", trace.explanation, line.reason));
+    }
+    Ok(())
 }
 
 /// Whether the sender of a packet with this reason may be told of its end.
@@ -273,8 +317,20 @@ impl Oracles {
                 );
                 continue;
             }
+            let traced = self.topology.trace(frame);
             let now = self.start.elapsed().as_secs() as u32;
             let outcomes = self.replay.frame(frame, now);
+            if let Err(difference) = agrees(traced.as_ref(), &outcomes) {
+                prop_assert!(
+                    false,
+                    "trace and replay disagree: {}\nframe {:02x?}\n{:#?}\n{}\nbefore\n{}",
+                    difference,
+                    frame,
+                    traced,
+                    commands.join("\n"),
+                    history.join("\n")
+                );
+            }
             let mut expected = Vec::new();
             for (line, leaves) in &outcomes {
                 *match line.verdict {

@@ -20,6 +20,7 @@ use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
 use nfqd_rules::{Desired, NetworkId};
+use nfqd_shmctl::Protocol;
 use nft_monitor::NftMonitor;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -53,6 +54,20 @@ pub struct Enforcer {
     /// The reason frames do not reach the queues.
     steering_error: Option<String>,
     counters: CarriedCounters,
+}
+
+/// Whether a packet begins a conversation and is an answer in the same.
+fn answers_itself(packet: &Packet) -> bool {
+    const SYN: u8 = 2;
+    /// FIN, SYN, RST and ACK.
+    const BEGINS: u8 = 1 | SYN | 4 | 16;
+    let (link, Some(ip)) = (&packet.link, packet.ip) else { return false };
+    let begins = match ip.tcp_flags {
+        Some(flags) => flags & BEGINS == SYN,
+        None => ip.protocol == Protocol::UDP,
+    };
+    let same_ports = ip.ports.is_some_and(|ports| ports.source == ports.destination);
+    begins && same_ports && link.source == link.destination && ip.source == ip.destination
 }
 
 impl Enforcer {
@@ -157,6 +172,12 @@ impl Enforcer {
 
     /// Whether a packet answers a conversation that its middlebox has begun, as the kernel remembers.
     pub fn has_begun(&mut self, snapshot: &Snapshot, network: NetworkId, packet: &Packet) -> bool {
+        // One that a middlebox sends to itself may begin the conversation that it answers.
+        let key = snapshot.middlebox_at(network, packet.link.source);
+        let middlebox = key.and_then(|key| snapshot.policy().get(key));
+        if middlebox.is_some_and(|its| !its.services().is_empty()) && answers_itself(packet) {
+            return true;
+        }
         let prefix = snapshot.desired().networks.prefix(network);
         let begun = self.kernel.has_begun(&prefix, packet);
         begun.unwrap_or_else(|error| {

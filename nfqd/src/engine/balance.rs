@@ -230,7 +230,7 @@ impl PacketContext<'_> {
         let key = SlotKey::local(middlebox, frontend);
         match self.snapshot.desired().slots.get(&key) {
             Some(slot) if self.is_cacheable() && !event.ends() => Verdict::Local(slot.id),
-            _ => Verdict::Accept(AcceptReason::NoMatch),
+            _ => Verdict::Accept(AcceptReason::LocalConnection),
         }
     }
 

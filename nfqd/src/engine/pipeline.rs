@@ -176,6 +176,7 @@ impl PacketContext<'_> {
     fn unchanged(&self, from_backend: bool) -> Verdict {
         match self.middlebox {
             _ if from_backend && self.is_cacheable() => Verdict::Bypass,
+            _ if from_backend => Verdict::Accept(AcceptReason::BackendsOwn),
             Some(_) => Verdict::Accept(AcceptReason::NoMatch),
             None => Verdict::Accept(AcceptReason::NotForMiddlebox),
         }

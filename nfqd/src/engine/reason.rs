@@ -75,6 +75,8 @@ impl Reason {
                 AcceptReason::NotForMiddlebox => Reason::NotForMiddlebox,
                 AcceptReason::NoMatch => Reason::NoMatch,
                 AcceptReason::OwnConversation => Reason::OwnConversation,
+                AcceptReason::LocalConnection => Reason::LocalConnection,
+                AcceptReason::BackendsOwn => Reason::BackendsOwn,
                 AcceptReason::BackendUnresolved => Reason::BackendUnresolvedPassed,
                 AcceptReason::NoBackend => Reason::NoBackendPassed,
             },

@@ -264,7 +264,10 @@ fn earlier_connections_belong_to_the_middlebox() {
     let Verdict::Local(slot) = passed else { panic!("{passed:?}") };
     assert_eq!(snapshot.desired().slots.key_of(slot).unwrap().backend.to_string(), "10.0.0.2:80");
     let fin = tcp(CLIENT, VM, (1, 2), (1000, 80), flag::FIN | flag::ACK);
-    assert_eq!(decision(&snapshot, &memory, &fin, 0), Verdict::Accept(AcceptReason::NoMatch));
+    assert_eq!(
+        decision(&snapshot, &memory, &fin, 0),
+        Verdict::Accept(AcceptReason::LocalConnection)
+    );
     assert!(memory.flows.is_empty());
     to(decision(&snapshot, &memory, &syn(1000), 0));
 }

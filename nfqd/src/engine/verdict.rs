@@ -97,6 +97,10 @@ pub enum AcceptReason {
     NoMatch,
     /// The packet belongs to a conversation that the middlebox itself has begun.
     OwnConversation,
+    /// The packet belongs to a TCP connection of the middlebox itself, from before the service.
+    LocalConnection,
+    /// The packet belongs to a flow of a backend itself.
+    BackendsOwn,
     /// A service takes it, but the backend's MAC is not known yet.
     BackendUnresolved,
     /// A service takes it but has no backend for it, and passes it to the middlebox in that case.

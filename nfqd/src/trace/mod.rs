@@ -64,12 +64,10 @@ pub fn trace(
         }
         Verdict::Redirect(to) | Verdict::Error { to: Some(to), .. } => {
             out.verdict = "redirect".to_string();
-            out.explanation = format!("service {}", to.key.frontend);
             out.to = Some(target(snapshot, &to));
             out.reply = reply_of(snapshot, &to.key);
         }
         Verdict::Reply(from) | Verdict::Error { from: Some(from), .. } => {
-            out.explanation = format!("reply of service {}", from.key.frontend);
             out.reply = reply_of(snapshot, &from.key);
         }
         Verdict::Accept(_) | Verdict::Bypass | Verdict::Local(_) | Verdict::Error { .. } => {}
@@ -78,19 +76,26 @@ pub fn trace(
 }
 
 fn explanation(reason: Reason, decision: &Decision) -> String {
+    let text = match decision.verdict {
+        Verdict::Redirect(to) | Verdict::Error { to: Some(to), .. } => {
+            format!("service {}", to.key.frontend)
+        }
+        Verdict::Reply(from) | Verdict::Error { from: Some(from), .. } => {
+            format!("reply of service {}", from.key.frontend)
+        }
+        _ => reason.text().to_string(),
+    };
     match decision.rule {
         Some(rule) if reason == Reason::DenyRule => format!("deny rule {} matches", rule.number),
-        Some(rule) => format!("allow rule {} matches; {}", rule.number, reason.text()),
-        None => reason.text().to_string(),
+        Some(rule) => format!("allow rule {} matches; {text}", rule.number),
+        None => text,
     }
 }
 
 fn target(snapshot: &Snapshot, to: &Translation) -> TargetTrace {
-    let is_dsr = snapshot.is_dsr(&to.key);
-    let ip = if is_dsr { to.key.frontend.ip } else { to.key.backend.ip };
     let port = to.key.ports().map(|(_, backend)| backend).filter(|_| to.port);
     let mac = snapshot.mac(&to.key).map(|mac| mac.to_string());
-    TargetTrace { mac, ip: ip.to_string(), port }
+    TargetTrace { mac, ip: to.key.backend.ip.to_string(), port }
 }
 
 /// Returns how the replies of a backend are translated.
