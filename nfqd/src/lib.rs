@@ -8,6 +8,7 @@
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
+//! * [`doctor`] examines the host and the running daemon.
 //!
 //! `docs/ARCHITECTURE.md` shows both ways step by step.
 
@@ -18,6 +19,7 @@ pub mod cli;
 pub mod command_path;
 pub mod config;
 pub mod daemon;
+pub mod doctor;
 pub mod enforce;
 pub mod engine;
 pub mod host_lock;

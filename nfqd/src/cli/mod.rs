@@ -11,7 +11,7 @@ use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, Ste
 use crate::daemon::Daemon;
 use crate::host_lock::HostLock;
 use crate::startup::StartError;
-use crate::{api, replay};
+use crate::{api, doctor, replay};
 use clap::{Args, Parser, Subcommand};
 use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
@@ -82,6 +82,15 @@ enum Job {
         #[arg(required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Examine this host and the running daemon: PASS, WARN or FAIL a line, with the command that mends it
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// A socket of the daemon
+        #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
+        socket: PathBuf,
+    },
     /// Remove the ruleset that a daemon has left
     Flush,
 }
@@ -143,6 +152,7 @@ pub fn main() -> ExitCode {
         }
         Some(Job::Trace(args)) => trace::run(&args).and_then(|trace| show_trace(&trace, args.json)),
         Some(Job::Explain { command }) => explain(&command.join(" ")),
+        Some(Job::Doctor { json, socket }) => show_findings(&socket, json),
         Some(Job::Flush) => flush(),
     };
     let (code, message) = match result {
@@ -270,6 +280,20 @@ fn show_trace(trace: &api::Trace, json: bool) -> Result<(), Failure> {
         trace::text(trace)
     };
     print(|out| out.write_all(text.as_bytes()))
+}
+
+fn show_findings(socket: &Path, json: bool) -> Result<(), Failure> {
+    // What would be logged is a finding.
+    log::set_max_level(log::LevelFilter::Off);
+    let findings = doctor::examine(socket);
+    let text = if json {
+        serde_json::to_string_pretty(&findings).map(|text| text + "\n").unwrap_or_default()
+    } else {
+        doctor::text(&findings)
+    };
+    print(|out| out.write_all(text.as_bytes()))?;
+    let failed = findings.iter().any(|finding| finding.grade == doctor::Grade::Fail);
+    if failed { Err(Failure::Input(String::new())) } else { Ok(()) }
 }
 
 fn explain(command: &str) -> Result<(), Failure> {

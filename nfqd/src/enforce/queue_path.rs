@@ -74,10 +74,10 @@ pub fn detect_queue_path(
 }
 
 /// The sysctls without which br_netfilter passes no bridged packet to the queues.
-const CALLS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+pub const CALLS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
 
 /// The sysctl without which it passes no tagged packet.
-const CALL_TAGGED: &str = "bridge-nf-filter-vlan-tagged";
+pub const CALL_TAGGED: &str = "bridge-nf-filter-vlan-tagged";
 
 /// Whether tagged packets reach the queues.
 pub(super) fn calls_tagged() -> bool {
@@ -90,7 +90,7 @@ fn path_of(name: &str) -> String {
 }
 
 /// Whether a sysctl of br_netfilter is 1.
-fn is_set(name: &str) -> bool {
+pub fn is_set(name: &str) -> bool {
     std::fs::read_to_string(path_of(name)).is_ok_and(|value| value.trim() == "1")
 }
 

@@ -140,6 +140,15 @@ impl HostNetworks {
                 .any(|bridge| *bridge.name == *network.bridge && bridge.vlan_protocol.is_some())
     }
 
+    /// Returns the bridges: the name, the names of the ports, and whether it is VLAN-aware.
+    pub fn bridges(&self) -> impl Iterator<Item = (&str, Vec<&str>, bool)> {
+        self.links.bridges.iter().map(|(index, bridge)| {
+            let ports = self.links.ports.values().filter(|port| port.bridge == *index);
+            let names = ports.map(|port| port.name.as_str()).collect();
+            (bridge.name.as_str(), names, bridge.vlan_protocol.is_some())
+        })
+    }
+
     fn serves(&self, bridge: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|name| name == bridge)
     }

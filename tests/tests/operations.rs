@@ -1,0 +1,164 @@
+//! What an operator sees: the first line of `nfqd status`, `nfqd doctor` and `nfqd trace`, under faults.
+#![allow(clippy::unwrap_used)]
+
+use nfqd_tests::daemon::{Daemon, NFQD, program, steer};
+use nfqd_tests::netns::{in_netns, run};
+use nfqd_tests::pool::{Fixture, backend_ip, register, to};
+use nfqd_tests::topology::{CLIENT, Server, VM, VM_MAC, wait_for, who};
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Runs nfqd with arguments and the daemon's socket; returns the exit code and the output.
+fn nfqd(socket: &Path, arguments: &[&str]) -> (i32, String) {
+    let mut command = Command::new(program(NFQD));
+    let output = command.args(arguments).arg("--socket").arg(socket).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code().unwrap(), text)
+}
+
+/// The first line of the status.
+fn first_line(daemon: &Daemon) -> (i32, String) {
+    nfqd(&daemon.control(), &["status", "--brief"])
+}
+
+/// The findings of the doctor that are no pass, as `GRADE area: check`.
+fn findings(socket: &Path) -> Vec<String> {
+    let (code, text) = nfqd(socket, &["doctor", "--json"]);
+    let all: Value = serde_json::from_str(&text).unwrap();
+    let field = |one: &Value, name: &str| one[name].as_str().unwrap_or_default().to_string();
+    let all: Vec<String> = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|one| one["grade"] != "PASS")
+        .inspect(|one| {
+            let is_mended = one["fix"].is_string() || one["grade"] == "WARN";
+            assert!(is_mended, "a failure without a command: {one}");
+        })
+        .map(|one| {
+            let (grade, area) = (field(one, "grade"), field(one, "area"));
+            format!("{grade} {area}: {}", field(one, "check"))
+        })
+        .collect();
+    let has_failed = all.iter().any(|finding| finding.starts_with("FAIL"));
+    assert_eq!(code, i32::from(has_failed), "{text}");
+    all
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn faults_are_in_the_first_line_of_the_status_and_found_by_the_doctor() {
+    in_netns(|| {
+        let fixture = Fixture::new(1);
+        let nobody = Path::new("/nowhere/control");
+        // Without a daemon, what it would need is examined.
+        if steer() != "native" {
+            let sysctl = "net.bridge.bridge-nf-call-iptables";
+            run(&format!("sysctl -qw {sysctl}=0"));
+            let found = findings(nobody);
+            assert!(
+                found.contains(&"FAIL kernel: path of frames into the queues".to_string()),
+                "{found:?}"
+            );
+            run(&format!("sysctl -qw {sysctl}=1"));
+        }
+        let queue = nfqd::packet_path::queue::Queue::open(2, true).unwrap();
+        let found = findings(nobody);
+        assert!(found.contains(&"FAIL queues: queue 2".to_string()), "{found:?}");
+        assert!(found.contains(&"FAIL nfqd: running".to_string()), "{found:?}");
+        drop(queue);
+
+        let server = Server::start(&fixture.backends[0], "zero", 80);
+        let daemon = Daemon::start(&[]);
+        register(&daemon, &format!("{VM}:80 rr {}", backend_ip(0)));
+        let (code, text) = nfqd(&daemon.control(), &["status", "--wait", "20"]);
+        assert_eq!((code, text.lines().next()), (0, Some("OK")), "{text}");
+        let (code, text) = nfqd(&daemon.control(), &["status", "--json"]);
+        let json: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((code, &json["problems"]), (0, &Value::Array(vec![])), "{text}");
+        let healthy = findings(&daemon.control());
+        assert!(healthy.iter().all(|finding| finding.starts_with("WARN")), "{healthy:?}");
+
+        // A backend that is dead.
+        run("ip link set b0 down");
+        wait_for("death", || first_line(&daemon).1.contains("NO BACKEND"));
+        assert_eq!(first_line(&daemon).0, 1);
+        let found = findings(&daemon.control());
+        for problem in ["NO BACKEND", "DEAD"] {
+            assert!(found.contains(&format!("FAIL nfqd: {problem}")), "{found:?}");
+        }
+        run("ip link set b0 up");
+        let start = Instant::now();
+        let (code, _) = nfqd(&daemon.control(), &["status", "--brief", "--wait", "30"]);
+        assert_eq!(code, 0, "{}", daemon.log());
+        assert!(start.elapsed() < Duration::from_secs(30), "as soon as it is well");
+
+        // A region that is cut.
+        std::fs::write(daemon.region(), [0; 10]).unwrap();
+        wait_for("the region", || first_line(&daemon).1.starts_with("NOT READ: "));
+        let found = findings(&daemon.control());
+        assert!(found.contains(&"FAIL nfqd: NOT READ".to_string()), "{found:?}");
+        // A chain of a firewall that drops what it does not know.
+        if steer() != "native" {
+            run("nft add table ip f");
+            run(
+                "nft add chain ip f forward { type filter hook forward priority 0 ; policy drop ; }",
+            );
+            let found = findings(&daemon.control());
+            let named = "FAIL other firewalls: ip f forward (forward)".to_string();
+            assert!(found.contains(&named), "{found:?}");
+        }
+        drop(server);
+        let (code, text) = nfqd(nobody, &["status"]);
+        assert_eq!(code, 3);
+        assert!(text.contains("is nfqd running"), "{text}");
+    });
+}
+
+/// A trace tells what then really happens, and has no effect: neither on flows nor on turns.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn a_trace_tells_what_then_happens_and_changes_nothing() {
+    in_netns(|| {
+        let fixture = Fixture::new(2);
+        let _servers = [
+            Server::start(&fixture.backends[0], "zero", 80),
+            Server::start(&fixture.backends[1], "one", 80),
+        ];
+        let daemon = Daemon::start(&[]);
+        daemon.must(&format!("R F {VM_MAC} {VM}"));
+        daemon.must(&format!("A {VM_MAC} #7 T 2 d 23"));
+        register(&daemon, &format!("{VM}:80 rr {} {}", to(0), to(1)));
+        let trace = |packet: &str| {
+            let (code, text) = nfqd(&daemon.control(), &["trace", packet, "--json"]);
+            assert_eq!(code, 0, "{text}");
+            serde_json::from_str::<Value>(&text).unwrap()
+        };
+        let syn = |port: u16| format!("tcp {CLIENT}:40000 > {VM}:{port} syn to {VM_MAC}");
+        for _ in 0..6 {
+            let told = trace(&syn(80));
+            assert_eq!(told["verdict"], "redirect", "{told}");
+            for _ in 0..3 {
+                assert_eq!(trace(&syn(80)), told, "a trace takes no turn");
+            }
+            let ip = told["to"]["ip"].as_str().unwrap().to_string();
+            let expected = if ip == backend_ip(0).to_string() { "zero" } else { "one" };
+            assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some(expected), "{told}");
+        }
+        let told = trace(&syn(23));
+        assert_eq!((&told["verdict"], &told["reason"]), (&"drop".into(), &"deny-rule".into()));
+        assert_eq!(told["rule"], "#7", "{told}");
+        assert_eq!(trace(&syn(22))["reason"], "no-match");
+        let (code, text) = nfqd(&daemon.control(), &["trace", &syn(23)]);
+        assert_eq!((code, text.lines().last()), (0, Some("drop: deny rule 7 matches")), "{text}");
+        assert!(
+            text.contains("#7 matches: protocol tcp is tcp, destination port 23 is 23"),
+            "{text}"
+        );
+        let (code, text) = nfqd(&daemon.control(), &["trace", "tcp nonsense"]);
+        assert_eq!(code, 1);
+        assert!(text.contains("'nonsense': not an address"), "{text}");
+    });
+}
