@@ -290,6 +290,18 @@ impl Daemon {
                 Ok(trace) => Answer::Trace(Box::new(trace)),
                 Err(error) => Answer::Error(error),
             },
+            Request::Attach { channel } => match self.plane.attach(&channel) {
+                Ok(()) => Answer::Attached {},
+                Err(error) => {
+                    Answer::Error(RequestError::new(ErrorCode::Failed, error.to_string()))
+                }
+            },
+            Request::Detach { name } => match self.plane.detach(&name) {
+                Ok(()) => Answer::Detached {},
+                Err(error) => {
+                    Answer::Error(RequestError::new(ErrorCode::Failed, error.to_string()))
+                }
+            },
             Request::Reload => match reload(&self.args, &mut self.config, &mut self.plane) {
                 Ok(()) => Answer::Reloaded {},
                 Err(error) => {

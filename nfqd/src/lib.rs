@@ -8,7 +8,7 @@
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
-//! * [`doctor`] examines the host and the running daemon.
+//! * [`doctor`] examines the host and the running daemon, [`hook`] is called by libvirt.
 //!
 //! `docs/ARCHITECTURE.md` shows both ways step by step.
 
@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod enforce;
 pub mod engine;
+pub mod hook;
 pub mod host_lock;
 pub mod limits;
 pub mod networks;

@@ -3,7 +3,7 @@
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
-use crate::config::{Config, ConfigError, DaemonArgs};
+use crate::config::{Config, ConfigError, DaemonArgs, ShmSpec};
 
 /// The reason the configuration stays as it was.
 #[derive(Debug, thiserror::Error)]
@@ -39,10 +39,12 @@ pub(crate) fn reload(
     }
     plane.commit(before).map_err(|_| ReloadError::NotEnforced)?;
     plane.save();
+    let attached: Vec<ShmSpec> = plane.attached.specs().cloned().collect();
+    let wanted: Vec<&ShmSpec> = new.shm.iter().chain(&attached).collect();
     let is_wanted =
-        |channel: &Channel| channel.error().is_none() && new.shm.contains(channel.spec());
+        |channel: &Channel| channel.error().is_none() && wanted.contains(&channel.spec());
     plane.channels.retain(is_wanted);
-    for spec in &new.shm {
+    for spec in wanted {
         if plane.channels.iter().all(|channel| channel.spec() != spec) {
             plane.channels.push(Channel::open(spec));
         }

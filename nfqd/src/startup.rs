@@ -1,6 +1,7 @@
 //! Startup: from the configuration to a running daemon.
 
 use crate::backends::{Backends, recovered_macs};
+use crate::command_path::attached::AttachedChannels;
 use crate::command_path::channel::Channel;
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
 use crate::command_path::journal::{Journal, JournalError};
@@ -120,7 +121,10 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     }
     apply_startup_commands(&mut desired, config.commands.as_deref())?;
     let open = |spec| Channel::open(spec).refuse_mistake();
-    let channels = config.shm.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let mut channels = config.shm.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let attached = AttachedChannels::load(&config.state);
+    let others = attached.specs().filter(|spec| config.shm.iter().all(|its| its.path != spec.path));
+    channels.extend(others.map(Channel::open));
     let control = ControlSocket::open(&config.sockets)
         .map_err(|error| StartError::system("control socket", error))?;
     let signals = SignalFd::new(&[SIGTERM, SIGINT, SIGHUP])
@@ -154,6 +158,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         .map_err(|error| StartError::system("checks", error))?;
     let mut plane = ControlPlane {
         channels,
+        attached,
         desired,
         host,
         backends,

@@ -162,3 +162,74 @@ fn a_trace_tells_what_then_happens_and_changes_nothing() {
         assert!(text.contains("'nonsense': not an address"), "{text}");
     });
 }
+
+/// A channel comes and goes with its VM, and outlives the daemon.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn channels_are_attached_and_detached_while_nfqd_runs() {
+    in_netns(|| {
+        let mut daemon = Daemon::start(&[]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm1");
+        let name = path.display().to_string();
+        let change = |daemon: &Daemon, arguments: &[&str]| {
+            let mut command = Command::new(program(NFQD));
+            let output =
+                command.args(arguments).arg("--control").arg(daemon.control()).output().unwrap();
+            (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let spec = format!("{name},mac={VM_MAC}");
+        assert_eq!(change(&daemon, &["attach", &spec]), (0, String::new()));
+        assert_eq!(change(&daemon, &["attach", &spec]).0, 0, "again");
+        let (code, text) = change(&daemon, &["attach", &name]);
+        assert!(code == 1 && text.contains("with other keys"), "{text}");
+        let tell = |command: &str| {
+            let region = nfqd_shmctl::Region::open(&path).unwrap();
+            let timeout = Duration::from_secs(10);
+            nfqd_shmctl::mailbox::guest::send_command(&region, command, timeout).unwrap().remove(0)
+        };
+        assert!(tell(&format!("R F {VM_MAC} {VM}")).is_ok());
+        assert!(!tell("R F 2:0:0:0:0:1 10.0.0.1").is_ok(), "it is bound");
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        assert!(tell("Q").is_ok(), "after the configuration was read again");
+        daemon.kill();
+        daemon.restart();
+        assert!(tell("Q").is_ok(), "after a restart");
+        assert_eq!(daemon.status().channels.len(), 2);
+        assert_eq!(change(&daemon, &["detach", &name]).0, 0);
+        assert_eq!(daemon.status().channels.len(), 1);
+        let (code, text) = change(&daemon, &["detach", &name]);
+        assert!(code == 1 && text.contains("not an attached channel"), "{text}");
+        // libvirt's hook prints nothing and does not fail, whatever it is given.
+        for (arguments, xml) in
+            [(["fw1", "prepare", "begin", "-"], "<domain"), (["fw1", "other", "-", "-"], "")]
+        {
+            let mut command = Command::new(program(NFQD));
+            command.args(["hook", "libvirt", "--control", "/nowhere"]).args(arguments);
+            command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+            use std::io::Write;
+            child.stdin.take().unwrap().write_all(xml.as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            assert!(
+                output.status.success() && output.stdout.is_empty() && output.stderr.is_empty()
+            );
+        }
+        let domain = format!(
+            "<domain><devices><interface type='bridge'><mac address='{VM_MAC}'/><source bridge='br0'/></interface>\
+             <shmem name='nfqd-test-{}'><model type='ivshmem-plain'/></shmem></devices></domain>",
+            std::process::id()
+        );
+        let hook = |operation: &str| {
+            nfqd::hook::libvirt(&daemon.control(), "fw1", operation, &domain);
+        };
+        hook("prepare");
+        let channels = daemon.status().channels;
+        let channel =
+            channels.iter().find(|one| one.path.starts_with("/dev/shm/nfqd-test-")).unwrap();
+        assert_eq!(channel.macs, [VM_MAC]);
+        hook("release");
+        assert_eq!(daemon.status().channels.len(), 1);
+        std::fs::remove_file(&channel.path).unwrap();
+    });
+}

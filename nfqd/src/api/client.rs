@@ -35,8 +35,6 @@ pub fn status(path: &Path) -> io::Result<Status> {
     match ask(path, &Request::Status)? {
         Answer::Status(status) => Ok(*status),
         Answer::Error(error) => Err(io::Error::other(error)),
-        Answer::Reloaded {} | Answer::Trace(_) => {
-            Err(io::Error::other("an answer to another request"))
-        }
+        _ => Err(io::Error::other("an answer to another request")),
     }
 }

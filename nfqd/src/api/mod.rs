@@ -44,17 +44,27 @@ pub enum Request {
     Trace(TraceRequest),
     /// Read the configuration again, as at SIGHUP.
     Reload,
+    /// Add a channel to the running daemon.
+    Attach {
+        /// The channel: `NAME[,KEY=VALUE]…`, with the keys of `--shm`.
+        channel: String,
+    },
+    /// Remove a channel that was attached.
+    Detach {
+        /// The name, or the path of the region.
+        name: String,
+    },
 }
 
 impl Request {
     /// The names of all requests, for messages.
-    pub const NAMES: [&str; 3] = ["status", "trace", "reload"];
+    pub const NAMES: [&str; 5] = ["status", "trace", "reload", "attach", "detach"];
 
     /// Whether the request changes something.
     pub fn is_change(&self) -> bool {
         match self {
             Request::Status | Request::Trace(_) => false,
-            Request::Reload => true,
+            Request::Reload | Request::Attach { .. } | Request::Detach { .. } => true,
         }
     }
 
@@ -102,6 +112,10 @@ pub enum Answer {
     Trace(Box<Trace>),
     /// The configuration has been read again.
     Reloaded {},
+    /// The channel is attached.
+    Attached {},
+    /// The channel is detached.
+    Detached {},
     /// The request was not carried out.
     Error(RequestError),
 }
@@ -205,7 +219,7 @@ mod tests {
             ("[]", ErrorCode::Version, "write \"v\":1"),
             ("{\"ask\":\"status\"}", ErrorCode::Version, "write \"v\":1"),
             ("{\"v\":2,\"ask\":\"status\"}", ErrorCode::Version, "speaks version 1"),
-            ("{\"v\":1}", ErrorCode::Unsupported, "one of status, trace, reload"),
+            ("{\"v\":1}", ErrorCode::Unsupported, "one of status, trace, reload, attach, detach"),
             ("{\"v\":1,\"ask\":\"tea\"}", ErrorCode::Unsupported, "'tea'"),
             ("{\"v\":1,\"ask\":[1]}", ErrorCode::Unsupported, "one of"),
         ] {
@@ -214,7 +228,9 @@ mod tests {
             assert!(error.message.contains(words), "{line}: {error}");
         }
         for name in Request::NAMES {
-            let line = format!("{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\"}}");
+            let line = format!(
+                "{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\",\"channel\":\"\",\"name\":\"\"}}"
+            );
             assert!(Request::parse(line.as_bytes()).is_ok(), "{name}");
         }
     }

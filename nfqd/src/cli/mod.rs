@@ -6,19 +6,22 @@ mod explain;
 pub mod status;
 mod trace;
 
+use crate::api::{Answer, Request};
 use crate::command_path::command_file::{CommandFileError, read_commands};
-use crate::config::{DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice};
+use crate::config::{
+    DEFAULT_CONTROL, DEFAULT_OBSERVE, DaemonArgs, LEGACY_CONTROL, QueueRange, SteerChoice,
+};
 use crate::daemon::Daemon;
 use crate::host_lock::HostLock;
 use crate::startup::StartError;
-use crate::{api, doctor, replay};
+use crate::{api, doctor, hook, replay};
 use clap::{Args, Parser, Subcommand};
 use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
 use nfqd_rules::slots::Unobserved;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -82,6 +85,28 @@ enum Job {
         #[arg(required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Add a channel to the running daemon; it outlives a restart
+    Attach {
+        /// The region, a path or a name in /dev/shm, with the keys of --shm
+        #[arg(value_name = "NAME[,KEY=VALUE]...")]
+        channel: String,
+        /// The control socket of the daemon
+        #[arg(long, visible_alias = "socket", value_name = "PATH", default_value = DEFAULT_CONTROL)]
+        control: PathBuf,
+    },
+    /// Remove a channel that was attached; what its guest has registered stays
+    Detach {
+        /// The region, a path or a name in /dev/shm
+        name: String,
+        /// The control socket of the daemon
+        #[arg(long, visible_alias = "socket", value_name = "PATH", default_value = DEFAULT_CONTROL)]
+        control: PathBuf,
+    },
+    /// Attach and detach channels for another program; prints nothing, and always exits with 0
+    Hook {
+        #[command(subcommand)]
+        caller: HookCaller,
+    },
     /// Examine this host and the running daemon: PASS, WARN or FAIL a line, with the command that mends it
     Doctor {
         /// Print JSON
@@ -93,6 +118,23 @@ enum Job {
     },
     /// Remove the ruleset that a daemon has left
     Flush,
+}
+
+#[derive(Subcommand)]
+enum HookCaller {
+    /// Called by /etc/libvirt/hooks/qemu with its arguments, and the domain's XML on standard input
+    Libvirt {
+        /// The name of the domain
+        domain: String,
+        /// The operation, such as prepare or release
+        operation: String,
+        /// The sub-operation and what follows
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+        /// The control socket of the daemon
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_CONTROL)]
+        control: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -152,6 +194,12 @@ pub fn main() -> ExitCode {
         }
         Some(Job::Trace(args)) => trace::run(&args).and_then(|trace| show_trace(&trace, args.json)),
         Some(Job::Explain { command }) => explain(&command.join(" ")),
+        Some(Job::Hook { caller }) => {
+            run_hook(&caller);
+            Ok(())
+        }
+        Some(Job::Attach { channel, control }) => change(&control, &Request::Attach { channel }),
+        Some(Job::Detach { name, control }) => change(&control, &Request::Detach { name }),
         Some(Job::Doctor { json, socket }) => show_findings(&socket, json),
         Some(Job::Flush) => flush(),
     };
@@ -280,6 +328,30 @@ fn show_trace(trace: &api::Trace, json: bool) -> Result<(), Failure> {
         trace::text(trace)
     };
     print(|out| out.write_all(text.as_bytes()))
+}
+
+fn run_hook(HookCaller::Libvirt { domain, operation, control, .. }: &HookCaller) {
+    // The largest XML of a domain that is read.
+    const MAX_XML: u64 = 4 << 20;
+    let mut xml = String::new();
+    let read = io::stdin().lock().take(MAX_XML).read_to_string(&mut xml);
+    if read.is_ok() {
+        hook::libvirt(control, domain, operation, &xml);
+    }
+}
+
+/// Asks the daemon for a change.
+fn change(control: &Path, request: &Request) -> Result<(), Failure> {
+    let answer = api::client::ask(control, request).map_err(|error| {
+        let path = control.display();
+        Failure::System(format!(
+            "{path}: {error}; is nfqd running, and is this its control socket?"
+        ))
+    })?;
+    match answer {
+        Answer::Error(error) => Err(Failure::Input(error.to_string())),
+        _ => Ok(()),
+    }
 }
 
 fn show_findings(socket: &Path, json: bool) -> Result<(), Failure> {

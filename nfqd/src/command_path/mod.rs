@@ -1,7 +1,9 @@
 //! The path of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
 //! channel may ask for, `transaction` applies it to the policy, has it enforced and saves it in the
-//! [`journal`]; the reply goes back. `query` answers `Q`, [`command_file`] applies files.
+//! [`journal`]; the reply goes back. `query` answers `Q`, [`command_file`] applies files, [`attached`] keeps
+//! the channels that were added while the daemon ran.
 
+pub mod attached;
 pub mod authorise;
 pub mod channel;
 pub mod command_file;
@@ -13,6 +15,7 @@ use crate::backends::{Backends, HostView};
 use crate::bindings::Bindings;
 use crate::enforce::Enforcer;
 use crate::networks::HostNetworks;
+use attached::{AttachError, AttachedChannels};
 use channel::Channel;
 use journal::{Journal, JournalError};
 use nfqd_rules::service::BackendRef;
@@ -24,6 +27,8 @@ use std::time::Instant;
 pub struct ControlPlane {
     /// The channels of the guests.
     pub channels: Vec<Channel>,
+    /// Those of them that were attached to the running daemon.
+    pub attached: AttachedChannels,
     /// The desired state.
     pub desired: Desired,
     /// The bridges and VLANs of the host.
@@ -135,6 +140,40 @@ impl ControlPlane {
             // A new port must not wait; a failure is logged and tried again.
             self.enforcer.tick(&self.desired);
         }
+    }
+
+    /// Adds a channel, `NAME[,KEY=VALUE]…`, and keeps it over a restart. One that is there already with
+    /// the same keys stays as it is.
+    ///
+    /// # Errors
+    /// If it is not valid, or its region cannot be used; nothing is changed then.
+    pub fn attach(&mut self, text: &str) -> Result<(), AttachError> {
+        let (text, spec) = AttachedChannels::parse(text)?;
+        let there = self.channels.iter().find(|channel| channel.spec().path == spec.path);
+        match there.map(Channel::spec) {
+            Some(its) if *its == spec => return Ok(()),
+            Some(_) => return Err(AttachError::Taken(spec.path)),
+            None => {}
+        }
+        let channel = Channel::open(&spec).refuse_mistake();
+        let channel = channel.map_err(|error| AttachError::Region(error.to_string()))?;
+        self.attached.add(text, spec)?;
+        log::info!("{}: attached", channel.spec().path.display());
+        self.channels.push(channel);
+        self.warn_about_binding_violations();
+        Ok(())
+    }
+
+    /// Removes a channel that was attached. What its guest has registered stays.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub fn detach(&mut self, name: &str) -> Result<(), AttachError> {
+        let path = attached::path_of(name);
+        self.attached.remove(&path)?;
+        self.channels.retain(|channel| channel.spec().path != path);
+        log::info!("{}: detached", path.display());
+        Ok(())
     }
 
     /// Returns the view of the host that slots and the status are made from.

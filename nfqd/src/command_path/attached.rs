@@ -1,0 +1,152 @@
+//! Channels that were attached to the running daemon, beside those of its configuration. They are kept
+//! in a file beside the registrations, one `--shm` value a line, so that they outlive a restart.
+
+use crate::config::{ConfigError, ShmSpec};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// The directory of channels whose names are no paths.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// The attached channels, by the paths of their regions.
+#[derive(Debug)]
+pub struct AttachedChannels {
+    file: PathBuf,
+    specs: BTreeMap<PathBuf, (String, ShmSpec)>,
+}
+
+/// The reason a channel cannot be attached or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The specification is not valid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There is a channel with the same region.
+    #[error("{0} is a channel already, with other keys; detach it first")]
+    Taken(PathBuf),
+    /// There is no such channel.
+    #[error("{0} is not an attached channel; 'nfqd status' shows the channels")]
+    Unknown(PathBuf),
+    /// The region cannot be used.
+    #[error("{0}")]
+    Region(String),
+    /// The file of attached channels cannot be written.
+    #[error("{path}: {source}; the channel is not attached")]
+    Io {
+        /// The path of the file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// Returns the path of the region that a name means: itself, or in the directory of shared memory.
+pub fn path_of(name: &str) -> PathBuf {
+    if name.contains('/') { PathBuf::from(name) } else { Path::new(SHARED_MEMORY).join(name) }
+}
+
+impl AttachedChannels {
+    /// Reads the channels that were attached before; lines that are not valid are left out, and logged.
+    pub fn load(state: &Path) -> AttachedChannels {
+        let file = state.join("channels");
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        let mut specs = BTreeMap::new();
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            match line.parse::<ShmSpec>() {
+                Ok(spec) => drop(specs.insert(spec.path.clone(), (line.to_string(), spec))),
+                Err(error) => log::error!("{}: {line}: {error}; not attached", file.display()),
+            }
+        }
+        AttachedChannels { file, specs }
+    }
+
+    /// Returns the specifications.
+    pub fn specs(&self) -> impl Iterator<Item = &ShmSpec> {
+        self.specs.values().map(|(_, spec)| spec)
+    }
+
+    /// Whether a region is that of an attached channel.
+    pub fn contains(&self, path: &Path) -> bool {
+        self.specs.contains_key(path)
+    }
+
+    /// Parses a channel as `attach` names it: `NAME[,KEY=VALUE]…`.
+    ///
+    /// # Errors
+    /// If it is not valid.
+    pub fn parse(text: &str) -> Result<(String, ShmSpec), AttachError> {
+        let (name, keys) = text.split_once(',').map_or((text, None), |(a, b)| (a, Some(b)));
+        let path = path_of(name);
+        let text = match keys {
+            Some(keys) => format!("{},{keys}", path.display()),
+            None => path.display().to_string(),
+        };
+        let spec = text.parse()?;
+        Ok((text, spec))
+    }
+
+    /// Adds a channel.
+    ///
+    /// # Errors
+    /// If it cannot be saved; it is not added then.
+    pub fn add(&mut self, text: String, spec: ShmSpec) -> Result<(), AttachError> {
+        let path = spec.path.clone();
+        let before = self.specs.insert(path.clone(), (text, spec));
+        self.save().inspect_err(|_| {
+            self.specs.remove(&path);
+            self.specs.extend(before.map(|before| (path.clone(), before)));
+        })
+    }
+
+    /// Removes a channel.
+    ///
+    /// # Errors
+    /// If there is none, or that cannot be saved; it stays then.
+    pub fn remove(&mut self, path: &Path) -> Result<(), AttachError> {
+        let unknown = || AttachError::Unknown(path.to_path_buf());
+        let before = self.specs.remove(path).ok_or_else(unknown)?;
+        self.save().inspect_err(|_| drop(self.specs.insert(path.to_path_buf(), before.clone())))
+    }
+
+    /// Writes the file anew, so that it is whole at any time.
+    fn save(&self) -> Result<(), AttachError> {
+        let text: String = self.specs.values().map(|(text, _)| format!("{text}\n")).collect();
+        let new = self.file.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&new)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&new, &self.file)
+        };
+        write().map_err(|source| AttachError::Io { path: self.file.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attached_channels_outlive_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut channels = AttachedChannels::load(dir.path());
+        let (text, spec) = AttachedChannels::parse("vm1,mac=2:0:0:0:0:1").unwrap();
+        assert_eq!((spec.path.as_path(), spec.macs.len()), (Path::new("/dev/shm/vm1"), 1));
+        channels.add(text, spec.clone()).unwrap();
+        let (text, other) = AttachedChannels::parse("/run/vm2").unwrap();
+        channels.add(text, other.clone()).unwrap();
+        let mut again = AttachedChannels::load(dir.path());
+        assert_eq!(again.specs().collect::<Vec<_>>(), [&spec, &other]);
+        again.remove(&path_of("vm1")).unwrap();
+        assert!(matches!(again.remove(&path_of("vm1")), Err(AttachError::Unknown(_))));
+        assert!(AttachedChannels::load(dir.path()).contains(Path::new("/run/vm2")));
+        assert!(AttachedChannels::parse("vm1,mac=x").is_err());
+        // Nothing is half done if it cannot be saved.
+        drop(dir);
+        assert!(
+            again.remove(Path::new("/run/vm2")).is_err() && again.contains(Path::new("/run/vm2"))
+        );
+    }
+}

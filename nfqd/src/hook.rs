@@ -1,0 +1,194 @@
+//! The libvirt hook: attaches the channel of a domain before QEMU starts, and detaches it when the domain
+//! has gone. libvirt calls it with the domain's name, an operation and a sub-operation, and writes the
+//! domain's XML to its standard input (<https://libvirt.org/hooks.html>). It prints nothing and never
+//! fails, because libvirt would not start the domain; what goes wrong is in the system's log.
+
+use crate::api::client::ask;
+use crate::api::{Answer, Request};
+use nix::unistd::User;
+use roxmltree::{Document, Node};
+use std::collections::BTreeSet;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+
+/// The namespace of nfqd's metadata in a domain.
+pub const NAMESPACE: &str = "https://github.com/nfqd/nfqd";
+/// Shared memory whose name begins so is nfqd's without metadata.
+const PREFIX: &str = "nfqd";
+/// The users as which libvirt's QEMU runs, on Debian and on Fedora.
+const QEMU_USERS: [&str; 2] = ["libvirt-qemu", "qemu"];
+
+/// The reason a domain has no channel, or none that can be attached.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DomainError {
+    /// The XML cannot be parsed.
+    #[error("the domain's XML: {0}")]
+    Xml(String),
+    /// The metadata name shared memory that the domain does not have.
+    #[error("the metadata name the shmem '{0}', which the domain does not have as ivshmem-plain")]
+    NoSuchMemory(String),
+    /// The domain has several shared memories, and the metadata name none.
+    #[error(
+        "the domain has several shmem devices of the model ivshmem-plain; name one with shmem= in the metadata"
+    )]
+    Several,
+    /// The domain has no network interface on a bridge.
+    #[error("the domain has no network interface whose MAC its channel could speak for")]
+    NoInterface,
+}
+
+/// Returns the channel that a domain asks for, as `nfqd attach` takes it; `None` if it asks for none.
+///
+/// # Errors
+/// See [`DomainError`].
+pub fn channel_of(xml: &str, owner: Option<&str>) -> Result<Option<String>, DomainError> {
+    let document = Document::parse(xml).map_err(|error| DomainError::Xml(error.to_string()))?;
+    let all = || document.descendants();
+    let metadata = all().find(|node| node.has_tag_name((NAMESPACE, "channel")));
+    let memories: Vec<&str> = all()
+        .filter(|node| node.has_tag_name("shmem"))
+        .filter(|node| {
+            child(*node, "model").and_then(|m| m.attribute("type")) == Some("ivshmem-plain")
+        })
+        .filter_map(|node| node.attribute("name"))
+        .collect();
+    let memory = match (metadata.map(|node| node.attribute("shmem")), memories.as_slice()) {
+        (Some(Some(name)), _) if memories.contains(&name) => name,
+        (Some(Some(name)), _) => return Err(DomainError::NoSuchMemory(name.to_string())),
+        (Some(None), [only]) => only,
+        (Some(None), []) => return Err(DomainError::NoSuchMemory("ivshmem-plain".to_string())),
+        (Some(None), _) => return Err(DomainError::Several),
+        (None, _) => match memories.iter().find(|name| name.starts_with(PREFIX)) {
+            Some(name) => name,
+            None => return Ok(None),
+        },
+    };
+    let mut keys = vec![memory.to_string()];
+    let mut networks = BTreeSet::new();
+    for interface in all().filter(|node| node.has_tag_name("interface")) {
+        let mac = child(interface, "mac").and_then(|mac| mac.attribute("address"));
+        let bridge = child(interface, "source").and_then(|source| source.attribute("bridge"));
+        let (Some(mac), Some(bridge)) = (mac, bridge) else { continue };
+        keys.push(format!("mac={mac}"));
+        let tags: Vec<&str> = child(interface, "vlan")
+            .into_iter()
+            .flat_map(|vlan| vlan.children())
+            .filter_map(|tag| tag.attribute("id"))
+            .collect();
+        networks.insert((bridge, if let [tag] = tags.as_slice() { Some(*tag) } else { None }));
+    }
+    if keys.len() == 1 {
+        return Err(DomainError::NoInterface);
+    }
+    // Where it has several networks, its MACs tell where each is.
+    let mut networks = networks.into_iter();
+    if let (Some((bridge, vlan)), None) = (networks.next(), networks.next()) {
+        keys.push(format!("bridge={bridge}"));
+        keys.extend(vlan.map(|vlan| format!("vlan={vlan}")));
+    }
+    for binding in metadata.into_iter().flat_map(|node| node.children()) {
+        let name = binding.tag_name();
+        if name.namespace() == Some(NAMESPACE) && ["to", "ip"].contains(&name.name()) {
+            let value = binding.text().unwrap_or_default().trim();
+            keys.push(format!("{}={value}", name.name()));
+        }
+    }
+    keys.extend(owner.map(|owner| format!("owner={owner}")));
+    Ok(Some(keys.join(",")))
+}
+
+fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.has_tag_name(name))
+}
+
+/// Does what libvirt's hook is called for: `operation` is `prepare`, `release` or another one.
+pub fn libvirt(socket: &Path, domain: &str, operation: &str, xml: &str) {
+    if !["prepare", "release"].contains(&operation) {
+        return;
+    }
+    let exists = |name: &&&str| User::from_name(name).ok().flatten().is_some();
+    let owner = QEMU_USERS.iter().find(exists).copied();
+    let channel = match channel_of(xml, owner) {
+        Ok(Some(channel)) => channel,
+        Ok(None) => return,
+        Err(error) => return complain(domain, &error.to_string()),
+    };
+    let request = if operation == "prepare" {
+        Request::Attach { channel }
+    } else {
+        let name = channel.split(',').next().unwrap_or_default().to_string();
+        Request::Detach { name }
+    };
+    match ask(socket, &request) {
+        Ok(Answer::Error(error)) => complain(domain, &error.to_string()),
+        Ok(_) => {}
+        Err(error) => complain(domain, &format!("{}: {error}", socket.display())),
+    }
+}
+
+/// Writes a warning to the system's log (RFC 3164: facility daemon, severity warning).
+fn complain(domain: &str, text: &str) {
+    let line = format!("<28>nfqd-hook: {domain}: {text}");
+    // Without a log there is nobody to tell.
+    let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(line.as_bytes(), "/dev/log"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A domain as `virsh dumpxml` prints it, shortened.
+    const DOMAIN: &str = r#"<domain type='kvm' id='3'>
+  <name>fw1</name>
+  <metadata>
+    <nfqd:channel xmlns:nfqd="https://github.com/nfqd/nfqd" shmem="vm1">
+      <nfqd:ip>10.129.126.15</nfqd:ip>
+      <nfqd:to>10.129.126.0/24</nfqd:to>
+    </nfqd:channel>
+  </metadata>
+  <devices>
+    <interface type='bridge'>
+      <mac address='12:13:14:15:16:17'/>
+      <source bridge='kvmbr0'/>
+      <vlan><tag id='100'/></vlan>
+      <model type='virtio'/>
+    </interface>
+    <interface type='user'><mac address='52:54:00:00:00:01'/></interface>
+    <shmem name='vm1'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem>
+    <shmem name='other'><model type='ivshmem-doorbell'/></shmem>
+  </devices>
+</domain>"#;
+
+    #[test]
+    fn a_domains_channel_is_bound_to_what_its_xml_says() {
+        assert_eq!(
+            channel_of(DOMAIN, Some("libvirt-qemu")).unwrap().unwrap(),
+            "vm1,mac=12:13:14:15:16:17,bridge=kvmbr0,vlan=100,ip=10.129.126.15,to=10.129.126.0/24,owner=libvirt-qemu"
+        );
+        let two = DOMAIN.replace("type='user'>", "type='bridge'><source bridge='br1'/>");
+        assert_eq!(
+            channel_of(&two, None).unwrap().unwrap(),
+            "vm1,mac=12:13:14:15:16:17,mac=52:54:00:00:00:01,ip=10.129.126.15,to=10.129.126.0/24"
+        );
+    }
+
+    #[test]
+    fn a_domain_without_metadata_has_one_if_its_memory_is_named_so() {
+        let start = DOMAIN.find("  <metadata>").unwrap();
+        let end = DOMAIN.find("  <devices>").unwrap();
+        let plain = format!("{}{}", &DOMAIN[..start], &DOMAIN[end..]);
+        assert_eq!(channel_of(&plain, None), Ok(None));
+        let named = plain.replace("'vm1'", "'nfqd-vm1'");
+        let channel = channel_of(&named, None).unwrap().unwrap();
+        assert!(channel.starts_with("nfqd-vm1,mac=12:13:14:15:16:17,"), "{channel}");
+    }
+
+    #[test]
+    fn what_cannot_be_attached_is_named() {
+        let missing = DOMAIN.replace("shmem=\"vm1\"", "shmem=\"vm2\"");
+        assert_eq!(channel_of(&missing, None), Err(DomainError::NoSuchMemory("vm2".to_string())));
+        let detached = DOMAIN.replace("<source bridge='kvmbr0'/>", "");
+        assert_eq!(channel_of(&detached, None), Err(DomainError::NoInterface));
+        assert!(matches!(channel_of("<domain", None), Err(DomainError::Xml(_))));
+    }
+}
