@@ -8,7 +8,8 @@
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
-//! * [`doctor`] examines the host and the running daemon, [`hook`] is called by libvirt.
+//! * [`doctor`] examines the host and the running daemon, [`hook`] is called by libvirt,
+//!   [`serve`] shows the status to browsers and Prometheus.
 //!
 //! `docs/ARCHITECTURE.md` shows both ways step by step.
 
@@ -33,5 +34,6 @@ pub mod reactor;
 mod reload;
 pub mod replay;
 mod rtnetlink;
+pub mod serve;
 pub mod startup;
 pub mod trace;

@@ -233,3 +233,81 @@ fn channels_are_attached_and_detached_while_nfqd_runs() {
         std::fs::remove_file(&channel.path).unwrap();
     });
 }
+
+/// The answer of `nfqd serve`, by its head and its body.
+fn get(listen: &str, path: &str) -> (String, String) {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(listen).unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {listen}\r\n\r\n").as_bytes()).unwrap();
+    let mut out = String::new();
+    stream.read_to_string(&mut out).unwrap();
+    let (head, body) = out.split_once("\r\n\r\n").unwrap();
+    (head.to_string(), body.to_string())
+}
+
+/// A process that ends with its value.
+struct Process(std::process::Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The page, the metrics and the JSON show the same, and change with the daemon.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn metrics_and_the_page_follow_the_daemon() {
+    in_netns(|| {
+        let fixture = Fixture::new(1);
+        let _server = Server::start(&fixture.backends[0], "zero", 80);
+        // Many middleboxes: a page and a scrape that are complete and not slow.
+        let folder = tempfile::tempdir().unwrap();
+        let commands = folder.path().join("commands");
+        let line = |n: u32| {
+            let [.., a, b] = n.to_be_bytes();
+            format!("R F 2:1:0:0:{a:x}:{b:x} 10.9.{a}.{b}\n")
+        };
+        std::fs::write(&commands, (0..1000).map(line).collect::<String>()).unwrap();
+        let mut daemon = Daemon::start(&["--commands", commands.to_str().unwrap()]);
+        register(&daemon, &format!("{VM}:80 rr {}", backend_ip(0)));
+        daemon.must(&format!("R F {VM_MAC} {VM}"));
+        daemon.must(&format!("A {VM_MAC} #7 T 2 d 23"));
+        let listen = "127.0.0.1:9477";
+        let mut command = Command::new(program(NFQD));
+        let child = command.args(["serve", "--socket"]).arg(daemon.control()).spawn().unwrap();
+        let _serve = Process(child);
+        wait_for("the page", || std::net::TcpStream::connect(listen).is_ok());
+        let backend =
+            format!("middlebox=\"{VM_MAC}\",vip=\"{VM}:80\",backend=\"{}:80\"", backend_ip(0));
+        let shows = |path: &str, text: &str| get(listen, path).1.contains(text);
+        let up = |value: u8| format!("nfqd_backend_up{{{backend}}} {value}\n");
+        wait_for("the backend", || shows("/metrics", &up(1)));
+        assert!(shows("/", "<td>10.129.126.100:80</td>"), "{:?}", get(listen, "/"));
+        assert!(!shows("/metrics", "nfqd_rule_packets_total"));
+        assert!(shows(
+            "/metrics?scope=rules",
+            &format!("nfqd_rule_packets_total{{middlebox=\"{VM_MAC}\",rule=\"#7\"}} 0")
+        ));
+        let (head, body) = get(listen, "/api/status");
+        let json: Value = serde_json::from_str(&body).unwrap();
+        let all = json["middleboxes"].as_array().unwrap();
+        assert!(head.contains("application/json") && all.iter().any(|one| one["mac"] == VM_MAC));
+        run("ip link set b0 down");
+        wait_for("death", || shows("/metrics", &up(0)));
+        let series = get(listen, "/metrics").1.matches("nfqd_middlebox_packets_total{").count();
+        assert_eq!(series, 1001);
+        let start = Instant::now();
+        let rows = get(listen, "/").1.matches("<tr").count();
+        assert!(
+            rows > 1000 && start.elapsed() < Duration::from_secs(2),
+            "{rows} in {:?}",
+            start.elapsed()
+        );
+        daemon.kill();
+        wait_for("that it is gone", || shows("/metrics", "nfqd_up 0") && shows("/", "NOT RUNNING"));
+        daemon.restart();
+        wait_for("that it is back", || shows("/metrics", "nfqd_up 1"));
+    });
+}

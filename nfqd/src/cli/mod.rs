@@ -14,7 +14,7 @@ use crate::config::{
 use crate::daemon::Daemon;
 use crate::host_lock::HostLock;
 use crate::startup::StartError;
-use crate::{api, doctor, hook, replay};
+use crate::{api, doctor, hook, replay, serve};
 use clap::{Args, Parser, Subcommand};
 use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
@@ -22,6 +22,7 @@ use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::{FastPath, QueuePath, RulesetOptions};
 use nfqd_rules::slots::Unobserved;
 use std::io::{self, BufWriter, Read, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -106,6 +107,15 @@ enum Job {
     Hook {
         #[command(subcommand)]
         caller: HookCaller,
+    },
+    /// Show metrics, the status as JSON, and a live page by HTTP, from an unprivileged process
+    Serve {
+        /// The address and port
+        #[arg(long, value_name = "ADDRESS:PORT", default_value_t = serve::DEFAULT_LISTEN)]
+        listen: SocketAddr,
+        /// The observation socket of the daemon
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_OBSERVE)]
+        socket: PathBuf,
     },
     /// Examine this host and the running daemon: PASS, WARN or FAIL a line, with the command that mends it
     Doctor {
@@ -194,6 +204,8 @@ pub fn main() -> ExitCode {
         }
         Some(Job::Trace(args)) => trace::run(&args).and_then(|trace| show_trace(&trace, args.json)),
         Some(Job::Explain { command }) => explain(&command.join(" ")),
+        Some(Job::Serve { listen, socket }) => serve::serve(listen, &socket)
+            .map_err(|error| Failure::System(format!("{listen}: {error}"))),
         Some(Job::Hook { caller }) => {
             run_hook(&caller);
             Ok(())
@@ -313,7 +325,7 @@ fn show_status(socket: &Path, form: StatusForm, wait: Duration) -> Result<(), Fa
 }
 
 /// Returns the status as JSON, with its problems.
-fn status_json(state: &api::Status, problems: &[String]) -> String {
+pub(crate) fn status_json(state: &api::Status, problems: &[String]) -> String {
     let mut value = serde_json::to_value(state).unwrap_or_default();
     if let Some(fields) = value.as_object_mut() {
         fields.insert("problems".to_string(), problems.into());

@@ -1,0 +1,256 @@
+//! The live page: HTML that works without a script, and cells that a script keeps current.
+//!
+//! All text from guests is escaped. The script and the style are files of their own, because the page
+//! allows nothing else (Content-Security-Policy).
+
+use super::rates::Rates;
+use crate::api::{BackendState, BackendStatus, MiddleboxStatus, Status};
+use std::fmt::Write;
+
+/// The script, which patches cells.
+pub const SCRIPT: &str = include_str!("page.js");
+/// The style.
+pub const STYLE: &str = include_str!("page.css");
+
+/// The cells of the page that change, by their ids.
+pub type Cells = Vec<(String, String)>;
+
+/// The middleboxes that the page shows, and the backends; the rest is in `/api/status`.
+const MAX_ROWS: usize = 2000;
+
+/// Escapes text for HTML, in elements and quoted attributes.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+/// A table under way: its HTML, and the cells that change.
+#[derive(Default)]
+struct Table {
+    html: String,
+    cells: Cells,
+}
+
+impl Table {
+    fn begin(&mut self, title: &str, columns: &[&str]) {
+        let heads: String = columns
+            .iter()
+            .map(|name| format!("<th scope=\"col\">{}</th>", escaped(name)))
+            .collect();
+        let _ = write!(
+            self.html,
+            "<section><h2>{}</h2><table><thead><tr>{heads}</tr></thead><tbody>",
+            escaped(title)
+        );
+    }
+
+    fn end(&mut self) {
+        self.html.push_str("</tbody></table></section>");
+    }
+
+    /// A row: its id, its class, the cells that never change, and those that do.
+    fn row(&mut self, id: &str, class: &str, fixed: &[String], changing: &[String]) {
+        let _ = write!(self.html, "<tr class=\"{class}\">");
+        for text in fixed {
+            let _ = write!(self.html, "<td>{}</td>", escaped(text));
+        }
+        for (at, text) in changing.iter().enumerate() {
+            let cell = format!("{id}-{at}");
+            let _ = write!(self.html, "<td id=\"{}\">{}</td>", escaped(&cell), escaped(text));
+            self.cells.push((cell, text.clone()));
+        }
+        self.html.push_str("</tr>");
+    }
+}
+
+/// Returns the parts of the page below its head, and the cells that change.
+fn tables(status: &Status, rates: &Rates) -> Table {
+    let mut table = Table::default();
+    table.begin(
+        "Services and backends",
+        &[
+            "Middlebox",
+            "Service",
+            "Backend",
+            "Status",
+            "Weight",
+            "Flows",
+            "Packets/s in",
+            "Packets/s out",
+            "Bytes in",
+            "Bytes out",
+        ],
+    );
+    let services =
+        status.middleboxes.iter().flat_map(|its| its.services.iter().map(move |one| (its, one)));
+    let backends = services.flat_map(|(its, service)| {
+        service.backends.iter().map(move |backend| (its, service.vip.as_str(), backend))
+    });
+    for (middlebox, vip, backend) in backends.take(MAX_ROWS) {
+        backend_row(&mut table, middlebox, vip, backend, rates);
+    }
+    table.end();
+    table.begin(
+        "Middleboxes",
+        &["MAC", "Network", "Packets/s", "Packets", "Bytes", "Rules", "Dropped by rules"],
+    );
+    for middlebox in status.middleboxes.iter().take(MAX_ROWS) {
+        let id = format!("m-{}", middlebox.mac);
+        let denied: u64 = middlebox
+            .rules
+            .iter()
+            .filter(|rule| !rule.rule.starts_with('+'))
+            .map(|rule| rule.packets)
+            .sum();
+        let network = middlebox.network.clone().unwrap_or_else(|| "not known".to_string());
+        table.row(
+            &id,
+            if middlebox.network_problem.is_some() { "warn" } else { "ok" },
+            &[middlebox.mac.clone(), network],
+            &[
+                rates.of(&id, middlebox.packets),
+                middlebox.packets.to_string(),
+                middlebox.bytes.to_string(),
+                middlebox.rules.len().to_string(),
+                denied.to_string(),
+            ],
+        );
+    }
+    table.end();
+    if let Some(more) = status.middleboxes.len().checked_sub(MAX_ROWS).filter(|more| *more > 0) {
+        let _ = write!(
+            table.html,
+            "<p>and {more} more middleboxes: <a href=\"/api/status\">JSON</a></p>"
+        );
+    }
+    table.begin("Queues", &["Queue", "Packets/s", "Packets", "Dropped", "Redirected", "Overruns"]);
+    for queue in &status.queues {
+        let id = format!("q-{}", queue.queue);
+        table.row(
+            &id,
+            if queue.alive { "ok" } else { "bad" },
+            &[queue.queue.to_string()],
+            &[
+                rates.of(&id, queue.packets),
+                queue.packets.to_string(),
+                queue.dropped.to_string(),
+                queue.redirected.to_string(),
+                queue.overruns.to_string(),
+            ],
+        );
+    }
+    table.end();
+    table.begin("Flow table and channels", &["What", "State"]);
+    let flows = &status.flows;
+    let fill = format!("{} of {} flows, {} evicted", flows.count, flows.capacity, flows.evicted);
+    table.row("flows", "ok", &["flow table".to_string()], &[fill]);
+    for (at, channel) in status.channels.iter().enumerate() {
+        let state = channel.error.clone().unwrap_or_else(|| "read".to_string());
+        let class = if channel.error.is_some() { "bad" } else { "ok" };
+        table.row(&format!("c-{at}"), class, std::slice::from_ref(&channel.path), &[state]);
+    }
+    table.end();
+    table
+}
+
+fn backend_row(
+    table: &mut Table,
+    middlebox: &MiddleboxStatus,
+    vip: &str,
+    backend: &BackendStatus,
+    rates: &Rates,
+) {
+    let id = format!("b-{}-{vip}-{}", middlebox.mac, backend.backend);
+    let class = match backend.state {
+        BackendState::Up => "ok",
+        BackendState::Draining | BackendState::Drained | BackendState::Failing => "warn",
+        BackendState::Dead | BackendState::Unresolved => "bad",
+    };
+    table.row(
+        &id,
+        class,
+        &[middlebox.mac.clone(), vip.to_string(), backend.backend.clone()],
+        &[
+            backend.state.name().to_string(),
+            backend.weight.to_string(),
+            backend.flows.to_string(),
+            rates.of(&format!("{id}-in"), backend.packets),
+            rates.of(&format!("{id}-out"), backend.reply_packets),
+            backend.bytes.to_string(),
+            backend.reply_bytes.to_string(),
+        ],
+    );
+}
+
+/// Returns the first line of the status, and whether all is well.
+fn headline(status: Option<&Status>) -> (String, bool) {
+    match status {
+        None => ("NOT RUNNING: the daemon does not answer".to_string(), false),
+        Some(status) => {
+            let problems = status.problems();
+            (crate::cli::status::first_line(&problems).trim().to_string(), problems.is_empty())
+        }
+    }
+}
+
+/// Returns the page.
+pub fn html(status: Option<&Status>, rates: &Rates) -> String {
+    let (headline, is_well) = headline(status);
+    let class = if is_well { "ok" } else { "bad" };
+    let body = status.map(|status| tables(status, rates).html).unwrap_or_default();
+    format!(
+        "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>nfqd</title>\
+         <meta name=\"viewport\" content=\"width=device-width\"><link rel=\"stylesheet\" href=\"/page.css\">\
+         <script src=\"/page.js\" defer></script></head><body><h1>nfqd</h1>\
+         <p id=\"headline\" class=\"{class}\">{}</p>{body}\
+         <footer><a href=\"/api/status\">JSON</a> <a href=\"/metrics\">metrics</a></footer></body></html>",
+        escaped(&headline)
+    )
+}
+
+/// Returns the cells that change, the headline among them.
+pub fn cells(status: Option<&Status>, rates: &Rates) -> Cells {
+    let mut out = vec![("headline".to_string(), headline(status).0)];
+    out.extend(status.map(|status| tables(status, rates).cells).unwrap_or_default());
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ChannelStatus;
+
+    #[test]
+    fn text_from_elsewhere_is_escaped() {
+        let status = Status {
+            channels: vec![ChannelStatus {
+                path: "/dev/shm/<script>alert('1')</script>".to_string(),
+                macs: vec![],
+                error: Some("<img src=x onerror=\"alert(1)\">".to_string()),
+                denied: 0,
+            }],
+            ..Status::default()
+        };
+        let html = html(Some(&status), &Rates::default());
+        assert!(!html.contains("<script>alert") && !html.contains("<img"), "{html}");
+        assert!(html.contains("&lt;script&gt;alert(&#39;1&#39;)"), "{html}");
+        let cells = cells(Some(&status), &Rates::default());
+        let first = cells.first().unwrap();
+        assert!(first.0 == "headline" && first.1.starts_with("NOT READ: "), "{first:?}");
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_answer_is_said() {
+        assert!(html(None, &Rates::default()).contains("NOT RUNNING"));
+    }
+}
