@@ -16,6 +16,7 @@ use crate::rate_limiter::RateLimiter;
 use crate::reactor::{Reactor, Readiness, SignalFd, Timer};
 use crate::reload::reload;
 use crate::startup::{StartError, Started, start};
+use crate::supervisor::Supervisor;
 use crate::trace::words::from_hex;
 use crate::trace::{network_of, trace};
 use nfqd_rules::nft::options::RulesetOptions;
@@ -62,6 +63,7 @@ pub struct Daemon {
     observed: Option<ObservedStatus>,
     observer_limiter: RateLimiter,
     start: Instant,
+    supervisor: Supervisor,
     _lock: HostLock,
 }
 
@@ -84,7 +86,7 @@ impl Daemon {
     /// # Errors
     /// See [`StartError`].
     pub fn start(args: &DaemonArgs) -> Result<Daemon, StartError> {
-        let Started { config, plane, control, signals, lock } = start(args)?;
+        let Started { config, plane, control, signals, lock, supervisor } = start(args)?;
         let system = |errno: Errno| StartError::system("reactor", errno);
         let daemon = Daemon {
             args: args.clone(),
@@ -99,6 +101,7 @@ impl Daemon {
             observed: None,
             observer_limiter: RateLimiter::new(OBSERVER_REQUESTS),
             start: Instant::now(),
+            supervisor,
             _lock: lock,
         };
         daemon.register().map_err(system)?;
@@ -134,6 +137,8 @@ impl Daemon {
             queues.first + (queues.count - 1),
             self.plane.desired.policy.middleboxes().len()
         );
+        let count = self.plane.desired.policy.middleboxes().len();
+        self.supervisor.notify(&format!("READY=1\nSTATUS={count} middleboxes"));
         let system = |errno: Errno| StartError::system("reactor", errno);
         self.tick_timer.set(Some(Instant::now() + TICK_INTERVAL)).map_err(system)?;
         loop {
@@ -141,6 +146,7 @@ impl Daemon {
             self.mailbox_timer.set(next_poll).map_err(system)?;
             for token in self.reactor.wait().map_err(system)? {
                 if !self.dispatch(token)? {
+                    self.supervisor.notify("STOPPING=1");
                     self.plane.enforcer.stop();
                     return Ok(());
                 }
@@ -194,6 +200,8 @@ impl Daemon {
     fn tick(&mut self) -> Result<(), StartError> {
         self.tick_timer.acknowledge();
         self.plane.tick();
+        let enforcer = &mut self.plane.enforcer;
+        self.supervisor.keep_alive(Instant::now(), || enforcer.have_workers_moved());
         self.control.drop_stalled(Instant::now());
         if self.control.is_exhausted() {
             self.set_listeners(Readiness::Readable);

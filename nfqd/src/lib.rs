@@ -4,7 +4,8 @@
 //! * The path of a command is [`command_path`], and then [`enforce`], which brings the desired state
 //!   to the kernel and the engine.
 //! * [`networks`] knows the bridges and VLANs, [`backends`] what is on them.
-//! * [`startup`] takes the [`host_lock`], checks the process [`limits`] and builds the daemon;
+//! * [`startup`] takes the [`host_lock`], checks the process [`limits`], takes over the queues that the
+//!   [`supervisor`] has kept, and builds the daemon;
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
@@ -36,4 +37,5 @@ pub mod replay;
 mod rtnetlink;
 pub mod serve;
 pub mod startup;
+pub mod supervisor;
 pub mod trace;

@@ -18,6 +18,7 @@ use crate::observe::control_socket::ControlSocket;
 use crate::packet_path::queue::{Queue, QueueError};
 use crate::packet_path::worker::Shared;
 use crate::reactor::SignalFd;
+use crate::supervisor::{Supervisor, take_descriptors};
 use nfqd_rules::nft::kernel::{CachedReply, Kernel, KernelError};
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::RulesetOptions;
@@ -28,6 +29,7 @@ use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
 use nfqd_shmctl::{Protocol, RegionError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -98,6 +100,8 @@ pub struct Started {
     pub signals: SignalFd,
     /// The lock of the network namespace.
     pub lock: HostLock,
+    /// The service manager.
+    pub supervisor: Supervisor,
 }
 
 /// Starts everything: reads the registrations, probes the kernel, binds the queues, loads the
@@ -139,9 +143,20 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let shared = Shared::new(FLOWS).map_err(|errno| StartError::system("event", errno))?;
     let shared = Arc::new(shared);
     // Bound before the ruleset sends packets there, so that none passes without a verdict.
+    let supervisor = Supervisor::from_environment();
+    let mut kept = take_descriptors();
     let mut bound = Vec::new();
-    for number in 0..queues.count {
-        bound.push(Queue::open(queues.first + number, queues.bypass)?);
+    for number in queues.first..=queues.first + (queues.count - 1) {
+        let adopted = kept.remove(&descriptor_name(number)).and_then(|socket| {
+            let adopted = Queue::adopt(number, socket, queues.bypass);
+            adopted.inspect_err(|error| log::warn!("{error}; the queue is bound anew")).ok()
+        });
+        let queue = match adopted {
+            Some(queue) => queue,
+            None => Queue::open(number, queues.bypass)?,
+        };
+        supervisor.store(&descriptor_name(number), queue.as_fd());
+        bound.push(queue);
     }
     let mut host = HostNetworks::open(&config.bridges)
         .map_err(|errno| StartError::system("bridges and their ports", errno))?;
@@ -180,7 +195,12 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     }
     plane.save();
     plane.has_new_backend = true;
-    Ok(Started { config, plane, control, signals, lock })
+    Ok(Started { config, plane, control, signals, lock, supervisor })
+}
+
+/// Returns the name under which the service manager keeps the socket of a queue.
+fn descriptor_name(queue: u16) -> String {
+    format!("queue{queue}")
 }
 
 /// A view of the places of middleboxes, before anything is known about backends.

@@ -20,6 +20,7 @@ mod problems;
 mod status;
 mod trace;
 
+pub use problems::first_line;
 pub use status::{
     BackendState, BackendStatus, ChannelStatus, FlowTableStatus, MiddleboxStatus, QueueStatus,
     RuleStatus, ServiceStatus, Status,

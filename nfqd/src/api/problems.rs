@@ -1,8 +1,26 @@
-//! The problems that a status shows, the most important first.
+//! The problems that a status shows, the most important first, and its first line.
 
 use super::{BackendState, MiddleboxStatus, ServiceStatus, Status};
 
+/// Returns the first line of a status: OK, or the first of its problems, and how many more there are.
+pub fn first_line(problems: &[String]) -> String {
+    match problems {
+        [] => "OK\n".to_string(),
+        [problem] => format!("{problem}\n"),
+        [problem, others @ ..] => format!("{problem} (and {} more)\n", others.len()),
+    }
+}
+
 impl Status {
+    /// Returns the status as JSON, with its problems.
+    pub fn to_json(&self) -> String {
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("problems".to_string(), self.problems().into());
+        }
+        format!("{value:#}\n")
+    }
+
     /// Returns what is wrong, each in one line, the most important first; nothing if all is well.
     ///
     /// A backend that is draining is not wrong, nor is a limit that the host's setup brings with it.

@@ -317,20 +317,11 @@ fn show_status(socket: &Path, form: StatusForm, wait: Duration) -> Result<(), Fa
     let problems = state.problems();
     let text = match form {
         StatusForm::Text => status::text(&state),
-        StatusForm::Brief => status::first_line(&problems),
-        StatusForm::Json => status_json(&state, &problems),
+        StatusForm::Brief => api::first_line(&problems),
+        StatusForm::Json => state.to_json(),
     };
     print(|out| out.write_all(text.as_bytes()))?;
     if problems.is_empty() { Ok(()) } else { Err(Failure::Input(String::new())) }
-}
-
-/// Returns the status as JSON, with its problems.
-pub(crate) fn status_json(state: &api::Status, problems: &[String]) -> String {
-    let mut value = serde_json::to_value(state).unwrap_or_default();
-    if let Some(fields) = value.as_object_mut() {
-        fields.insert("problems".to_string(), problems.into());
-    }
-    format!("{value:#}\n")
 }
 
 fn show_trace(trace: &api::Trace, json: bool) -> Result<(), Failure> {

@@ -1,6 +1,8 @@
 //! The status as text.
 
-use crate::api::{BackendState, BackendStatus, FlowTableStatus, QueueStatus, RuleStatus, Status};
+use crate::api::{
+    BackendState, BackendStatus, FlowTableStatus, QueueStatus, RuleStatus, Status, first_line,
+};
 use std::fmt::{self, Write};
 
 /// Returns the status as text for people.
@@ -9,15 +11,6 @@ pub fn text(status: &Status) -> String {
     // Writing to a String cannot fail.
     let _ = write_status(&mut out, status);
     out
-}
-
-/// Returns the first line: OK, or the first thing that is wrong, and how many more there are.
-pub fn first_line(problems: &[String]) -> String {
-    match problems {
-        [] => "OK\n".to_string(),
-        [problem] => format!("{problem}\n"),
-        [problem, others @ ..] => format!("{problem} (and {} more)\n", others.len()),
-    }
 }
 
 fn write_status(out: &mut String, status: &Status) -> fmt::Result {

@@ -140,6 +140,12 @@ impl Enforcer {
         &self.workers
     }
 
+    /// Whether no worker is stuck.
+    pub fn have_workers_moved(&mut self) -> bool {
+        // Each is looked at, so that the next call compares with this one.
+        self.workers.iter_mut().fold(true, |all, worker| worker.has_moved() & all)
+    }
+
     /// Stops the workers. The ruleset stays.
     pub fn stop(&mut self) {
         self.workers.drain(..).for_each(Worker::stop);

@@ -140,6 +140,8 @@ pub struct Worker {
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
     thread: JoinHandle<()>,
+    /// The batch at the last look.
+    last_epoch: Option<u64>,
 }
 
 impl Worker {
@@ -159,7 +161,14 @@ impl Worker {
                 log::error!("queue {number}: {errno}; the queue is no longer served");
             }
         })?;
-        Ok(Worker { queue: number, counters, shared, stop, thread })
+        Ok(Worker { queue: number, counters, shared, stop, thread, last_epoch: None })
+    }
+
+    /// Whether the worker is not stuck in the batch that it was in at the last call.
+    pub fn has_moved(&mut self) -> bool {
+        let epoch = self.counters.batch_epoch.load(SeqCst);
+        let before = self.last_epoch.replace(epoch);
+        epoch.is_multiple_of(2) || before != Some(epoch)
     }
 
     /// Whether the thread still serves its queue.

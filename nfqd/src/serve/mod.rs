@@ -193,7 +193,7 @@ fn respond(stream: &mut TcpStream, request: &Request, source: &Source) -> io::Re
         },
         "/api/status" => match source.status() {
             Some(status) => {
-                let text = crate::cli::status_json(&status, &status.problems());
+                let text = status.to_json();
                 write_answer(stream, "200 OK", "application/json", &text)
             }
             None => {

@@ -4,7 +4,7 @@
 //! allows nothing else (Content-Security-Policy).
 
 use super::rates::Rates;
-use crate::api::{BackendState, BackendStatus, MiddleboxStatus, Status};
+use crate::api::{BackendState, BackendStatus, MiddleboxStatus, Status, first_line};
 use std::fmt::Write;
 
 /// The script, which patches cells.
@@ -198,7 +198,7 @@ fn headline(status: Option<&Status>) -> (String, bool) {
         None => ("NOT RUNNING: the daemon does not answer".to_string(), false),
         Some(status) => {
             let problems = status.problems();
-            (crate::cli::status::first_line(&problems).trim().to_string(), problems.is_empty())
+            (first_line(&problems).trim().to_string(), problems.is_empty())
         }
     }
 }

@@ -12,6 +12,7 @@ pub(super) const MESSAGE_SIZE: usize = config::COPY_RANGE as usize + 512;
 const QUEUE_SUBSYSTEM: u16 = 3 << 8;
 pub(super) const PACKET: u16 = QUEUE_SUBSYSTEM;
 pub(super) const VERDICT: u16 = QUEUE_SUBSYSTEM | 1;
+pub(super) const VERDICT_BATCH: u16 = QUEUE_SUBSYSTEM | 3;
 pub(super) const CONFIG: u16 = QUEUE_SUBSYSTEM | 2;
 
 /// Attributes and values of a configuration message.
@@ -31,9 +32,9 @@ pub(super) mod config {
 }
 
 /// Attributes of packet and verdict messages.
-mod attribute {
+pub(super) mod attribute {
     pub(super) const PACKET_HEADER: u16 = 1;
-    pub(super) const VERDICT_HEADER: u16 = 2;
+    pub(crate) const VERDICT_HEADER: u16 = 2;
     pub(super) const MARK: u16 = 3;
     pub(super) const INTERFACE: u16 = 5;
     pub(super) const PORT: u16 = 7;

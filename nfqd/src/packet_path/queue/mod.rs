@@ -22,10 +22,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, MultiHeaders, NetlinkAddr, SockFlag, SockProtocol, SockType, bind,
-    recv, recvmmsg, send, setsockopt, socket, sockopt,
+    getsockname, recv, recvmmsg, send, setsockopt, socket, sockopt,
 };
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// Packets received with one system call.
 pub const BATCH: usize = 64;
@@ -70,6 +70,25 @@ pub struct Queue {
     socket: OwnedFd,
     /// How often the receive buffer overran, so that messages were lost.
     pub overruns: u64,
+}
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Returns the last id that the kernel has given to a packet of a queue, if a socket with this port has
+/// the queue (net/netfilter/nfnetlink_queue.c, `seq_show`).
+fn last_id(number: u16, port: u32) -> Option<u32> {
+    let text = std::fs::read_to_string("/proc/net/netfilter/nfnetlink_queue").ok()?;
+    let columns = |line: &str| -> Option<Vec<u32>> {
+        line.split_whitespace().map(|word| word.parse().ok()).collect()
+    };
+    let is_it = |columns: &Vec<u32>| {
+        columns.first() == Some(&number.into()) && columns.get(1) == Some(&port)
+    };
+    text.lines().filter_map(columns).find(is_it)?.get(7).copied()
 }
 
 /// The buffers for one batch of packets.
@@ -139,6 +158,65 @@ impl Queue {
         put(&mut request, config::MASK, &(config::GSO | config::FAIL_OPEN).to_be_bytes());
         queue.transact(request).map_err(other)?;
         Ok(queue)
+    }
+
+    /// Takes over the socket of a queue that an nfqd before this one had bound, with the packets that wait
+    /// there. Those that it had received and not answered are dropped, because nobody knows them any
+    /// more: their senders send them again.
+    ///
+    /// # Errors
+    /// If the socket is not that of the queue.
+    pub fn adopt(number: u16, socket: OwnedFd, fail_open: bool) -> Result<Queue, QueueError> {
+        let other = |errno| QueueError::Other { queue: number, errno };
+        let queue = Queue { number, socket, overruns: 0 };
+        let port = getsockname::<NetlinkAddr>(queue.socket.as_raw_fd()).map_err(other)?.pid();
+        // Before it is looked what waits, so that a packet that comes meanwhile is not taken for old.
+        let sequence = last_id(number, port).ok_or(QueueError::Taken(number))?;
+        let old = match queue.first_waiting().map_err(other)? {
+            Some(first) => first.checked_sub(1),
+            None => Some(sequence),
+        };
+        if let Some(last) = old.filter(|last| *last != 0) {
+            queue.settle(last).map_err(other)?;
+        }
+        let flags = config::GSO | if fail_open { config::FAIL_OPEN } else { 0 };
+        // Without an acknowledgement: it would be among the packets that wait.
+        let mut request = Vec::with_capacity(64);
+        message::begin(&mut request, message::CONFIG, NLM_F_REQUEST, number);
+        put(&mut request, config::FLAGS, &flags.to_be_bytes());
+        put(&mut request, config::MASK, &(config::GSO | config::FAIL_OPEN).to_be_bytes());
+        finish(&mut request, 0);
+        send(queue.socket.as_raw_fd(), &request, MsgFlags::empty()).map_err(other)?;
+        Ok(queue)
+    }
+
+    /// Returns the id of the first packet that waits in the socket.
+    fn first_waiting(&self) -> Result<Option<u32>, Errno> {
+        let mut buffer = vec![0; MESSAGE_SIZE];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut buffer, flags) {
+                Ok(len) => {
+                    let message = buffer.get(..len).unwrap_or_default();
+                    return Ok(read_packet(message).map(|packet| packet.id));
+                }
+                Err(Errno::EAGAIN) => return Ok(None),
+                // Messages were lost, which this call has reported once for all.
+                Err(Errno::EINTR | Errno::ENOBUFS) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Drops all packets up to an id that have no verdict yet.
+    fn settle(&self, last: u32) -> Result<(), Errno> {
+        const NF_DROP: u32 = 0;
+        let mut request = Vec::with_capacity(64);
+        message::begin(&mut request, message::VERDICT_BATCH, NLM_F_REQUEST, self.number);
+        let verdict = [NF_DROP.to_be_bytes(), last.to_be_bytes()].concat();
+        put(&mut request, message::attribute::VERDICT_HEADER, &verdict);
+        finish(&mut request, 0);
+        send(self.socket.as_raw_fd(), &request, MsgFlags::empty()).map(drop)
     }
 
     /// Returns the number of the queue.

@@ -1,0 +1,146 @@
+//! The service manager that nfqd runs under, if there is one: systemd, or what speaks its protocol
+//! (sd_notify(3), sd_listen_fds(3)).
+//!
+//! It is told when nfqd is ready and that it is alive, and keeps the sockets of the queues while nfqd is
+//! not running: a queue lives as long as its socket, so packets wait instead of passing by.
+//! This is the only module of the daemon, beside the packet socket, with `unsafe`.
+#![allow(unsafe_code)]
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket,
+};
+use std::collections::BTreeMap;
+use std::env;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// The first descriptor that a service manager passes (`SD_LISTEN_FDS_START`).
+const FIRST_DESCRIPTOR: i32 = 3;
+
+/// The connection to the service manager.
+#[derive(Debug, Default)]
+pub struct Supervisor {
+    socket: Option<(OwnedFd, UnixAddr)>,
+    /// Half the time in which it must hear of nfqd; `None` if it need not.
+    ping_interval: Option<Duration>,
+    last_ping: Option<Instant>,
+}
+
+impl Supervisor {
+    /// The service manager that the environment names.
+    pub fn from_environment() -> Supervisor {
+        let address = env::var("NOTIFY_SOCKET").ok().and_then(|path| address_of(&path));
+        let connect = |address: UnixAddr| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let socket = socket(AddressFamily::Unix, SockType::Datagram, flags, None).ok()?;
+            Some((socket, address))
+        };
+        let own = std::process::id().to_string();
+        let is_ours = env::var("WATCHDOG_PID").map_or(true, |pid| pid == own);
+        let watchdog = env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
+        let watchdog = watchdog.filter(|usec| is_ours && *usec > 0);
+        Supervisor {
+            socket: address.and_then(connect),
+            ping_interval: watchdog.map(|usec: u64| Duration::from_micros(usec / 2)),
+            last_ping: None,
+        }
+    }
+
+    /// Tells the state, as `KEY=VALUE` lines.
+    pub fn notify(&self, state: &str) {
+        self.send(state, &[]);
+    }
+
+    /// Has a descriptor kept under a name, until it is taken back at the next start.
+    pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) {
+        // Lost messages show as an error of a netlink socket, which is no reason to close it.
+        let state = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
+        self.send(&state, &[descriptor.as_raw_fd()]);
+    }
+
+    /// Tells that nfqd is alive, if that is due and `is_alive` says so.
+    pub fn keep_alive(&mut self, now: Instant, is_alive: impl FnOnce() -> bool) {
+        let Some(interval) = self.ping_interval else { return };
+        let is_due = self.last_ping.is_none_or(|last| now.duration_since(last) >= interval / 2);
+        if is_due && is_alive() {
+            self.notify("WATCHDOG=1");
+            self.last_ping = Some(now);
+        }
+    }
+
+    fn send(&self, state: &str, descriptors: &[i32]) {
+        let Some((socket, address)) = &self.socket else { return };
+        let rights = [ControlMessage::ScmRights(descriptors)];
+        let rights: &[ControlMessage<'_>] = if descriptors.is_empty() { &[] } else { &rights };
+        let message = [IoSlice::new(state.as_bytes())];
+        let sent =
+            sendmsg(socket.as_raw_fd(), &message, rights, MsgFlags::MSG_NOSIGNAL, Some(address));
+        if let Err(errno) = sent {
+            log::warn!("service manager: {errno}");
+        }
+    }
+}
+
+/// Returns the address of a socket: a path, or an abstract name behind `@`.
+fn address_of(path: &str) -> Option<UnixAddr> {
+    match path.strip_prefix('@') {
+        Some(name) => UnixAddr::new_abstract(name.as_bytes()).ok(),
+        None if path.starts_with('/') => UnixAddr::new(path).ok(),
+        None => None,
+    }
+}
+
+/// Takes the descriptors that the service manager has kept, by name. They are taken once: the environment
+/// no longer names them afterwards.
+pub fn take_descriptors() -> BTreeMap<String, OwnedFd> {
+    static TAKEN: std::sync::Once = std::sync::Once::new();
+    let mut out = BTreeMap::new();
+    TAKEN.call_once(|| {
+        let own = std::process::id().to_string();
+        if env::var("LISTEN_PID").is_ok_and(|pid| pid == own) {
+            let count = env::var("LISTEN_FDS").ok().and_then(|text| text.parse::<i32>().ok());
+            let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+            let numbers = FIRST_DESCRIPTOR..FIRST_DESCRIPTOR + count.unwrap_or(0).clamp(0, 512);
+            for (number, name) in numbers.zip(names.split(':')) {
+                // SAFETY: needed to own what the service manager has passed; `call_once` sees to it that
+                // no two owners are made, and nothing else in this process refers to the number. One
+                // that is not open fails below, and is forgotten without being closed.
+                let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+                match set_close_on_exec(&descriptor) {
+                    Ok(()) => drop(out.insert(name.to_string(), descriptor)),
+                    Err(errno) => {
+                        log::warn!("descriptor {number} of the service manager: {errno}");
+                        let _ = std::os::fd::IntoRawFd::into_raw_fd(descriptor);
+                    }
+                }
+            }
+        }
+    });
+    out
+}
+
+fn set_close_on_exec(descriptor: &OwnedFd) -> Result<(), Errno> {
+    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_abstract_names_are_addresses() {
+        assert!(address_of("/run/systemd/notify").unwrap().path().is_some());
+        assert!(address_of("@name").unwrap().as_abstract().is_some());
+        assert!(address_of("nonsense").is_none());
+    }
+
+    #[test]
+    fn without_a_service_manager_nothing_is_sent() {
+        let mut supervisor = Supervisor::default();
+        supervisor.notify("READY=1");
+        supervisor.keep_alive(Instant::now(), || unreachable!("nobody asks"));
+    }
+}
