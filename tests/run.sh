@@ -9,7 +9,8 @@
 #   vm     a virtual machine that writes commands into its ivshmem device
 #   demo   br-netfilter.sh demo
 #   chaos  ten minutes of everything that goes wrong on a host, under load (netns and uml have a minute of it)
-#   all    all of them but chaos (the default)
+#   package  the Debian package, installed in a clean root, and what systemd says of the units
+#   all    all of them but chaos and package (the default)
 #
 # Missing Debian packages are installed as root, and named otherwise.
 #
@@ -49,7 +50,7 @@ unit() {
     # libclang is for the feature peers alone.
     need_packages shellcheck libclang1-14
     step "shell scripts"
-    shellcheck br-netfilter.sh fuzz/run tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
+    shellcheck br-netfilter.sh fuzz/run packaging/debian/* tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
     step "formatting, lints, documentation"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
@@ -141,22 +142,55 @@ chaos() {
         cargo test --locked -p nfqd-tests --test chaos -- --ignored --nocapture
 }
 
+package() {
+    need_root package
+    need_packages debootstrap systemd
+    step "units"
+    # 0 is the best exposure, 10 the worst; the threshold is in tenths.
+    systemd-analyze security --offline=true --threshold=30 packaging/systemd/nfqd.service > /dev/null
+    systemd-analyze security --offline=true --threshold=20 packaging/systemd/nfqd-serve.service > /dev/null
+    step "the package"
+    cargo install --quiet --locked --version '^3' --root "$target/tools" cargo-deb
+    "$target/tools/bin/cargo-deb" deb --package nfqd --output "$target/nfqd.deb"
+    step "a clean root"
+    local root
+    root=$(mktemp -d)
+    # shellcheck disable=SC2064
+    trap "rm -rf '$root'" EXIT
+    debootstrap --variant=minbase --include=ca-certificates bookworm "$root" > /dev/null
+    cp "$target/nfqd.deb" tests/captures/*.pcap "$root/tmp/"
+    chroot "$root" sh -c 'apt-get -q -y --no-install-recommends install /tmp/nfqd.deb > /dev/null'
+    chroot "$root" nfqd --version
+    chroot "$root" nfqd check /usr/share/doc/nfqd/examples/firewall.commands
+    chroot "$root" nfqd explain X 12:13:14:15:16:17 > /dev/null
+    for capture in "$root"/tmp/*.pcap; do
+        chroot "$root" nfqd replay "/tmp/${capture##*/}" --commands /usr/share/doc/nfqd/examples/firewall.commands > /dev/null
+    done
+    chroot "$root" getent group nfqd
+    chroot "$root" grep -q 'shm' /etc/nfqd/nfqd.toml
+    # No systemd runs there, so the units are verified, not started.
+    chroot "$root" sh -c 'test -x /usr/sbin/br-netfilter.sh && test -f /lib/systemd/system/nfqd.service'
+    code=0
+    chroot "$root" nfqd status > /dev/null 2>&1 || code=$?
+    [ "$code" = 3 ] || { echo "nfqd status without a daemon ended with $code, not 3" >&2; exit 1; }
+}
+
 depths=()
 for depth in "${@:-all}"; do
     case $depth in
         all) depths+=(unit netns uml vm demo) ;;
-        unit | netns | uml | vm | demo | chaos) depths+=("$depth") ;;
+        unit | netns | uml | vm | demo | chaos | package) depths+=("$depth") ;;
         -h | --help)
-            sed -n '2,19s/^# \{0,1\}//p' "$0"
+            sed -n '2,20s/^# \{0,1\}//p' "$0"
             exit
             ;;
         *)
-            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos or all" >&2
+            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos, package or all" >&2
             exit 2
             ;;
     esac
 done
-if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos " ]]; then
+if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos "|" package " ]]; then
     need_root "${depths[*]}"
 fi
 

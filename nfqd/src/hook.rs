@@ -37,11 +37,12 @@ pub enum DomainError {
     NoInterface,
 }
 
-/// Returns the channel that a domain asks for, as `nfqd attach` takes it; `None` if it asks for none.
+/// Returns the channel that a domain asks for, as `nfqd attach` takes it; `None` if it asks for none. The
+/// region is made for `group`, in which QEMU runs.
 ///
 /// # Errors
 /// See [`DomainError`].
-pub fn channel_of(xml: &str, owner: Option<&str>) -> Result<Option<String>, DomainError> {
+pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, DomainError> {
     let document = Document::parse(xml).map_err(|error| DomainError::Xml(error.to_string()))?;
     let all = || document.descendants();
     let metadata = all().find(|node| node.has_tag_name((NAMESPACE, "channel")));
@@ -93,7 +94,7 @@ pub fn channel_of(xml: &str, owner: Option<&str>) -> Result<Option<String>, Doma
             keys.push(format!("{}={value}", name.name()));
         }
     }
-    keys.extend(owner.map(|owner| format!("owner={owner}")));
+    keys.extend(group.map(|group| format!("group={group},mode=0660")));
     Ok(Some(keys.join(",")))
 }
 
@@ -106,9 +107,9 @@ pub fn libvirt(socket: &Path, domain: &str, operation: &str, xml: &str) {
     if !["prepare", "release"].contains(&operation) {
         return;
     }
-    let exists = |name: &&&str| User::from_name(name).ok().flatten().is_some();
-    let owner = QEMU_USERS.iter().find(exists).copied();
-    let channel = match channel_of(xml, owner) {
+    let found = QEMU_USERS.iter().find_map(|name| User::from_name(name).ok().flatten());
+    let group = found.map(|user| user.gid.as_raw());
+    let channel = match channel_of(xml, group) {
         Ok(Some(channel)) => channel,
         Ok(None) => return,
         Err(error) => return complain(domain, &error.to_string()),
@@ -162,8 +163,8 @@ mod tests {
     #[test]
     fn a_domains_channel_is_bound_to_what_its_xml_says() {
         assert_eq!(
-            channel_of(DOMAIN, Some("libvirt-qemu")).unwrap().unwrap(),
-            "vm1,mac=12:13:14:15:16:17,bridge=kvmbr0,vlan=100,ip=10.129.126.15,to=10.129.126.0/24,owner=libvirt-qemu"
+            channel_of(DOMAIN, Some(107)).unwrap().unwrap(),
+            "vm1,mac=12:13:14:15:16:17,bridge=kvmbr0,vlan=100,ip=10.129.126.15,to=10.129.126.0/24,group=107,mode=0660"
         );
         let two = DOMAIN.replace("type='user'>", "type='bridge'><source bridge='br1'/>");
         assert_eq!(
