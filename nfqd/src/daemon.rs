@@ -1,7 +1,8 @@
 //! The daemon: its event loop, which dispatches what the reactor reports.
 
 use crate::api::{
-    self, Answer, ChannelStatus, ErrorCode, Request, RequestError, Status, Trace, TraceRequest,
+    self, Answer, ChannelStatus, ErrorCode, Observed, Request, RequestError, Status, Trace,
+    TraceRequest,
 };
 use crate::bindings::Bindings;
 use crate::command_path::ControlPlane;
@@ -18,7 +19,7 @@ use crate::reload::reload;
 use crate::startup::{StartError, Started, start};
 use crate::supervisor::Supervisor;
 use crate::trace::words::from_hex;
-use crate::trace::{network_of, trace};
+use crate::trace::{network_of, observed, trace};
 use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_rules::packet::Packet;
 use nfqd_shmctl::MacAddr;
@@ -76,6 +77,9 @@ struct ObservedStatus {
 
 /// Requests that all observers together may send in a second.
 const OBSERVER_REQUESTS: u32 = 200;
+
+/// The most decisions of an answer.
+const MAX_OBSERVED: usize = 500;
 
 /// The age of the status that observers get, as a multiple of the time to make it.
 const OBSERVE_AGE: u32 = 9;
@@ -298,6 +302,9 @@ impl Daemon {
                 Ok(trace) => Answer::Trace(Box::new(trace)),
                 Err(error) => Answer::Error(error),
             },
+            Request::Observe { since, most } => {
+                Answer::Observed(Box::new(self.observe(since, most.min(MAX_OBSERVED))))
+            }
             Request::Attach { channel } => match self.plane.attach(&channel) {
                 Ok(()) => Answer::Attached {},
                 Err(error) => {
@@ -344,6 +351,13 @@ impl Daemon {
         let until = end + (end - start) * OBSERVE_AGE;
         self.observed = Some(ObservedStatus { line: line.clone(), until });
         line
+    }
+
+    fn observe(&self, since: Option<u64>, most: usize) -> Observed {
+        let snapshot = self.plane.enforcer.snapshot();
+        let (recorded, next) = self.plane.enforcer.recorder().since(since, most);
+        let decisions = recorded.iter().map(|one| observed(&snapshot, one)).collect();
+        Observed { next, decisions }
     }
 
     fn trace(&mut self, request: &TraceRequest) -> Result<Trace, RequestError> {

@@ -163,6 +163,59 @@ fn a_trace_tells_what_then_happens_and_changes_nothing() {
     });
 }
 
+/// Decisions are recorded while somebody observes.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn decisions_are_observed_and_a_report_is_written() {
+    in_netns(|| {
+        let fixture = Fixture::new(1);
+        let _server = Server::start(&fixture.backends[0], "zero", 80);
+        let daemon = Daemon::start(&["--fast-path", "off"]);
+        daemon.must(&format!("R F {VM_MAC} {VM}"));
+        daemon.must(&format!("A {VM_MAC} #7 T 2 d 23"));
+        register(&daemon, &format!("{VM}:80 rr {}", to(0)));
+        assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"), "nobody observes yet");
+        let observe = |arguments: &[&str]| {
+            let arguments = [&["observe", "--json", "--last", "500"], arguments].concat();
+            let (code, text) = nfqd(&daemon.control(), &arguments);
+            assert_eq!(code, 0, "{text}");
+            text.lines()
+                .map(|line| serde_json::from_str::<Value>(line).unwrap())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(observe(&[]).len(), 0);
+        assert_eq!(who(&fixture.client, VM, 80).as_deref(), Some("zero"));
+        assert_eq!(who(&fixture.client, VM, 23), None);
+        let redirected = observe(&["--verdict", "redirect", "--ip", &CLIENT.to_string()]);
+        assert!(redirected.len() >= 3, "{redirected:?}");
+        assert!(
+            redirected.iter().all(|one| one["backend"] == "10.129.126.100:80"),
+            "{redirected:?}"
+        );
+        let dropped = observe(&["--reason", "deny-rule"]);
+        assert!(
+            !dropped.is_empty() && dropped.iter().all(|one| one["rule"] == "#7"),
+            "{dropped:?}"
+        );
+        let other = observe(&["--not", "--rule", "#7"]);
+        assert!(other.iter().all(|one| one["rule"].is_null()), "{other:?}");
+        // What is shown can be traced.
+        let packet = dropped[0]["packet"].as_str().unwrap();
+        let (code, text) = nfqd(&daemon.control(), &["trace", packet]);
+        assert!(code == 0 && text.ends_with("drop: deny rule 7 matches\n"), "{text}");
+        let folder = tempfile::tempdir().unwrap();
+        let archive = folder.path().join("report.tar");
+        let (code, text) = nfqd(&daemon.control(), &["report", archive.to_str().unwrap()]);
+        assert_eq!(code, 0, "{text}");
+        let list = run(&format!("tar -tf {}", archive.display()));
+        for name in ["status.json", "doctor.txt", "ruleset.txt"] {
+            assert!(list.contains(&format!("nfqd-report/{name}")), "{list}");
+        }
+        let (code, text) = nfqd(&daemon.control(), &["report", archive.to_str().unwrap()]);
+        assert!(code == 3 && text.contains("exists"), "{text}");
+    });
+}
+
 /// A channel comes and goes with its VM, and outlives the daemon.
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]

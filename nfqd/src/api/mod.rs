@@ -16,10 +16,12 @@
 
 pub mod client;
 pub mod legacy;
+mod observed;
 mod problems;
 mod status;
 mod trace;
 
+pub use observed::{Observed, ObservedDecision};
 pub use problems::first_line;
 pub use status::{
     BackendState, BackendStatus, ChannelStatus, FlowTableStatus, MiddleboxStatus, QueueStatus,
@@ -43,6 +45,13 @@ pub enum Request {
     Status,
     /// What would happen to a packet now, and why.
     Trace(TraceRequest),
+    /// The engine's decisions, as they happen.
+    Observe {
+        /// The number of the first decision; that of the newest ones if there is none.
+        since: Option<u64>,
+        /// The most decisions to return.
+        most: usize,
+    },
     /// Read the configuration again, as at SIGHUP.
     Reload,
     /// Add a channel to the running daemon.
@@ -59,12 +68,12 @@ pub enum Request {
 
 impl Request {
     /// The names of all requests, for messages.
-    pub const NAMES: [&str; 5] = ["status", "trace", "reload", "attach", "detach"];
+    pub const NAMES: [&str; 6] = ["status", "trace", "observe", "reload", "attach", "detach"];
 
     /// Whether the request changes something.
     pub fn is_change(&self) -> bool {
         match self {
-            Request::Status | Request::Trace(_) => false,
+            Request::Status | Request::Trace(_) | Request::Observe { .. } => false,
             Request::Reload | Request::Attach { .. } | Request::Detach { .. } => true,
         }
     }
@@ -111,6 +120,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// What would happen to a packet, and why.
     Trace(Box<Trace>),
+    /// Decisions of the engine.
+    Observed(Box<Observed>),
     /// The configuration has been read again.
     Reloaded {},
     /// The channel is attached.
@@ -220,7 +231,11 @@ mod tests {
             ("[]", ErrorCode::Version, "write \"v\":1"),
             ("{\"ask\":\"status\"}", ErrorCode::Version, "write \"v\":1"),
             ("{\"v\":2,\"ask\":\"status\"}", ErrorCode::Version, "speaks version 1"),
-            ("{\"v\":1}", ErrorCode::Unsupported, "one of status, trace, reload, attach, detach"),
+            (
+                "{\"v\":1}",
+                ErrorCode::Unsupported,
+                "one of status, trace, observe, reload, attach, detach",
+            ),
             ("{\"v\":1,\"ask\":\"tea\"}", ErrorCode::Unsupported, "'tea'"),
             ("{\"v\":1,\"ask\":[1]}", ErrorCode::Unsupported, "one of"),
         ] {
@@ -230,7 +245,7 @@ mod tests {
         }
         for name in Request::NAMES {
             let line = format!(
-                "{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\",\"channel\":\"\",\"name\":\"\"}}"
+                "{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\",\"channel\":\"\",\"name\":\"\",\"most\":1}}"
             );
             assert!(Request::parse(line.as_bytes()).is_ok(), "{name}");
         }

@@ -3,7 +3,10 @@
 //! Exit codes: 0 done; 1 the input is wrong; 2 usage; 3 system error.
 
 mod explain;
+mod observe;
+mod report;
 pub mod status;
+mod top;
 mod trace;
 
 use crate::api::{Answer, Request};
@@ -80,6 +83,10 @@ enum Job {
     },
     /// Show what would happen to a packet now, and why
     Trace(trace::TraceArgs),
+    /// Show the engine's decisions as they happen
+    Observe(observe::ObserveArgs),
+    /// Show the rates of middleboxes, backends, rules and queues
+    Top(top::TopArgs),
     /// Show what a command means, and what it becomes in nftables; needs no daemon
     Explain {
         /// The command
@@ -122,6 +129,15 @@ enum Job {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// A socket of the daemon
+        #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
+        socket: PathBuf,
+    },
+    /// Write what a report of a bug needs into an archive: status, findings of the doctor, ruleset, links, log
+    Report {
+        /// The archive, which must not exist
+        #[arg(value_name = "FILE.tar")]
+        file: PathBuf,
         /// A socket of the daemon
         #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
         socket: PathBuf,
@@ -203,6 +219,8 @@ pub fn main() -> ExitCode {
             show_status(&socket, form, Duration::from_secs(wait))
         }
         Some(Job::Trace(args)) => trace::run(&args).and_then(|trace| show_trace(&trace, args.json)),
+        Some(Job::Observe(args)) => observe::run(&args),
+        Some(Job::Top(args)) => top::run(&args),
         Some(Job::Explain { command }) => explain(&command.join(" ")),
         Some(Job::Serve { listen, socket }) => serve::serve(listen, &socket)
             .map_err(|error| Failure::System(format!("{listen}: {error}"))),
@@ -213,6 +231,10 @@ pub fn main() -> ExitCode {
         Some(Job::Attach { channel, control }) => change(&control, &Request::Attach { channel }),
         Some(Job::Detach { name, control }) => change(&control, &Request::Detach { name }),
         Some(Job::Doctor { json, socket }) => show_findings(&socket, json),
+        Some(Job::Report { file, socket }) => {
+            log::set_max_level(log::LevelFilter::Off);
+            report::run(&file, &socket)
+        }
         Some(Job::Flush) => flush(),
     };
     let (code, message) = match result {

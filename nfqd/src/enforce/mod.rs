@@ -12,6 +12,7 @@ mod reconcile;
 use crate::engine::flows::FlowTable;
 use crate::engine::{EngineState, Snapshot};
 use crate::packet_path::queue::Queue;
+use crate::packet_path::recorder::Recorder;
 use crate::packet_path::worker::{Shared, Worker};
 use counters::CarriedCounters;
 use nfqd_rules::nft::delta::Installed;
@@ -192,8 +193,14 @@ impl Enforcer {
         })
     }
 
-    /// Removes expired flows.
+    /// Returns the record of decisions.
+    pub fn recorder(&self) -> &Recorder {
+        &self.shared.recorder
+    }
+
+    /// Removes expired flows, and ends the recording of decisions that nobody asks for.
     pub fn expire_flows(&self) {
+        self.shared.recorder.rest(Instant::now());
         self.shared.state.flows.expire(self.shared.now());
     }
 

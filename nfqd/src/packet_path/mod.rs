@@ -5,5 +5,6 @@
 pub mod fragments;
 pub mod inject;
 pub mod queue;
+pub mod recorder;
 pub mod reject;
 pub mod worker;

@@ -6,6 +6,7 @@
 use super::fragments::FragmentQueue;
 use super::inject::Injector;
 use super::queue::{Inbox, Queue, Queued, VerdictBatch};
+use super::recorder::Recorder;
 use super::reject;
 use crate::engine::verdict::{Decision, DropReason, Verdict};
 use crate::engine::{EngineResult, EngineState, Ingress, Snapshot, decide};
@@ -31,6 +32,8 @@ pub struct Shared {
     pub snapshot: ArcSwap<Snapshot>,
     /// The engine's state between packets.
     pub state: EngineState,
+    /// The record of decisions, for observers.
+    pub recorder: Recorder,
     /// The start of the engine's clock.
     start: Instant,
     stopping: AtomicBool,
@@ -47,6 +50,7 @@ impl Shared {
         Ok(Shared {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             state: EngineState::new(flows),
+            recorder: Recorder::default(),
             start: Instant::now(),
             stopping: AtomicBool::new(false),
             ended: event()?,
@@ -254,6 +258,8 @@ struct PacketProcessor {
     /// The snapshot and the time of the current batch.
     snapshot: Arc<Snapshot>,
     now: u32,
+    is_recording: bool,
+    queue: u16,
     verdicts: VerdictBatch,
     fragments: FragmentQueue<PendingPacket>,
     /// `None` if no frames can be sent.
@@ -280,6 +286,8 @@ impl PacketProcessor {
         PacketProcessor {
             snapshot: shared.snapshot.load_full(),
             now: shared.now(),
+            is_recording: false,
+            queue,
             shared,
             counters,
             verdicts: VerdictBatch::new(queue),
@@ -298,6 +306,7 @@ impl PacketProcessor {
     fn begin_batch(&mut self) {
         self.snapshot = self.shared.snapshot.load_full();
         self.now = self.shared.now();
+        self.is_recording = self.shared.recorder.is_recording();
         self.verdicts.clear();
     }
 
@@ -305,6 +314,9 @@ impl PacketProcessor {
     /// rest of the batch, because fragments that the packet releases have the same flow.
     fn decide(&mut self, ingress: Ingress, packet: &Packet, length: usize) -> Decision {
         let decision = self.decide_by_snapshot(ingress, packet);
+        if self.is_recording {
+            self.shared.recorder.push(self.queue, ingress, packet, decision);
+        }
         let middlebox = self.snapshot.middlebox_at(ingress.network, packet.link.destination);
         self.counters.count(middlebox, &decision, length);
         decision

@@ -3,11 +3,12 @@
 
 pub mod words;
 
-use crate::api::{RuleTrace, TargetTrace, Trace};
+use crate::api::{ObservedDecision, RuleTrace, TargetTrace, Trace};
 use crate::engine::dry_run::{DryRun, dry_run};
 use crate::engine::reason::Reason;
 use crate::engine::verdict::{Decision, Translation, Verdict};
 use crate::engine::{EngineState, Ingress, Snapshot};
+use crate::packet_path::recorder::Recorded;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Middlebox, MiddleboxKey, NetworkId};
@@ -52,27 +53,70 @@ pub fn trace(
         service,
         known_flow: is_of_known_flow,
         depends_on: fields.into_iter().map(str::to_string).collect(),
-        verdict: "accept".to_string(),
+        verdict: verdict_name(&decision.verdict).to_string(),
         reason: reason.name().to_string(),
         explanation: explanation(reason, &decision),
         rule: decision.rule.map(|rule| rule.to_string()),
         ..Trace::default()
     };
     match decision.verdict {
-        Verdict::Drop(_) | Verdict::Reject(_) | Verdict::AwaitFirstFragment => {
-            out.verdict = "drop".to_string();
-        }
         Verdict::Redirect(to) | Verdict::Error { to: Some(to), .. } => {
-            out.verdict = "redirect".to_string();
             out.to = Some(target(snapshot, &to));
             out.reply = reply_of(snapshot, &to.key);
         }
         Verdict::Reply(from) | Verdict::Error { from: Some(from), .. } => {
             out.reply = reply_of(snapshot, &from.key);
         }
-        Verdict::Accept(_) | Verdict::Bypass | Verdict::Local(_) | Verdict::Error { .. } => {}
+        _ => {}
     }
     out
+}
+
+/// Returns a recorded decision for an observer.
+pub fn observed(snapshot: &Snapshot, recorded: &Recorded) -> ObservedDecision {
+    let Recorded { number, time, queue, ingress, packet, decision } = recorded;
+    let link = &packet.link;
+    let default = snapshot.default_action(ingress.network, link.destination);
+    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let backend = match decision.verdict {
+        Verdict::Redirect(one)
+        | Verdict::Reply(one)
+        | Verdict::Error { to: Some(one), .. }
+        | Verdict::Error { from: Some(one), .. } => Some(one.key.backend.to_string()),
+        _ => None,
+    };
+    ObservedDecision {
+        number: *number,
+        time_ms: since.as_millis() as u64,
+        queue: *queue,
+        network: snapshot.desired().networks.name(ingress.network).map(ToString::to_string),
+        packet: describe(packet),
+        macs: [link.source.to_string(), link.destination.to_string()],
+        addresses: packet
+            .ip
+            .map_or(Vec::new(), |ip| vec![ip.source.to_string(), ip.destination.to_string()]),
+        ports: packet
+            .ip
+            .and_then(|ip| ip.ports)
+            .map_or(Vec::new(), |ports| vec![ports.source, ports.destination]),
+        verdict: verdict_name(&decision.verdict).to_string(),
+        reason: Reason::of(decision, default).name().to_string(),
+        rule: decision.rule.map(|rule| rule.to_string()),
+        backend,
+    }
+}
+
+/// Returns the word for what becomes of a packet.
+fn verdict_name(verdict: &Verdict) -> &'static str {
+    match verdict {
+        Verdict::Drop(_) | Verdict::Reject(_) | Verdict::AwaitFirstFragment => "drop",
+        Verdict::Redirect(_) | Verdict::Error { to: Some(_), .. } => "redirect",
+        Verdict::Accept(_)
+        | Verdict::Reply(_)
+        | Verdict::Bypass
+        | Verdict::Local(_)
+        | Verdict::Error { .. } => "accept",
+    }
 }
 
 fn explanation(reason: Reason, decision: &Decision) -> String {
