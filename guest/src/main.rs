@@ -146,7 +146,7 @@ impl Sender {
         send_message(&self.region, message, Patience { timeout: self.timeout, interrupted })
     }
 
-    /// Sends commands together, as many at once as fit; none behind one that is rejected.
+    /// Sends commands in as few messages as possible; stops after a message with a rejection.
     fn send_commands(&self, commands: &[String]) -> Result<Vec<Reply>, SendError> {
         let mut replies = Vec::new();
         let mut rest = commands;

@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// The namespace of nfqd's metadata in a domain.
 pub const NAMESPACE: &str = "https://github.com/nfqd/nfqd";
-/// Shared memory whose name begins so is nfqd's without metadata.
+/// The name prefix of shared memory that needs no metadata to be a channel.
 const PREFIX: &str = "nfqd";
 /// The users as which libvirt's QEMU runs, on Debian and on Fedora.
 const QEMU_USERS: [&str; 2] = ["libvirt-qemu", "qemu"];
@@ -25,8 +25,13 @@ pub enum DomainError {
     #[error("the domain's XML: {0}")]
     Xml(String),
     /// The metadata name shared memory that the domain does not have.
-    #[error("the metadata name the shmem '{0}', which the domain does not have as ivshmem-plain")]
+    #[error("the metadata refers to shmem '{0}', but the domain has no such ivshmem-plain device")]
     NoSuchMemory(String),
+    /// The metadata ask for a channel, and the domain has no shared memory.
+    #[error(
+        "the metadata ask for a channel, but the domain has no shmem device of the model ivshmem-plain"
+    )]
+    NoMemory,
     /// The domain has several shared memories, and the metadata name none.
     #[error(
         "the domain has several shmem devices of the model ivshmem-plain; name one with shmem= in the metadata"
@@ -57,7 +62,7 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
         (Some(Some(name)), _) if memories.contains(&name) => name,
         (Some(Some(name)), _) => return Err(DomainError::NoSuchMemory(name.to_string())),
         (Some(None), [only]) => only,
-        (Some(None), []) => return Err(DomainError::NoSuchMemory("ivshmem-plain".to_string())),
+        (Some(None), []) => return Err(DomainError::NoMemory),
         (Some(None), _) => return Err(DomainError::Several),
         (None, _) => match memories.iter().find(|name| name.starts_with(PREFIX)) {
             Some(name) => name,
@@ -81,7 +86,7 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
     if keys.len() == 1 {
         return Err(DomainError::NoInterface);
     }
-    // Where it has several networks, its MACs tell where each is.
+    // With several networks, the channel is bound to none: its MACs show where it is.
     let mut networks = networks.into_iter();
     if let (Some((bridge, vlan)), None) = (networks.next(), networks.next()) {
         keys.push(format!("bridge={bridge}"));

@@ -24,7 +24,7 @@ const FIRST_DESCRIPTOR: i32 = 3;
 #[derive(Debug, Default)]
 pub struct Supervisor {
     socket: Option<(OwnedFd, UnixAddr)>,
-    /// Half the time in which it must hear of nfqd; `None` if it need not.
+    /// Half the watchdog timeout; `None` if there is no watchdog.
     ping_interval: Option<Duration>,
     last_ping: Option<Instant>,
 }
@@ -49,19 +49,19 @@ impl Supervisor {
         }
     }
 
-    /// Tells the state, as `KEY=VALUE` lines.
+    /// Sends the state, as `KEY=VALUE` lines.
     pub fn notify(&self, state: &str) {
         self.send(state, &[]);
     }
 
-    /// Has a descriptor kept under a name, until it is taken back at the next start.
+    /// Asks the service manager to store a descriptor under a name until the next start.
     pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) {
         // Lost messages show as an error of a netlink socket, which is no reason to close it.
         let state = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
         self.send(&state, &[descriptor.as_raw_fd()]);
     }
 
-    /// Tells that nfqd is alive, if that is due and `is_alive` says so.
+    /// Pings the watchdog if a ping is due and `is_alive` returns true.
     pub fn keep_alive(&mut self, now: Instant, is_alive: impl FnOnce() -> bool) {
         let Some(interval) = self.ping_interval else { return };
         let is_due = self.last_ping.is_none_or(|last| now.duration_since(last) >= interval / 2);

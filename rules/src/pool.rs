@@ -143,8 +143,8 @@ impl Pool {
         }
     }
 
-    /// Returns the members that may not take the next flow, because they start slowly. A turn of such a
-    /// member comes once in so many new flows that it gets at most [`SLOW_START_SHARE`] times its share.
+    /// Returns the members that must skip the next flow because of their slow start. Each skips enough
+    /// flows to get at most [`SLOW_START_SHARE`] times its share of them.
     fn slow_members(&self, live: &impl Fn(SlotId) -> u32) -> Subset {
         if !self.slow_starts.iter().any(SlowStart::is_active) {
             return Subset::NONE;
@@ -509,7 +509,7 @@ mod tests {
             choose(&next);
         }
         assert!(!next.slow_starts.iter().any(SlowStart::is_active));
-        // Who cannot be served by anyone else does not wait.
+        // A client that only this member can serve does not wait.
         let mut alone = self::pool(line);
         alone.slow_down_new(Some(&before));
         let last = alone.members[3];

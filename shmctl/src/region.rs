@@ -102,8 +102,8 @@ impl Region {
     }
 
     /// Locks the file against other processes that lock it (`flock`), without waiting. Returns `None` if
-    /// another one has it. The lock is opened by a descriptor of its own, so it ends with its value or
-    /// with the process, and keeps nobody from the memory.
+    /// another process has it. The lock has a descriptor of its own, so it is released with the value
+    /// or the process. It is advisory: the memory stays accessible.
     ///
     /// # Errors
     /// If the file cannot be locked.

@@ -91,7 +91,7 @@ impl Drop for Disk {
     }
 }
 
-/// What happens to the host.
+/// A fault injected into the host.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Event {
     Kill,

@@ -56,7 +56,7 @@ pub(crate) enum ConditionError {
         example: &'static str,
     },
     /// A condition that is given twice.
-    #[error("'{0}' twice; give each condition once, and a rule of its own for another value")]
+    #[error("'{0}' twice; give each condition once, and add a second rule for another value")]
     Twice(String),
     /// A port without its protocol, or both protocols.
     #[error("'{0}' needs either tcp or udp beside it, like 'tcp to-port 80'")]

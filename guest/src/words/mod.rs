@@ -74,11 +74,11 @@ pub(crate) enum Words {
         #[arg(long)]
         all: bool,
     },
-    /// Show the same again and again
+    /// Show the status repeatedly
     Watch {
         #[command(flatten)]
         middlebox: Middlebox,
-        /// Seconds between two looks
+        /// Seconds between two queries
         #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = crate::seconds)]
         interval: std::time::Duration,
     },
@@ -132,7 +132,7 @@ pub(crate) enum WordsError {
     /// The conditions of a rule.
     #[error(transparent)]
     Conditions(#[from] conditions::ConditionError),
-    /// What `undo` is to undo.
+    /// An invalid target of `undo`.
     #[error("'{0}' cannot be undone; write a rule like '#2' or '+1', filters, balance or all")]
     Undo(String),
     /// An argument that the command does not have.

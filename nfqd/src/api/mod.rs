@@ -43,7 +43,7 @@ pub const MAX_REQUEST: usize = 4096;
 pub enum Request {
     /// The state of the daemon.
     Status,
-    /// What would happen to a packet now, and why.
+    /// The treatment that a packet would get now, and the reason.
     Trace(TraceRequest),
     /// The engine's decisions, as they happen.
     Observe {
@@ -118,7 +118,7 @@ impl Request {
 pub enum Answer {
     /// The state of the daemon.
     Status(Box<Status>),
-    /// What would happen to a packet, and why.
+    /// The treatment of a packet, and the reason.
     Trace(Box<Trace>),
     /// Decisions of the engine.
     Observed(Box<Observed>),

@@ -130,8 +130,8 @@ pub struct ServiceStatus {
     pub vip: String,
     /// The balancing method, as in commands.
     pub method: String,
-    /// Whether most backends have begun to fail their checks at once, so that the checks are doubted:
-    /// new flows are spread over all for ten seconds.
+    /// Whether most backends began to fail their checks at once, so that the checks are doubted:
+    /// those that had passed before still get new flows, for at most ten seconds.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub panic: bool,
     /// The backends.

@@ -16,7 +16,7 @@ pub struct TraceRequest {
     pub network: Option<String>,
 }
 
-/// What would happen to a packet now, and why.
+/// The treatment that a packet would get now, and the reason.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Trace {
     /// The packet in words.

@@ -29,9 +29,9 @@ pub struct Activity {
     pub answered: Option<u32>,
     /// The age in seconds of the last answer to a new flow.
     pub accepted: Option<u32>,
-    /// The age in seconds of the first flow since then.
+    /// The age in seconds of the first new flow since the last answer to one.
     pub unanswered: Option<u32>,
-    /// All packets from it but refusals.
+    /// The number of packets from the backend, without refusals.
     pub replies: u64,
 }
 

@@ -204,7 +204,7 @@ fn check(
         let bridge = bridge.as_deref().ok_or(Errno::ENODEV);
         match bridge.and_then(|bridge| begin(probe, bridge, &own)) {
             Ok(socket) => pending.push(Pending { probe: *probe, socket }),
-            // The kernel reports at once what it has been told before.
+            // Errors that the kernel has already received are returned at once.
             Err(Errno::ECONNREFUSED | Errno::EHOSTUNREACH) => {
                 outcomes.push((*probe, Outcome::Failed));
             }
@@ -272,9 +272,9 @@ fn on_bridge(ip: IpAddr, kind: SockType, bridge: &str) -> Result<OwnedFd, Errno>
     Ok(socket)
 }
 
-/// Begins a check. The answer must find its way to the bridge: without an address there, IPv4 would
-/// ask from the address of another interface, or from none (`inet_select_addr` in
-/// net/ipv4/devinet.c), and hear nothing.
+/// Begins a check. The host needs an address on the bridge: without one, IPv4 would send from the
+/// address of another interface, or from none (`inet_select_addr` in net/ipv4/devinet.c), and
+/// never receive the answer.
 fn begin(probe: &Probe, bridge: &str, own: &BTreeSet<(String, IpAddr)>) -> Result<OwnedFd, Errno> {
     let (ProbeKind::Tcp(port) | ProbeKind::Udp(port)) = probe.kind else {
         return Err(Errno::EINVAL);

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::time::Instant;
 
-/// The address that the middlebox is taken to have where the command does not tell it.
+/// The address assumed for the middlebox if the command does not contain it.
 const EXAMPLE_ADDRESS: &str = "192.0.2.1";
 
 /// Returns the explanation of a command.
@@ -139,13 +139,13 @@ fn backends(service: &str, change: &BackendChange) -> String {
             )
         }
         BackendChange::Remove(names) => {
-            format!("Removes {} from the backends of {service}; their flows end.", join(names))
+            format!("Removes {} from {service}; their flows move or are reset.", join(names))
         }
         BackendChange::Drain(names, Drain::Unlimited) => {
-            format!("Gives {} no new flows of {service}; those that there are go on.", join(names))
+            format!("Gives {} no new flows of {service}; existing flows continue.", join(names))
         }
         BackendChange::Drain(names, Drain::For(seconds)) => format!(
-            "Gives {} no new flows of {service}, and ends those that there are after {seconds} seconds.",
+            "Gives {} no new flows of {service}, and ends existing ones after {seconds} seconds.",
             join(names)
         ),
         BackendChange::Up(names) => format!("Gives {} new flows of {service} again.", join(names)),
@@ -343,7 +343,7 @@ mod tests {
                 "R L 2:0:0:0:0:1 10.0.0.1:80/tcp least 10.0.0.2 10.0.0.3*2",
                 "fewest flows for its weight",
             ),
-            ("B 2:0:0:0:0:1 = 10.0.0.2 drain=30", "ends those that there are after 30 seconds"),
+            ("B 2:0:0:0:0:1 = 10.0.0.2 drain=30", "ends existing ones after 30 seconds"),
             ("X 2:0:0:0:0:1 F", "Ends the filters"),
             ("Q", "Asks what is registered"),
         ] {

@@ -74,7 +74,7 @@ enum Job {
         /// Print the first line only
         #[arg(long, conflicts_with = "json")]
         brief: bool,
-        /// Wait up to so many seconds until all is well
+        /// Wait up to this many seconds for the status to be OK
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         wait: u64,
         /// A socket of the daemon
@@ -124,7 +124,7 @@ enum Job {
         #[arg(long, value_name = "PATH", default_value = DEFAULT_OBSERVE)]
         socket: PathBuf,
     },
-    /// Examine this host and the running daemon: PASS, WARN or FAIL a line, with the command that mends it
+    /// Examine this host and the running daemon; print PASS, WARN or FAIL for each check, and the fix
     Doctor {
         /// Print JSON
         #[arg(long)]

@@ -118,7 +118,7 @@ pub(super) fn text(trace: &Trace) -> String {
 
 fn write_trace(out: &mut String, trace: &Trace) -> fmt::Result {
     writeln!(out, "packet     {}", trace.packet)?;
-    let network = trace.network.as_deref().unwrap_or("not known: all are alike to it");
+    let network = trace.network.as_deref().unwrap_or("unknown: bridges are not distinguished");
     writeln!(out, "network    {network}")?;
     match &trace.middlebox {
         Some(mac) => writeln!(out, "middlebox  {mac}")?,

@@ -42,7 +42,7 @@ pub enum AttachError {
     },
 }
 
-/// Returns the path of the region that a name means: itself, or in the directory of shared memory.
+/// Returns the path of a region: the name itself if it is a path, or else a file in /dev/shm.
 pub fn path_of(name: &str) -> PathBuf {
     if name.contains('/') { PathBuf::from(name) } else { Path::new(SHARED_MEMORY).join(name) }
 }

@@ -1,4 +1,4 @@
-//! The doctor: examines the host and the running daemon, and names the command that mends each fault.
+//! The doctor: examines the host and the running daemon, and names a command that fixes each fault.
 //!
 //! [`rulesets`] reads other programs' nftables chains.
 
@@ -25,9 +25,9 @@ use std::process::Command;
 pub enum Grade {
     /// All is well.
     Pass,
-    /// It works, but not for everybody or not for long; or it cannot be told.
+    /// A limitation or an early warning, or a check that could not be made.
     Warn,
-    /// It does not work.
+    /// A fault.
     Fail,
 }
 
@@ -47,11 +47,11 @@ impl Grade {
 pub struct Finding {
     /// The part of the host.
     pub area: &'static str,
-    /// What was examined.
+    /// The name of the check.
     pub check: String,
     /// The result.
     pub grade: Grade,
-    /// What is wrong, or what was found.
+    /// The fault, or the state that was found.
     pub detail: String,
     /// The command that mends it.
     pub fix: Option<String>,
@@ -397,7 +397,7 @@ pub fn text(findings: &[Finding]) -> String {
         for Finding { check, grade, detail, fix, .. } in by_area.remove(area).unwrap_or_default() {
             out.push_str(&format!("{:<4} {area}: {check}: {detail}", grade.name()));
             if let Some(fix) = fix {
-                out.push_str(&format!("; mend: {fix}"));
+                out.push_str(&format!("; fix: {fix}"));
             }
             out.push('\n');
         }
@@ -439,7 +439,7 @@ mod tests {
         findings.add("sysctls", "a", Err(fail("it is 0", "sysctl -w a=1")));
         assert_eq!(
             text(&findings.0),
-            "PASS kernel: nftables: answers\nFAIL sysctls: a: it is 0; mend: sysctl -w a=1\n"
+            "PASS kernel: nftables: answers\nFAIL sysctls: a: it is 0; fix: sysctl -w a=1\n"
         );
     }
 

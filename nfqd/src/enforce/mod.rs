@@ -57,7 +57,7 @@ pub struct Enforcer {
     counters: CarriedCounters,
 }
 
-/// Whether a packet begins a conversation and is an answer in the same.
+/// Whether a packet begins a conversation and is its own answer: both endpoints are equal.
 fn answers_itself(packet: &Packet) -> bool {
     const SYN: u8 = 2;
     /// FIN, SYN, RST and ACK.
@@ -143,7 +143,7 @@ impl Enforcer {
 
     /// Whether no worker is stuck.
     pub fn have_workers_moved(&mut self) -> bool {
-        // Each is looked at, so that the next call compares with this one.
+        // No short circuit: each call also records the batch that the next one compares with.
         self.workers.iter_mut().fold(true, |all, worker| worker.has_moved() & all)
     }
 
@@ -179,7 +179,7 @@ impl Enforcer {
 
     /// Whether a packet answers a conversation that its middlebox has begun, as the kernel remembers.
     pub fn has_begun(&mut self, snapshot: &Snapshot, network: NetworkId, packet: &Packet) -> bool {
-        // One that a middlebox sends to itself may begin the conversation that it answers.
+        // A packet from a middlebox to itself may begin the conversation that it answers.
         let key = snapshot.middlebox_at(network, packet.link.source);
         let middlebox = key.and_then(|key| snapshot.policy().get(key));
         if middlebox.is_some_and(|its| !its.services().is_empty()) && answers_itself(packet) {

@@ -22,15 +22,15 @@ pub enum Reason {
     NoBackendPassed,
     /// A service sends it to a backend.
     Service,
-    /// It is a reply of a redirected flow.
+    /// The packet is a reply of a redirected flow.
     Reply,
-    /// It is an ICMP error about a redirected flow.
+    /// The packet is an ICMP error about a redirected flow.
     FlowError,
     /// A deny rule matches.
     DenyRule,
     /// No allow rule matches, and the middlebox is closed.
     DefaultDeny,
-    /// It may hide the fields that rules compare.
+    /// The packet may hide the fields that rules compare.
     TransportHidden,
     /// The MACs of the backends are not known.
     BackendUnresolved,

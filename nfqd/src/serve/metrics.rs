@@ -101,7 +101,7 @@ pub const METRICS: [Metric; 33] = {
             Gauge,
             Global,
             &[],
-            "Things that are wrong, as the first line of the status counts them.",
+            "Problems, as the first line of the status counts them.",
         ),
         metric(
             "nfqd_enforced",
@@ -139,7 +139,7 @@ pub const METRICS: [Metric; 33] = {
             Counter,
             Global,
             &["queue"],
-            "Dropped packets whose senders were told.",
+            "Dropped packets that were rejected with a TCP reset or an ICMP error.",
         ),
         metric(
             "nfqd_queue_redirected_packets_total",
@@ -389,8 +389,8 @@ fn of_backend(name: &str, backend: &BackendStatus) -> u64 {
 pub fn reference() -> String {
     let mut out = String::from(
         "# Metrics\n\n`nfqd serve` shows them at `/metrics`, in Prometheus' text format. `?scope=` takes `global`, `middlebox`, `service` and \
-         `rules`,\nseveral with commas; without it all but `rules` are shown. `?middlebox=MAC` limits the series to one middlebox. Counters of the\n\
-         kernel are up to a second old. Made from `nfqd/src/serve/metrics.rs`, and compared with it by a test.\n",
+         `rules`,\nseparated by commas; by default all but `rules`. `?middlebox=MAC` selects one middlebox. Kernel counters are read at most once a\n\
+         second, less often for a large ruleset. Generated from `nfqd/src/serve/metrics.rs`; a test compares the two.\n",
     );
     for scope in Scope::ALL {
         let _ = write!(

@@ -155,8 +155,8 @@ fn read_request(stream: &mut TcpStream, local: SocketAddr) -> io::Result<Result<
     Ok(Ok(Request { path: path.to_string(), query: query.to_string() }))
 }
 
-/// Whether a request to a loopback address names that: a page from elsewhere may have its own name lead
-/// here (DNS rebinding).
+/// Whether a request's Host is allowed: on a loopback address it must be one, because a foreign site
+/// may resolve its own name to it (DNS rebinding).
 fn is_own_name(host: &str, local: SocketAddr) -> bool {
     if !local.ip().is_loopback() {
         return true;

@@ -1,5 +1,5 @@
 //! Trace: what would happen to a packet now, and why. The enforcing engine decides, by the live policy
-//! and flow table, without a side effect; the reasons are found out beside it.
+//! and flow table, without side effects; the reasons are derived separately.
 
 pub mod words;
 
@@ -257,8 +257,8 @@ fn kernel_names(
         Protocol::UDP => "udp",
         _ => return out,
     };
-    let is_own = if ingress.is_own { "it is in it" } else { "it is not in it" };
-    out.push(format!("set {prefix}own_{protocol}{family}: what the middlebox has begun; {is_own}"));
+    let is_own = if ingress.is_own { "present" } else { "absent" };
+    out.push(format!("set {prefix}own_{protocol}{family}: the middlebox's own flows; {is_own}"));
     out.push(format!(
         "maps {prefix}flows_{protocol}{family}, {prefix}flows_port_{protocol}{family}: cached flows"
     ));

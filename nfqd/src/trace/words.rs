@@ -45,7 +45,7 @@ const REST: &str = "not expected here; behind the addresses are TCP flags (syn, 
 /// The source MAC of a packet whose words name none.
 const DEFAULT_SOURCE: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xfe]);
 
-/// What is behind the addresses.
+/// The words after the addresses.
 struct Rest {
     flags: Vec<&'static str>,
     icmp: (u8, u8),

@@ -77,8 +77,8 @@ impl Default for Slots {
 /// The addresses of backends on a network.
 type CountedBackends = (NetworkId, Arc<BTreeMap<IpAddr, Option<Instant>>>);
 
-/// The time for which packets of a backend that was removed are known as such: as long as TCP sends a
-/// segment again (tcp_retries2 of 15: 924 s).
+/// The time for which a removed backend's packets are still recognized: longer than TCP retransmits a
+/// segment (924 s with tcp_retries2 = 15).
 const FORMER_TIME: Duration = Duration::from_secs(960);
 /// The most backends of a middlebox that were removed and are still known.
 const MAX_FORMER: usize = 255;

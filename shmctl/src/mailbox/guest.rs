@@ -59,7 +59,7 @@ impl From<Duration> for Patience<'_> {
     }
 }
 
-/// The reason a wait has ended without what was waited for.
+/// The reason a wait ended before its condition was met.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum GaveUp {
     Timeout,

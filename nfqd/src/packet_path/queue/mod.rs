@@ -160,9 +160,9 @@ impl Queue {
         Ok(queue)
     }
 
-    /// Takes over the socket of a queue that an nfqd before this one had bound, with the packets that wait
-    /// there. Those that it had received and not answered are dropped, because nobody knows them any
-    /// more: their senders send them again.
+    /// Takes over a queue's socket from an earlier nfqd, with the packets that wait in it. Packets that
+    /// the earlier nfqd had received without a verdict are dropped, because their contents are lost;
+    /// TCP retransmits them.
     ///
     /// # Errors
     /// If the socket is not that of the queue.
@@ -170,7 +170,7 @@ impl Queue {
         let other = |errno| QueueError::Other { queue: number, errno };
         let queue = Queue { number, socket, overruns: 0 };
         let port = getsockname::<NetlinkAddr>(queue.socket.as_raw_fd()).map_err(other)?.pid();
-        // Before it is looked what waits, so that a packet that comes meanwhile is not taken for old.
+        // Read before the socket, so that a packet that arrives in between does not count as old.
         let sequence = last_id(number, port).ok_or(QueueError::Taken(number))?;
         let old = match queue.first_waiting().map_err(other)? {
             Some(first) => first.checked_sub(1),
