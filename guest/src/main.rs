@@ -9,10 +9,11 @@ mod words;
 
 use clap::{CommandFactory, Parser};
 use device::Device;
-use nfqd_shmctl::mailbox::guest::{Patience, SendError, send_message};
-use nfqd_shmctl::{Command, Region, Reply, split_lines};
+use nfqd_shmctl::mailbox::guest::{Patience, SendError, lock, send_locked, send_message};
+use nfqd_shmctl::{Command, Region, RegionLock, Reply, split_lines};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,8 +35,7 @@ struct Cli {
     /// Write a message into the mailbox as it is, marks included
     #[arg(short = 'w', value_name = "@COMMAND@", required_unless_present = "file")]
     write: Option<String>,
-    /// Send the commands of a file, one per line, # comments; in one transaction if they fit into the
-    /// mailbox
+    /// Send the commands of a file, one per line, # comments. Nothing is sent if one is not valid
     #[arg(short = 'f', value_name = "FILE", conflicts_with = "write")]
     file: Option<PathBuf>,
     /// The ivshmem device
@@ -138,12 +138,28 @@ struct Sender {
     region: Region,
     timeout: Duration,
     interruption: Interruption,
+    /// Held while several messages belong together: a query for a free number, and the new rule.
+    lock: OnceCell<RegionLock>,
 }
 
 impl Sender {
+    fn patience(&self) -> Patience<'_> {
+        Patience { timeout: self.timeout, interrupted: Some(&*self.interruption.flag) }
+    }
+
+    /// Keeps other senders of this VM out until this one ends.
+    fn lock(&self) -> Result<(), SendError> {
+        if self.lock.get().is_none() {
+            let _ = self.lock.set(lock(&self.region, self.patience())?);
+        }
+        Ok(())
+    }
+
     fn send(&self, message: &str) -> Result<Vec<Reply>, SendError> {
-        let interrupted = Some(&*self.interruption.flag);
-        send_message(&self.region, message, Patience { timeout: self.timeout, interrupted })
+        match self.lock.get() {
+            Some(lock) => send_locked(&self.region, lock, message, self.patience()),
+            None => send_message(&self.region, message, self.patience()),
+        }
     }
 
     /// Sends commands in as few messages as possible; stops after a message with a rejection.
@@ -159,7 +175,15 @@ impl Sender {
             let count = fit.count().max(1);
             let (now, later) = rest.split_at(count.min(rest.len()));
             let message: String = now.iter().map(|command| format!("@{command}@")).collect();
-            replies.extend(self.send(&message)?);
+            match self.send(&message) {
+                Ok(more) => replies.extend(more),
+                Err(error) if replies.is_empty() => return Err(error),
+                Err(error) => {
+                    // What has been carried out is said.
+                    replies.iter().for_each(|reply| println!("{reply}"));
+                    return Err(error);
+                }
+            }
             if !replies.iter().all(Reply::is_ok) {
                 break;
             }
@@ -189,7 +213,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli, interruption: &Interruption) -> Result<Vec<Reply>, Failure> {
     let sender = || -> Result<Sender, Failure> {
         let region = open(cli).map_err(Failure::NoDevice)?;
-        Ok(Sender { region, timeout: cli.timeout, interruption: interruption.clone() })
+        let (timeout, interruption) = (cli.timeout, interruption.clone());
+        Ok(Sender { region, timeout, interruption, lock: OnceCell::new() })
     };
     if let Some(message) = &cli.write {
         return Ok(sender()?.send(message)?);
@@ -199,20 +224,33 @@ fn run(cli: &Cli, interruption: &Interruption) -> Result<Vec<Reply>, Failure> {
         return Ok(sender()?.send_commands(&commands)?);
     }
     let Some(words) = &cli.words else { return Ok(Vec::new()) };
+    let asked: OnceCell<Sender> = OnceCell::new();
     let ask = |query: &str| {
         let query_error = |error: Failure| WordsError::Query(error.to_string());
-        let replies = sender().and_then(|sender| Ok(sender.send_commands(&[query.to_string()])?));
-        match replies.map_err(query_error)?.first() {
+        let opened = sender().map_err(query_error)?;
+        let sender = asked.get_or_init(|| opened);
+        let replies = sender.lock().and_then(|()| sender.send_commands(&[query.to_string()]));
+        match replies.map_err(|error| query_error(error.into()))?.first() {
             Some(Reply::Ok(text)) => Ok(text.clone()),
             other => Err(WordsError::Query(other.map(Reply::to_string).unwrap_or_default())),
         }
     };
     let commands = words.commands(ask)?;
-    let sender = sender()?;
+    let is_new_rule = asked.get().is_some();
+    let sender = match asked.into_inner() {
+        Some(sender) => sender,
+        None => sender()?,
+    };
     if let Words::Watch { interval, .. } = words {
         return watch(&sender, &commands, *interval);
     }
-    Ok(sender.send_commands(&commands)?)
+    let replies = sender.send_commands(&commands)?;
+    if is_new_rule && replies.iter().any(Reply::is_ok) && !replies.iter().all(Reply::is_ok) {
+        // A part of a new rule would match more than all of it.
+        let remove = commands.first().and_then(|command| words::removal_of(command));
+        remove.map(|remove| sender.send_commands(&[remove])).transpose()?;
+    }
+    Ok(replies)
 }
 
 /// Shows the reply to a query again and again, until it is rejected or the program interrupted.

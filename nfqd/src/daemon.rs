@@ -78,6 +78,9 @@ struct ObservedStatus {
 /// Requests that all observers together may send in a second.
 const OBSERVER_REQUESTS: u32 = 200;
 
+/// The requests that a trace counts for.
+const TRACE_COST: u32 = 8;
+
 /// The most decisions of an answer.
 const MAX_OBSERVED: usize = 500;
 
@@ -335,6 +338,10 @@ impl Daemon {
             return line(&Answer::Error(RequestError::new(ErrorCode::Busy, message)));
         }
         self.observer_limiter.count();
+        // A trace takes longer than another answer.
+        for _ in 1..if matches!(request, Request::Trace(_)) { TRACE_COST } else { 1 } {
+            self.observer_limiter.count();
+        }
         match request {
             Request::Status => self.observed_status(),
             other => line(&self.answer(other)),

@@ -37,6 +37,9 @@ pub enum DomainError {
         "the domain has several shmem devices of the model ivshmem-plain; name one with shmem= in the metadata"
     )]
     Several,
+    /// A value contains what separates values.
+    #[error("'{0}' in the domain's XML contains a comma or a blank")]
+    Value(String),
     /// The domain has no network interface on a bridge.
     #[error("the domain has no network interface whose MAC its channel could speak for")]
     NoInterface,
@@ -99,6 +102,10 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
             keys.push(format!("{}={value}", name.name()));
         }
     }
+    let is_wrong = |key: &&String| key.contains(|c: char| c == ',' || c.is_whitespace());
+    if let Some(key) = keys.iter().find(is_wrong) {
+        return Err(DomainError::Value(key.clone()));
+    }
     keys.extend(group.map(|group| format!("group={group},mode=0660")));
     Ok(Some(keys.join(",")))
 }
@@ -122,8 +129,8 @@ pub fn libvirt(socket: &Path, domain: &str, operation: &str, xml: &str) {
     let request = if operation == "prepare" {
         Request::Attach { channel }
     } else {
-        let name = channel.split(',').next().unwrap_or_default().to_string();
-        Request::Detach { name }
+        // With its keys: the memory may be that of another domain by now.
+        Request::Detach { name: channel }
     };
     match ask(socket, &request) {
         Ok(Answer::Error(error)) => complain(domain, &error.to_string()),
@@ -196,5 +203,7 @@ mod tests {
         let detached = DOMAIN.replace("<source bridge='kvmbr0'/>", "");
         assert_eq!(channel_of(&detached, None), Err(DomainError::NoInterface));
         assert!(matches!(channel_of("<domain", None), Err(DomainError::Xml(_))));
+        let more = DOMAIN.replace("10.129.126.15<", "10.129.126.15,mac=2:0:0:0:0:1<");
+        assert!(matches!(channel_of(&more, None), Err(DomainError::Value(_))));
     }
 }

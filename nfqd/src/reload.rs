@@ -39,7 +39,9 @@ pub(crate) fn reload(
     }
     plane.commit(before).map_err(|_| ReloadError::NotEnforced)?;
     plane.save();
-    let attached: Vec<ShmSpec> = plane.attached.specs().cloned().collect();
+    // The configuration takes precedence, as at the start.
+    let is_other = |spec: &&ShmSpec| new.shm.iter().all(|its| its.path != spec.path);
+    let attached: Vec<ShmSpec> = plane.attached.specs().filter(is_other).cloned().collect();
     let wanted: Vec<&ShmSpec> = new.shm.iter().chain(&attached).collect();
     let is_wanted =
         |channel: &Channel| channel.error().is_none() && wanted.contains(&channel.spec());

@@ -48,5 +48,5 @@ pub use language::value::{
     AddressRange, EtherType, Fragment, FragmentMatch, MacAddr, MacMask, NumberRange,
     ParseValueError, Protocol, TcpFlags,
 };
-pub use region::{DEFAULT_SIZE, Region, RegionError};
+pub use region::{DEFAULT_SIZE, Region, RegionError, RegionLock};
 pub use region_file::{Ownership, RegionFile};

@@ -8,23 +8,33 @@
 #![allow(clippy::unwrap_used)]
 
 use etherparse::PacketBuilder;
+use nfqd_rules::packet::{IpHeader, Packet};
+use nfqd_shmctl::MacAddr;
 use nfqd_tests::daemon::{Daemon, steer};
 use nfqd_tests::echo::{Asker, Echo};
 use nfqd_tests::load::{LoadServer, Member, allow_files, connect_all};
 use nfqd_tests::netns::{Host, in_netns, run};
 use nfqd_tests::pool::{Fixture, backend_ip, backends};
-use nfqd_tests::topology::{VM, VM_MAC, wait_for};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, sendto, socket};
+use nfqd_tests::topology::{CLIENT_MAC, VM, VM_MAC, wait_for};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto,
+    setsockopt, socket, sockopt,
+};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 const BACKENDS: u8 = 4;
+/// A host that has nothing to do with all this.
+const BYSTANDER: Ipv4Addr = Ipv4Addr::new(10, 129, 126, 4);
+const BYSTANDER_MAC: &str = "02:00:00:00:03:02";
+const SYN: u8 = 2;
 /// The port of the middlebox that is denied.
 const DENIED: u16 = 23;
 /// The time that an answer may take: nfqd may be absent, and TCP waits longer each time it sends again.
@@ -49,24 +59,51 @@ impl Random {
     }
 }
 
-/// Counts packets that a host must not get, by rules of nftables.
-fn watch(host: &Host, rules: &[&str]) {
-    host.run("nft add table inet watch");
-    for hook in ["input", "forward"] {
-        host.run(&format!(
-            "nft add chain inet watch {hook} {{ type filter hook {hook} priority 0 ; }}"
-        ));
-    }
-    for rule in rules {
-        host.run(&format!("nft add rule inet watch input {rule} counter"));
-    }
+/// A watch for packets that a host must not get.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Vec<String>>,
 }
 
-/// Returns what a host has got that it must not get: lines of its ruleset that have counted.
-fn caught(host: &Host) -> Vec<String> {
-    let list = host.run("nft list table inet watch");
-    let counted = list.lines().filter(|line| line.contains("counter packets"));
-    counted.filter(|line| !line.contains("packets 0 ")).map(str::to_string).collect()
+impl Watch {
+    /// Watches the packets to a host with this MAC.
+    fn start(host: &Host, mac: MacAddr, is_wrong: fn(&IpHeader) -> bool) -> Watch {
+        let socket = host.enter(|| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let socket =
+                socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).unwrap();
+            setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20)).unwrap();
+            let timeout = nix::sys::time::TimeVal::new(0, 100_000);
+            setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).unwrap();
+            socket
+        });
+        let stop = Arc::new(AtomicBool::new(false));
+        let its_stop = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let (mut wrong, mut buffer) = (Vec::new(), vec![0; 70_000]);
+            while !its_stop.load(Relaxed) {
+                let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) else {
+                    continue;
+                };
+                let packet = Packet::from_frame(&buffer[..length]);
+                let packet = packet.filter(|packet| packet.link.destination == mac);
+                if let Some(packet) =
+                    packet.filter(|packet| packet.ip.as_ref().is_some_and(is_wrong))
+                {
+                    wrong.push(format!("{packet:?}"));
+                    wrong.truncate(5);
+                }
+            }
+            wrong
+        });
+        Watch { stop, thread }
+    }
+
+    /// Returns some of the packets that the host has got and must not.
+    fn finish(self) -> Vec<String> {
+        self.stop.store(true, Relaxed);
+        self.thread.join().unwrap()
+    }
 }
 
 /// A small disk in place of a directory, with the files that it had.
@@ -129,7 +166,6 @@ const EVENTS: [Event; 16] = [
 ];
 
 struct Chaos {
-    fixture: Fixture,
     flooder: Host,
     daemon: Daemon,
     /// The region of another guest, which is cut and made again.
@@ -281,7 +317,7 @@ impl Chaos {
         let seed = self.random.below(1 << 32);
         self.flooder.enter(|| {
             let raw = SockFlag::SOCK_CLOEXEC;
-            let protocol = nix::sys::socket::SockProtocol::Raw;
+            let protocol = SockProtocol::Raw;
             let socket = socket(AddressFamily::Inet, SockType::Raw, raw, protocol).unwrap();
             let [a, b, c, d] = VM.octets();
             let to = SockaddrIn::new(a, b, c, d, 0);
@@ -377,7 +413,7 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
         let other_region = folder.path().join("other");
         std::fs::write(&other_region, vec![0; 1 << 20]).unwrap();
         let flooder = Host::attach("br0", "flood", "02:00:00:00:03:01", &["10.129.126.3/24"]);
-        let bystander = Host::attach("br0", "other", "02:00:00:00:03:02", &["10.129.126.4/24"]);
+        let bystander = Host::attach("br0", "other", BYSTANDER_MAC, &["10.129.126.4/24"]);
         let names = || (0..BACKENDS).map(|n| b'0' + n);
         let _servers: Vec<LoadServer> = fixture
             .backends
@@ -391,9 +427,24 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
             .zip(names())
             .map(|(host, name)| Echo::start(host, name, 53))
             .collect();
-        watch(&fixture.vm, &[&format!("udp dport {DENIED}"), "tcp dport 80 tcp flags & syn == 0"]);
-        watch(&fixture.client, &["ip saddr 10.129.126.100-10.129.126.110"]);
-        watch(&bystander, &["ip daddr != 10.129.126.4 fib daddr type unicast"]);
+        let mac = |text: &str| text.parse::<MacAddr>().unwrap();
+        let is_denied_or_within = |ip: &IpHeader| {
+            let to = ip.ports.map(|ports| ports.destination);
+            let is_within = ip.tcp_flags.is_some_and(|flags| flags & SYN == 0);
+            to == Some(DENIED) || (to == Some(80) && is_within)
+        };
+        let is_of_backend = |ip: &IpHeader| {
+            (0..BACKENDS).any(|n| ip.source == std::net::IpAddr::from(backend_ip(n)))
+        };
+        let is_of_others = |ip: &IpHeader| {
+            let own = std::net::IpAddr::from(BYSTANDER);
+            ip.destination.is_ipv4() && !ip.destination.is_multicast() && ip.destination != own
+        };
+        let watches = [
+            ("the middlebox", Watch::start(&fixture.vm, mac(VM_MAC), is_denied_or_within)),
+            ("the client", Watch::start(&fixture.client, mac(CLIENT_MAC), is_of_backend)),
+            ("a bystander", Watch::start(&bystander, mac(BYSTANDER_MAC), is_of_others)),
+        ];
 
         let other = other_region.display().to_string();
         let mut daemon = Daemon::start(&["--shm", &format!("{other},mac=02:00:00:00:09:09")]);
@@ -417,17 +468,8 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
         let stop = AtomicBool::new(false);
         let random = Random(seed);
         let (counts, late) = (BTreeMap::new(), Vec::new());
-        let mut chaos = Chaos {
-            fixture,
-            flooder,
-            daemon,
-            other_region,
-            disk,
-            random,
-            lost: None,
-            counts,
-            late,
-        };
+        let mut chaos =
+            Chaos { flooder, daemon, other_region, disk, random, lost: None, counts, late };
         let probing = Host::attach("br0", "probe", "02:00:00:00:03:03", &["10.129.126.5/24"]);
         std::thread::scope(|scope| {
             let mut asking = Vec::new();
@@ -464,12 +506,8 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
             assert!(asked.iter().all(Result::is_ok), "{asked:?}\n{log:#?}");
             assert!(answers > 0 && tried > 100);
         });
-        for (name, host) in [
-            ("the middlebox", &chaos.fixture.vm),
-            ("the client", &chaos.fixture.client),
-            ("a bystander", &bystander),
-        ] {
-            assert_eq!(caught(host), Vec::<String>::new(), "{name}");
+        for (name, watch) in watches {
+            assert_eq!(watch.finish(), Vec::<String>::new(), "{name}");
         }
         assert_eq!(chaos.late, Vec::<String>::new(), "not in status within a second");
         // In the end everything is well again, and the connections are all there.

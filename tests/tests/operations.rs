@@ -332,8 +332,10 @@ fn metrics_and_the_page_follow_the_daemon() {
         let child = command.args(["serve", "--socket"]).arg(daemon.control()).spawn().unwrap();
         let _serve = Process(child);
         wait_for("the page", || std::net::TcpStream::connect(listen).is_ok());
-        let backend =
-            format!("middlebox=\"{VM_MAC}\",vip=\"{VM}:80\",backend=\"{}:80\"", backend_ip(0));
+        let backend = format!(
+            "network=\"br0\",middlebox=\"{VM_MAC}\",vip=\"{VM}:80\",backend=\"{}:80\"",
+            backend_ip(0)
+        );
         let shows = |path: &str, text: &str| get(listen, path).1.contains(text);
         let up = |value: u8| format!("nfqd_backend_up{{{backend}}} {value}\n");
         wait_for("the backend", || shows("/metrics", &up(1)));
@@ -341,7 +343,9 @@ fn metrics_and_the_page_follow_the_daemon() {
         assert!(!shows("/metrics", "nfqd_rule_packets_total"));
         assert!(shows(
             "/metrics?scope=rules",
-            &format!("nfqd_rule_packets_total{{middlebox=\"{VM_MAC}\",rule=\"#7\"}} 0")
+            &format!(
+                "nfqd_rule_packets_total{{network=\"br0\",middlebox=\"{VM_MAC}\",rule=\"#7\"}} 0"
+            )
         ));
         let (head, body) = get(listen, "/api/status");
         let json: Value = serde_json::from_str(&body).unwrap();

@@ -5,6 +5,7 @@ mod conditions;
 use clap::{Args, Subcommand};
 use conditions::fields;
 use nfqd_shmctl::{Command, MacAddr};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// The commands in words.
@@ -262,15 +263,24 @@ impl Rule {
     }
 }
 
-/// Returns the first number behind those of all rules of a kind in the reply to a query; `None` if the
-/// reply does not show all of them.
+/// Returns the command that removes the rule that a command adds to.
+pub(crate) fn removal_of(command: &str) -> Option<String> {
+    match Command::parse(command).ok()? {
+        Command::Add { mac, rule, .. } => Some(format!("D {mac} {rule}")),
+        _ => None,
+    }
+}
+
+/// Returns the first number that no rule of a kind has in the reply to a query; `None` if the reply does
+/// not show all rules.
 fn next_rule(sign: char, reply: &str) -> Option<u16> {
     if reply.ends_with("and more, ask for one middlebox") {
         return None;
     }
     let names = reply.split("; ").filter_map(|part| part.split_once(" packets "));
     let numbers = names.filter_map(|(name, _)| name.strip_prefix(sign)?.parse::<u16>().ok());
-    numbers.max().unwrap_or(0).checked_add(1)
+    let numbers: BTreeSet<u16> = numbers.collect();
+    (1..=u16::MAX).find(|number| !numbers.contains(number))
 }
 
 fn undo(what: &str, frontend: Option<&str>, mac: MacAddr) -> Result<String, WordsError> {
@@ -300,8 +310,8 @@ mod tests {
     fn commands(line: &str) -> Result<Vec<String>, String> {
         let words = std::iter::once("nfqd-guest").chain(line.split_whitespace());
         let line = Line::try_parse_from(words).map_err(|error| error.to_string())?;
-        let rules =
-            "02:00:00:00:00:09 packets 0 bytes 0; #3 packets 1 bytes 2; +1 packets 0 bytes 0";
+        let rules = "02:00:00:00:00:09 packets 0 bytes 0; #1 packets 1 bytes 2; #2 packets 1 \
+             bytes 2; #65535 packets 0 bytes 0; +1 packets 0 bytes 0";
         line.words.commands(|_| Ok(rules.to_string())).map_err(|error| error.to_string())
     }
 
@@ -310,7 +320,7 @@ mod tests {
         for (words, expected) in [
             ("register 10.0.0.9", "R F MB 10.0.0.9"),
             ("register 10.0.0.9 --deny", "R F MB 10.0.0.9 deny"),
-            ("deny from 10.1.0.0/16", "A MB #4 I 1 s 10.1.0.0/16"),
+            ("deny from 10.1.0.0/16", "A MB #3 I 1 s 10.1.0.0/16"),
             ("allow from 10.1.0.0/16", "A MB +2 I 1 s 10.1.0.0/16"),
             ("allow --rule 7 tcp to-port 22", "A MB +7 T 2 d 22"),
             (

@@ -61,7 +61,8 @@ pub enum Request {
     },
     /// Remove a channel that was attached.
     Detach {
-        /// The name, or the path of the region.
+        /// The name, or the path of the region. With keys behind it, only a channel with these keys is
+        /// removed.
         name: String,
     },
 }

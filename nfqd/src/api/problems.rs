@@ -52,6 +52,11 @@ impl Status {
                 add("NETWORK", &format!("{}: {problem}", middlebox.mac));
             }
         }
+        for middlebox in &self.middleboxes {
+            if let Some(rate) = middlebox.flood {
+                add("FLOOD", &format!("{}: {rate} new flows a second", middlebox.mac));
+            }
+        }
         let services = || {
             let of = |middlebox| services_of(middlebox).map(move |service| (middlebox, service));
             self.middleboxes.iter().flat_map(of)

@@ -94,6 +94,9 @@ pub struct MiddleboxStatus {
     /// The traffic to it that its services do not take, and why.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub not_balanced: Option<String>,
+    /// New flows a second, if there are very many: a flood.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub flood: Option<u32>,
     /// The address of the firewall service.
     pub firewall: Option<String>,
     /// Packets to it.

@@ -27,12 +27,29 @@ pub struct Activity {
     /// The age in seconds of the last packet from it that was no refusal (TCP reset, ICMP error) and
     /// passed the engine.
     pub answered: Option<u32>,
-    /// The age in seconds of the last answer to a new flow.
-    pub accepted: Option<u32>,
+    /// The age in seconds of the last answer to a new flow of TCP.
+    pub accepted_tcp: Option<u32>,
+    /// The age in seconds of the last answer to a new flow of another protocol.
+    pub accepted_other: Option<u32>,
     /// The age in seconds of the first new flow since the last answer to one.
     pub unanswered: Option<u32>,
     /// The number of packets from the backend, without refusals.
     pub replies: u64,
+    /// The time of the last reading of the kernel's counters.
+    pub counted: Option<Instant>,
+}
+
+impl Activity {
+    /// Returns the age of the last answer to a new flow of the kind that a check is about.
+    fn accepted(&self, kind: ProbeKind) -> Option<u32> {
+        match kind {
+            ProbeKind::Tcp(_) => self.accepted_tcp,
+            ProbeKind::Udp(_) => self.accepted_other,
+            ProbeKind::Neighbour => {
+                [self.accepted_tcp, self.accepted_other].into_iter().flatten().min()
+            }
+        }
+    }
 }
 
 /// What is known of backends that do not simply pass their checks.
@@ -82,6 +99,14 @@ impl Pool<'_> {
 }
 
 impl Assessor {
+    /// Begins the drains of a middlebox' backends with these addresses anew.
+    pub(super) fn restart_drains(&mut self, middlebox: MiddleboxKey, names: &[BackendName]) {
+        self.drains.retain(|key, _| {
+            let is_named = names.iter().any(|name| name.ip == key.backend.ip);
+            key.middlebox != middlebox || !is_named
+        });
+    }
+
     /// Assesses all backends. `activity` returns the traffic of one that has a slot.
     pub(super) fn assess(
         &mut self,
@@ -94,9 +119,10 @@ impl Assessor {
         let mut watched = BTreeMap::new();
         let mut drains = BTreeMap::new();
         for (key, middlebox) in desired.policy.middleboxes() {
-            let Some(network) = desired.slots.network_of(*key) else { continue };
+            let network = desired.slots.network_of(*key);
             for (frontend, service) in middlebox.services() {
-                let pool = Pool { middlebox: *key, frontend, network, service };
+                let (middlebox, any) = (*key, NetworkId::ANY);
+                let pool = Pool { middlebox, frontend, network: network.unwrap_or(any), service };
                 for (name, backend) in service.backends() {
                     let Some(Drain::For(seconds)) = backend.drain else { continue };
                     let key = pool.key(name);
@@ -106,6 +132,9 @@ impl Assessor {
                     if now >= start + Duration::from_secs(u64::from(seconds)) {
                         out.liveness.insert(key, Liveness::Drained);
                     }
+                }
+                if network.is_none() {
+                    continue;
                 }
                 self.assess_pool(&pool, health, &activity, now, &mut watched, &mut out);
             }
@@ -131,7 +160,7 @@ impl Assessor {
             let doubtful = probe.filter(|probe| health.is_doubtful(*probe));
             let seen = doubtful.and_then(|_| activity(&key)).unwrap_or_default();
             if doubtful.is_some() {
-                watched.insert(key, self.count_replies(&key, seen.replies, now));
+                watched.insert(key, self.count_replies(&key, &seen, now));
             }
             let takes = backend.drain.is_none();
             takers += usize::from(takes);
@@ -147,9 +176,13 @@ impl Assessor {
                 age.is_some_and(|age| Duration::from_secs(u64::from(age)) <= EVIDENCE_AGE)
             };
             let counted = watched.get(&key).and_then(|(_, increased)| *increased);
-            let answers =
-                is_recent(seen.answered) || counted.is_some_and(|at| now - at <= EVIDENCE_AGE);
-            if is_recent(seen.accepted) || (answers && probe.kind == ProbeKind::Neighbour) {
+            // Readings are rare if they take long; until the next one, the last one is the newest.
+            let is_newest = |at: Instant| seen.counted.is_some_and(|reading| reading <= at);
+            let answers = is_recent(seen.answered)
+                || counted.is_some_and(|at| now - at <= EVIDENCE_AGE || is_newest(at));
+            if is_recent(seen.accepted(probe.kind))
+                || (answers && probe.kind == ProbeKind::Neighbour)
+            {
                 out.vouched_for.insert(key);
                 up += usize::from(takes);
             } else if answers {
@@ -172,7 +205,13 @@ impl Assessor {
 
     /// Notes the packets that were counted from a backend. They are counted in two places, one after
     /// the other, so only more than there have ever been are new.
-    fn count_replies(&self, key: &SlotKey, count: u64, now: Instant) -> (u64, Option<Instant>) {
+    fn count_replies(
+        &self,
+        key: &SlotKey,
+        seen: &Activity,
+        now: Instant,
+    ) -> (u64, Option<Instant>) {
+        let count = seen.replies;
         match self.replies.get(key).copied() {
             None => (count, None),
             Some((most, _)) if count > most => (count, Some(now)),
@@ -246,13 +285,17 @@ mod tests {
     fn answers_are_evidence_of_life() {
         let nothing = Activity::default();
         let answers = Activity { answered: Some(3), ..nothing };
-        let accepts = Activity { accepted: Some(3), answered: Some(3), ..nothing };
-        let long_ago = Activity { accepted: Some(9), answered: Some(9), ..nothing };
+        let accepts = Activity { accepted_tcp: Some(3), answered: Some(3), ..nothing };
+        let by_udp = Activity { accepted_other: Some(3), answered: Some(3), ..nothing };
+        let long_ago = Activity { accepted_tcp: Some(9), answered: Some(9), ..nothing };
         for (option, seen, expected) in [
             ("", nothing, Dead),
             ("", answers, Alive),
             (" check=tcp", answers, Failing),
             (" check=tcp", accepts, Alive),
+            (" check=tcp", by_udp, Failing),
+            (" check=udp", accepts, Failing),
+            (" check=udp", by_udp, Alive),
             (" check=tcp", long_ago, Dead),
         ] {
             let mut fixture = fixture(&format!("{POOL}{option}"));
@@ -305,5 +348,13 @@ mod tests {
         assert_eq!(first(fixture.assess(17, seen)), Alive);
         fixture.desired.policy.apply_line("B 2:0:0:0:0:2 = 10.0.0.3 drain=0").unwrap();
         assert_eq!(first(fixture.assess(18, seen)), Liveness::Drained);
+        // The same command again, before anybody has looked, begins anew as well.
+        fixture.desired.policy.apply_line("B 2:0:0:0:0:2 = 10.0.0.3 drain=7").unwrap();
+        assert_eq!(first(fixture.assess(20, seen)), Alive);
+        let middlebox = *fixture.desired.policy.middleboxes().keys().next().unwrap();
+        let name = BackendName { ip: std::net::IpAddr::from([10, 0, 0, 3]), port: None };
+        fixture.assessor.restart_drains(middlebox, &[name]);
+        assert_eq!(first(fixture.assess(28, seen)), Alive);
+        assert_eq!(first(fixture.assess(35, seen)), Liveness::Drained);
     }
 }

@@ -117,6 +117,11 @@ impl Backends {
         self.assessment.liveness(key)
     }
 
+    /// Begins the drains of a middlebox' backends anew, because a command has named them.
+    pub fn restart_drains(&mut self, middlebox: MiddleboxKey, names: &[BackendName]) {
+        self.assessor.restart_drains(middlebox, names);
+    }
+
     /// Whether a backend fails its checks, and is considered alive because it answers on its flows.
     pub fn is_vouched_for(&self, key: &SlotKey) -> bool {
         self.assessment.is_vouched_for(key)
@@ -170,7 +175,8 @@ impl Backends {
             if its_name.is_none_or(|name| host.has_vlans(name)) {
                 continue;
             }
-            let is_asked = probe.is_some_and(|probe| probe.kind == ProbeKind::Neighbour);
+            // A UDP server may have nothing to say, so that its host must answer at least.
+            let is_asked = probe.is_some_and(|probe| !matches!(probe.kind, ProbeKind::Tcp(_)));
             if backend.mac.is_none() || is_asked {
                 wanted.insert((network, name.ip));
             }
@@ -220,6 +226,9 @@ impl Backends {
                         self.health.reset(probe, now);
                     }
                 }
+                Outcome::Answered
+                    if matches!(probe.kind, ProbeKind::Udp(_))
+                        && self.neighbours.is_silent((probe.network, probe.ip)) => {}
                 Outcome::Answered | Outcome::Failed => {
                     self.impossible.remove(&probe);
                     self.record_check(probe, outcome == Outcome::Answered, now);

@@ -81,6 +81,11 @@ impl Neighbours {
         self.watched.get(&address).and_then(|watched| watched.mac)
     }
 
+    /// Whether an address has not answered the last question.
+    pub(super) fn is_silent(&self, address: Address) -> bool {
+        self.watched.get(&address).is_some_and(|watched| watched.unanswered > 0)
+    }
+
     /// Takes what the kernel has noted, and asks for the addresses that are due.
     pub(super) fn refresh(
         &mut self,

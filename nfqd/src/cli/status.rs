@@ -47,6 +47,9 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             middlebox.packets,
             middlebox.bytes
         )?;
+        if let Some(rate) = middlebox.flood {
+            writeln!(out, "    FLOOD: {rate} new flows a second")?;
+        }
         if let Some(traffic) = &middlebox.not_balanced {
             writeln!(out, "    NOT BALANCED: {traffic}")?;
         }
@@ -201,6 +204,7 @@ mod tests {
                 network: Some("br0 vlan 7".to_string()),
                 network_problem: Some("twice".to_string()),
                 not_balanced: Some("the host's".to_string()),
+                flood: Some(6000),
                 firewall: None,
                 packets: 0,
                 bytes: 0,
@@ -232,12 +236,13 @@ mod tests {
             ..Status::default()
         };
         let text = text(&status);
-        assert_eq!(text.lines().next(), Some("NOT ENFORCED: gone (and 10 more)"), "{text}");
+        assert_eq!(text.lines().next(), Some("NOT ENFORCED: gone (and 11 more)"), "{text}");
         assert!(super::text(&Status::default()).starts_with("OK\nnfqd "));
         for line in [
             "channel /r: may speak for every MAC, 2 commands denied - NOT READ: cut",
             "middlebox m on br0 vlan 7: 0 packets, 0 bytes to it - NETWORK: twice",
             "    NOT BALANCED: the host's",
+            "    FLOOD: 6000 new flows a second",
             "    10.0.0.1:80: CHECKS DOUBTED: most backends fail at once; new flows still go to all of them",
             "    rule #1 has dropped 5 packets, 6 bytes - not indexed: nftables has no sets of VLAN ids",
             "FLOW TABLE FULL: 0 of 0 flows; 9 were evicted for others, 0 of them established",

@@ -60,10 +60,12 @@ const KINDS: [&str; 4] = ["middlebox", "backend", "rule", "queue"];
 fn rows(status: &Status) -> Vec<Row> {
     let mut out = Vec::new();
     for middlebox in &status.middleboxes {
-        let mac = &middlebox.mac;
+        let mac = &match &middlebox.network {
+            Some(network) => format!("{} on {network}", middlebox.mac),
+            None => middlebox.mac.clone(),
+        };
         let (packets, bytes) = (middlebox.packets, middlebox.bytes);
-        let note = middlebox.network.clone().unwrap_or_default();
-        out.push(Row { kind: "middlebox", name: mac.clone(), packets, bytes, note });
+        out.push(Row { kind: "middlebox", name: mac.clone(), packets, bytes, note: String::new() });
         for service in &middlebox.services {
             for backend in &service.backends {
                 out.push(Row {

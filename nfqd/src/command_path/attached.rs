@@ -15,6 +15,10 @@ const SHARED_MEMORY: &str = "/dev/shm";
 pub struct AttachedChannels {
     file: PathBuf,
     specs: BTreeMap<PathBuf, (String, ShmSpec)>,
+    /// Lines that are not valid, at the moment or in this version. They are kept.
+    invalid: Vec<String>,
+    /// Whether the file could not be read, so that it must not be replaced.
+    is_unread: bool,
 }
 
 /// The reason a channel cannot be attached or detached.
@@ -29,6 +33,9 @@ pub enum AttachError {
     /// There is no such channel.
     #[error("{0} is not an attached channel; 'nfqd status' shows the channels")]
     Unknown(PathBuf),
+    /// The channel has other keys than the request.
+    #[error("{0} is attached with other keys; it stays")]
+    OtherKeys(PathBuf),
     /// The region cannot be used.
     #[error("{0}")]
     Region(String),
@@ -48,18 +55,28 @@ pub fn path_of(name: &str) -> PathBuf {
 }
 
 impl AttachedChannels {
-    /// Reads the channels that were attached before; lines that are not valid are left out, and logged.
+    /// Reads the channels that were attached before. Lines that are not valid are logged, and kept in the
+    /// file.
     pub fn load(state: &Path) -> AttachedChannels {
         let file = state.join("channels");
-        let text = fs::read_to_string(&file).unwrap_or_default();
-        let mut specs = BTreeMap::new();
-        for line in text.lines().filter(|line| !line.is_empty()) {
+        let (mut specs, mut invalid) = (BTreeMap::new(), Vec::new());
+        let text = fs::read_to_string(&file);
+        let is_unread = text.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
+        if let Err(error) = text.as_ref().map_err(ToString::to_string)
+            && is_unread
+        {
+            log::error!("{}: {error}; attached channels are not read", file.display());
+        }
+        for line in text.unwrap_or_default().lines().filter(|line| !line.is_empty()) {
             match line.parse::<ShmSpec>() {
                 Ok(spec) => drop(specs.insert(spec.path.clone(), (line.to_string(), spec))),
-                Err(error) => log::error!("{}: {line}: {error}; not attached", file.display()),
+                Err(error) => {
+                    log::error!("{}: {line}: {error}; not attached", file.display());
+                    invalid.push(line.to_string());
+                }
             }
         }
-        AttachedChannels { file, specs }
+        AttachedChannels { file, specs, invalid, is_unread }
     }
 
     /// Returns the specifications.
@@ -112,9 +129,15 @@ impl AttachedChannels {
 
     /// Writes the file anew, so that it is whole at any time.
     fn save(&self) -> Result<(), AttachError> {
-        let text: String = self.specs.values().map(|(text, _)| format!("{text}\n")).collect();
+        let lines = self.specs.values().map(|(text, _)| text).chain(&self.invalid);
+        let text: String = lines.map(|line| format!("{line}\n")).collect();
         let new = self.file.with_extension("new");
         let write = || -> io::Result<()> {
+            if self.is_unread {
+                return Err(io::Error::other(
+                    "could not be read at the start, and is not replaced",
+                ));
+            }
             let mut file = File::create(&new)?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
@@ -143,6 +166,19 @@ mod tests {
         assert!(matches!(again.remove(&path_of("vm1")), Err(AttachError::Unknown(_))));
         assert!(AttachedChannels::load(dir.path()).contains(Path::new("/run/vm2")));
         assert!(AttachedChannels::parse("vm1,mac=x").is_err());
+        // What is not valid is kept, and a file that cannot be read is not replaced.
+        let file = dir.path().join("channels");
+        let odd = "/run/vm3,owner=nobody-of-this-name";
+        fs::write(&file, format!("{odd}\n/run/vm2\n")).unwrap();
+        let mut again = AttachedChannels::load(dir.path());
+        again.remove(Path::new("/run/vm2")).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), format!("{odd}\n"));
+        fs::write(&file, b"/run/vm2\n\xff").unwrap();
+        let mut unread = AttachedChannels::load(dir.path());
+        let (text, spec) = AttachedChannels::parse("/run/vm4").unwrap();
+        assert!(unread.add(text, spec).is_err() && fs::read(&file).unwrap().ends_with(b"\xff"));
+        fs::write(&file, "/run/vm2\n").unwrap();
+        let mut again = AttachedChannels::load(dir.path());
         // Nothing is half done if it cannot be saved.
         drop(dir);
         assert!(

@@ -89,6 +89,7 @@ impl ControlPlane {
             self.follow_observations();
         }
         self.enforcer.expire_flows();
+        self.enforcer.meter_new_flows(&self.desired);
         self.enforcer.tick(&self.desired);
         match self.journal.check() {
             Ok(()) if self.unsaved.is_none() => {}
@@ -164,14 +165,22 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Removes a channel that was attached. What its guest has registered stays.
+    /// Removes a channel that was attached. What its guest has registered stays. With keys behind the
+    /// name, only a channel with these keys is removed.
     ///
     /// # Errors
-    /// If there is none of this name.
-    pub fn detach(&mut self, name: &str) -> Result<(), AttachError> {
+    /// If there is none of this name, or it has other keys.
+    pub fn detach(&mut self, text: &str) -> Result<(), AttachError> {
+        let (name, keys) = text.split_once(',').map_or((text, None), |(a, b)| (a, Some(b)));
         let path = attached::path_of(name);
+        let spec = self.attached.specs().find(|spec| spec.path == path).cloned();
+        let spec = spec.ok_or_else(|| AttachError::Unknown(path.clone()))?;
+        if keys.is_some() && AttachedChannels::parse(text)?.1 != spec {
+            return Err(AttachError::OtherKeys(path));
+        }
         self.attached.remove(&path)?;
-        self.channels.retain(|channel| channel.spec().path != path);
+        // One of the configuration with the same region stays.
+        self.channels.retain(|channel| *channel.spec() != spec);
         log::info!("{}: detached", path.display());
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::backends::HostView;
 use crate::bindings::Bindings;
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
 use nfqd_shmctl::mailbox::MailboxMessage;
-use nfqd_shmctl::{Command, ErrorCode, ParsedCommand, Reply};
+use nfqd_shmctl::{BackendChange, Command, ErrorCode, ParsedCommand, Reply};
 use nix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
 
@@ -96,6 +96,12 @@ impl ControlPlane {
         }
         if !applied.is_empty() {
             self.commit(before)?;
+            for command in &applied {
+                let Command::ChangeBackends { mac, change, .. } = command else { continue };
+                if let BackendChange::Drain(names, _) | BackendChange::Up(names) = change {
+                    self.backends.restart_drains(MiddleboxKey { network, mac: *mac }, names);
+                }
+            }
             let result = self.journal.append(network, &applied, &self.desired);
             self.record_saved(result);
         }

@@ -344,7 +344,7 @@ fn remedy(what: &str) -> (Grade, Option<&'static str>) {
         }
         "MAC UNKNOWN" => (Grade::Fail, Some("start the backend, or name its MAC: BACKEND@MAC")),
         "NETWORK" => (Grade::Warn, Some("bind the channel with bridge= and vlan=")),
-        "FLOW TABLE FULL" | "KERNEL MAP FULL" => {
+        "FLOW TABLE FULL" | "KERNEL MAP FULL" | "FLOOD" => {
             (Grade::Warn, Some("nfqd status; look for a flood"))
         }
         _ => (Grade::Warn, None),

@@ -34,6 +34,8 @@ pub(super) struct CarriedCounters {
     full_maps: BTreeSet<String>,
     /// The earliest time of the next reading.
     next_read: Option<Instant>,
+    /// The time of the last reading.
+    last_read: Option<Instant>,
 }
 
 impl CarriedCounters {
@@ -117,6 +119,7 @@ impl CarriedCounters {
             Err(error) => log::warn!("counters: {error}"),
         }
         let pause = MIN_READ_INTERVAL.max(start.elapsed() * READ_SHARE);
+        self.last_read = Some(start);
         self.next_read = Some(Instant::now() + pause);
     }
 }
@@ -168,7 +171,9 @@ impl Enforcer {
         let counted = self.counters.kernel_counters.backends.get(key).copied().unwrap_or_default();
         Activity {
             answered: age(answers.answered),
-            accepted: age(answers.accepted),
+            accepted_tcp: age(answers.accepted_tcp),
+            accepted_other: age(answers.accepted_other),
+            counted: self.counters.last_read,
             unanswered: age(answers.unanswered),
             replies: counted.received.packets.saturating_sub(u64::from(answers.refusals)),
         }

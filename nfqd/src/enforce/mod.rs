@@ -20,9 +20,10 @@ use nfqd_rules::nft::kernel::{Kernel, KernelError, Neighbour};
 use nfqd_rules::nft::options::RulesetOptions;
 use nfqd_rules::packet::Packet;
 use nfqd_rules::pool::Pools;
-use nfqd_rules::{Desired, NetworkId};
+use nfqd_rules::{Desired, MiddleboxKey, NetworkId};
 use nfqd_shmctl::Protocol;
 use nft_monitor::NftMonitor;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -55,7 +56,21 @@ pub struct Enforcer {
     /// The reason frames do not reach the queues.
     steering_error: Option<String>,
     counters: CarriedCounters,
+    /// The middleboxes with very many new flows, and how many a second.
+    floods: Floods,
 }
+
+/// New flows a second of middleboxes that have very many, and the time at which they were counted.
+#[derive(Debug)]
+struct Floods {
+    rates: BTreeMap<MiddleboxKey, u32>,
+    counted: Instant,
+}
+
+/// New flows of a middlebox in a second that are called a flood.
+const FLOOD: u32 = 5000;
+/// The shortest time in which new flows are counted.
+const FLOOD_INTERVAL: Duration = Duration::from_millis(900);
 
 /// Whether a packet begins a conversation and is its own answer: both endpoints are equal.
 fn answers_itself(packet: &Packet) -> bool {
@@ -100,6 +115,7 @@ impl Enforcer {
             calls_tagged: queue_path::calls_tagged(),
             steering_error: None,
             counters: CarriedCounters::default(),
+            floods: Floods { rates: BTreeMap::new(), counted: Instant::now() },
         })
     }
 
@@ -191,6 +207,32 @@ impl Enforcer {
             log::debug!("conversations of middleboxes: {error}");
             false
         })
+    }
+
+    /// Counts the new flows of the last second.
+    pub fn meter_new_flows(&mut self, desired: &Desired) {
+        let (now, before) = (Instant::now(), self.floods.counted);
+        let elapsed = now.duration_since(before);
+        if elapsed < FLOOD_INTERVAL {
+            return;
+        }
+        let seconds = elapsed.as_secs_f64();
+        let least = (f64::from(FLOOD) * seconds) as u32;
+        let keys = desired.policy.middleboxes().keys().copied();
+        let found = self.shared.state.new_flows.take(keys, least);
+        let rates: BTreeMap<MiddleboxKey, u32> = found
+            .into_iter()
+            .map(|(key, count)| (key, (f64::from(count) / seconds) as u32))
+            .collect();
+        for (key, rate) in rates.iter().filter(|(key, _)| !self.floods.rates.contains_key(key)) {
+            log::warn!("{}: {rate} new flows a second", key.mac);
+        }
+        self.floods = Floods { rates, counted: now };
+    }
+
+    /// Returns the new flows a second of a middlebox that has very many.
+    pub fn flood_of(&self, middlebox: MiddleboxKey) -> Option<u32> {
+        self.floods.rates.get(&middlebox).copied()
     }
 
     /// Returns the record of decisions.

@@ -142,6 +142,7 @@ impl PacketContext<'_> {
         ip: &IpHeader,
         event: FlowEvent,
     ) -> CacheAction {
+        self.state.new_flows.count(key.middlebox);
         let state = initial_state(ip, event);
         let original = original_tuple(key.middlebox, ip);
         let reply = self.reply_tuple(key, ip);

@@ -8,6 +8,7 @@
 mod balance;
 pub mod dry_run;
 pub mod expiring_map;
+pub mod flow_meter;
 pub mod flows;
 mod pipeline;
 pub mod reason;
@@ -20,6 +21,7 @@ pub use pipeline::decide;
 pub use snapshot::{FilterScope, Snapshot};
 
 use expiring_map::ExpiringMap;
+use flow_meter::FlowMeter;
 use flows::FlowTable;
 use nfqd_rules::{MiddleboxKey, NetworkId, SlotId};
 use nfqd_shmctl::{Frontend, Protocol};
@@ -30,6 +32,8 @@ use verdict::Decision;
 pub struct EngineState {
     /// The flow table.
     pub flows: FlowTable,
+    /// The meter of new flows.
+    pub new_flows: FlowMeter,
     /// The route of the first fragment of a datagram.
     fragments: ExpiringMap<FragmentKey, FragmentRoute>,
     /// The slot that the flows of a client go to, for services with affinity.
@@ -44,6 +48,7 @@ impl EngineState {
     pub fn new(capacity: usize) -> EngineState {
         EngineState {
             flows: FlowTable::new(capacity),
+            new_flows: FlowMeter::default(),
             fragments: ExpiringMap::new(capacity / 16),
             affinity: ExpiringMap::new(capacity / 4),
         }

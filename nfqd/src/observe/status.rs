@@ -80,6 +80,7 @@ impl<'a> StatusSource<'a> {
             network: name.map(ToString::to_string),
             network_problem: self.network_problem(key, network),
             not_balanced: self.not_balanced(middlebox, name),
+            flood: self.enforcer.flood_of(key),
             firewall: middlebox.firewall().map(|firewall| firewall.ip().to_string()),
             packets: counter.packets,
             bytes: counter.bytes,

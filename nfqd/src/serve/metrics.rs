@@ -81,7 +81,9 @@ const fn metric(
     Metric { name, kind, scope, labels, help }
 }
 
-const BACKEND: &[&str] = &["middlebox", "vip", "backend"];
+const MIDDLEBOX: &[&str] = &["network", "middlebox"];
+const BACKEND: &[&str] = &["network", "middlebox", "vip", "backend"];
+const RULE: &[&str] = &["network", "middlebox", "rule"];
 
 /// Every metric, in the order of the text.
 pub const METRICS: [Metric; 33] = {
@@ -204,14 +206,14 @@ pub const METRICS: [Metric; 33] = {
             "nfqd_middlebox_packets_total",
             Counter,
             Middlebox,
-            &["middlebox"],
+            MIDDLEBOX,
             "Packets to the middlebox.",
         ),
         metric(
             "nfqd_middlebox_bytes_total",
             Counter,
             Middlebox,
-            &["middlebox"],
+            MIDDLEBOX,
             "Bytes to the middlebox, from the IP header on.",
         ),
         metric("nfqd_backend_up", Gauge, Service, BACKEND, "Whether the backend gets new flows."),
@@ -243,16 +245,10 @@ pub const METRICS: [Metric; 33] = {
             "nfqd_rule_packets_total",
             Counter,
             Rules,
-            &["middlebox", "rule"],
+            RULE,
             "Packets that the rule has matched.",
         ),
-        metric(
-            "nfqd_rule_bytes_total",
-            Counter,
-            Rules,
-            &["middlebox", "rule"],
-            "Bytes that it has matched.",
-        ),
+        metric("nfqd_rule_bytes_total", Counter, Rules, RULE, "Bytes that it has matched."),
     ]
 };
 
@@ -349,21 +345,26 @@ fn channels(name: &str, status: &Status) -> Vec<Sample> {
 }
 
 fn of_middlebox(name: &str, middlebox: &MiddleboxStatus) -> Vec<Sample> {
-    let mac = || ("middlebox", middlebox.mac.clone());
+    // Tenants on two networks may have equal MACs and addresses.
+    let whose = || {
+        let network = middlebox.network.clone().unwrap_or_default();
+        vec![("network", network), ("middlebox", middlebox.mac.clone())]
+    };
+    let with = |labels: Vec<(&'static str, String)>| [whose(), labels].concat();
     match name {
-        "nfqd_middlebox_packets_total" => vec![(vec![mac()], middlebox.packets)],
-        "nfqd_middlebox_bytes_total" => vec![(vec![mac()], middlebox.bytes)],
+        "nfqd_middlebox_packets_total" => vec![(whose(), middlebox.packets)],
+        "nfqd_middlebox_bytes_total" => vec![(whose(), middlebox.bytes)],
         "nfqd_rule_packets_total" | "nfqd_rule_bytes_total" => {
             let is_packets = name == "nfqd_rule_packets_total";
             let rules = middlebox.rules.iter();
             let value =
                 |rule: &crate::api::RuleStatus| if is_packets { rule.packets } else { rule.bytes };
-            rules.map(|rule| (vec![mac(), ("rule", rule.rule.clone())], value(rule))).collect()
+            rules.map(|rule| (with(vec![("rule", rule.rule.clone())]), value(rule))).collect()
         }
         _ => {
             let of_service = |service: &ServiceStatus| -> Vec<Sample> {
                 let labels = |backend: &BackendStatus| {
-                    vec![mac(), ("vip", service.vip.clone()), ("backend", backend.backend.clone())]
+                    with(vec![("vip", service.vip.clone()), ("backend", backend.backend.clone())])
                 };
                 let backends = service.backends.iter();
                 backends.map(|backend| (labels(backend), of_backend(name, backend))).collect()
@@ -454,6 +455,7 @@ mod tests {
                 network: None,
                 network_problem: None,
                 not_balanced: None,
+                flood: None,
                 firewall: None,
                 packets: 10,
                 bytes: 11,
@@ -503,7 +505,7 @@ mod tests {
             assert_eq!(is_total, metric.kind == Kind::Counter, "{}", metric.name);
         }
         assert!(text.contains("channel=\"/dev/shm/\\\"odd\\\\name\\n\""), "{text}");
-        assert!(text.contains("\nnfqd_backend_received_bytes_total{middlebox=\"02:00:00:00:00:01\",vip=\"10.0.0.1:80\",backend=\"10.0.0.2:80\"} 8\n"));
+        assert!(text.contains("\nnfqd_backend_received_bytes_total{network=\"\",middlebox=\"02:00:00:00:00:01\",vip=\"10.0.0.1:80\",backend=\"10.0.0.2:80\"} 8\n"));
     }
 
     #[test]

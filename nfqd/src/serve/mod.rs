@@ -70,11 +70,8 @@ pub fn serve(listen: SocketAddr, socket: &Path) -> io::Result<()> {
     run(&listener, local, socket)
 }
 
-/// Serves on a listener until that fails.
-///
-/// # Errors
-/// If no connection can be accepted.
-pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> io::Result<()> {
+/// Serves on a listener until the process ends.
+pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> ! {
     let source = Arc::new(Source {
         socket: socket.to_path_buf(),
         last: Mutex::new(None),
@@ -84,23 +81,46 @@ pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> io::Resu
     loop {
         let (stream, _) = match listener.accept() {
             Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => return Err(error),
+            Err(error) => {
+                // The client has gone, or there are too many descriptors for a moment.
+                log::warn!("a connection cannot be accepted: {error}");
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
         };
-        if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-            connections.fetch_sub(1, Ordering::Relaxed);
-            // It is closed without an answer.
+        let Some(place) = Place::take(&connections) else {
+            // The connection is closed without an answer.
             continue;
-        }
-        let (source, connections) = (Arc::clone(&source), Arc::clone(&connections));
+        };
+        let source = Arc::clone(&source);
         let spawned = std::thread::Builder::new().name("client".to_string()).spawn(move || {
+            let _place = place;
             // A client that has gone is no failure.
             let _ = answer(stream, local, &source);
-            connections.fetch_sub(1, Ordering::Relaxed);
         });
         if let Err(error) = spawned {
             log::warn!("no thread for a client: {error}");
         }
+    }
+}
+
+/// The pause after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// One of the connections that there may be at a time.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(connections: &Arc<AtomicUsize>) -> Option<Place> {
+        let place = Place(Arc::clone(connections));
+        let before = connections.fetch_add(1, Ordering::Relaxed);
+        (before < MAX_CONNECTIONS).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -270,7 +290,7 @@ mod tests {
     fn server() -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let local = listener.local_addr().unwrap();
-        std::thread::spawn(move || run(&listener, local, Path::new("/nowhere")));
+        std::thread::spawn(move || -> () { run(&listener, local, Path::new("/nowhere")) });
         local
     }
 

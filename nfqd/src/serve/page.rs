@@ -105,7 +105,7 @@ fn tables(status: &Status, rates: &Rates) -> Table {
         &["MAC", "Network", "Packets/s", "Packets", "Bytes", "Rules", "Dropped by rules"],
     );
     for middlebox in status.middleboxes.iter().take(MAX_ROWS) {
-        let id = format!("m-{}", middlebox.mac);
+        let id = format!("m-{}", name_of(middlebox));
         let denied: u64 = middlebox
             .rules
             .iter()
@@ -163,6 +163,11 @@ fn tables(status: &Status, rates: &Rates) -> Table {
     table
 }
 
+/// Returns the name of a middlebox in ids: tenants on two networks may have equal MACs.
+fn name_of(middlebox: &MiddleboxStatus) -> String {
+    format!("{}-{}", middlebox.network.as_deref().unwrap_or_default(), middlebox.mac)
+}
+
 fn backend_row(
     table: &mut Table,
     middlebox: &MiddleboxStatus,
@@ -170,7 +175,7 @@ fn backend_row(
     backend: &BackendStatus,
     rates: &Rates,
 ) {
-    let id = format!("b-{}-{vip}-{}", middlebox.mac, backend.backend);
+    let id = format!("b-{}-{vip}-{}", name_of(middlebox), backend.backend);
     let class = match backend.state {
         BackendState::Up => "ok",
         BackendState::Draining | BackendState::Drained | BackendState::Failing => "warn",

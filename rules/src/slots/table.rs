@@ -249,7 +249,9 @@ impl Slots {
             let gone = old.iter().filter(|(ip, _)| !new.contains_key(ip));
             let former = gone.map(|(ip, since)| (*ip, since.unwrap_or(now)));
             let recent = former.filter(|(_, since)| now < *since + FORMER_TIME);
-            let recent: Vec<_> = recent.take(MAX_FORMER).collect();
+            let mut recent: Vec<_> = recent.collect();
+            recent.sort_by_key(|(_, since)| std::cmp::Reverse(*since));
+            recent.truncate(MAX_FORMER);
             new.extend(recent.into_iter().map(|(ip, since)| (ip, Some(since))));
         }
         let new = network.map(|network| (network, new)).filter(|(_, new)| !new.is_empty());

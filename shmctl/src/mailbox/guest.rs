@@ -84,12 +84,17 @@ impl Patience<'_> {
     }
 }
 
-/// Locks the mailbox, so that several senders on this side each get their own reply.
-fn lock(
+/// Locks the mailbox, so that several senders on this side each get their own reply. What is sent by
+/// [`send_locked`] meanwhile belongs together.
+///
+/// # Errors
+/// If it cannot be locked in time.
+pub fn lock<'a>(
     region: &Region,
-    patience: &Patience<'_>,
-    deadline: Instant,
+    patience: impl Into<Patience<'a>>,
 ) -> Result<RegionLock, SendError> {
+    let patience = patience.into();
+    let deadline = Instant::now() + patience.timeout;
     let found = RefCell::new(None);
     let is_locked = || {
         let result = region.try_lock().transpose();
@@ -127,13 +132,43 @@ pub fn send_message<'a>(
     patience: impl Into<Patience<'a>>,
 ) -> Result<Vec<Reply>, SendError> {
     let patience = patience.into();
+    check(message)?;
+    let start = Instant::now();
+    let lock = lock(region, patience)?;
+    let timeout = patience.timeout.saturating_sub(start.elapsed());
+    send_locked(region, &lock, message, Patience { timeout, ..patience }).map_err(|error| {
+        match error {
+            // The whole time counts.
+            SendError::Timeout(_) => SendError::Timeout(patience.timeout),
+            other => other,
+        }
+    })
+}
+
+/// Checks that a text is a message.
+fn check(message: &str) -> Result<(), SendError> {
     let bytes = message.as_bytes();
     let framed = bytes.len() >= 2 && bytes.first() == Some(&MARK) && bytes.last() == Some(&MARK);
     if !framed || bytes.len() > COMMAND_SIZE {
         return Err(SendError::NotAMessage(message.to_string()));
     }
+    Ok(())
+}
+
+/// Sends a message as [`send_message`] does, under a lock that the caller has.
+///
+/// # Errors
+/// See [`SendError`].
+pub fn send_locked<'a>(
+    region: &Region,
+    _lock: &RegionLock,
+    message: &str,
+    patience: impl Into<Patience<'a>>,
+) -> Result<Vec<Reply>, SendError> {
+    check(message)?;
+    let patience = patience.into();
+    let bytes = message.as_bytes();
     let deadline = Instant::now() + patience.timeout;
-    let _lock = lock(region, &patience, deadline)?;
     match patience.wait_for(deadline, || region.load(0) != MARK) {
         Ok(()) => {}
         Err(GaveUp::Interrupted) => return Err(SendError::Interrupted),

@@ -152,6 +152,8 @@ pub struct FlowMatch {
     pub has_reply: bool,
     /// Whether the kernel may be told of the flow now: the rate is limited.
     pub may_install: bool,
+    /// Whether its backend has not sent anything before this packet.
+    pub is_first_reply: bool,
     /// Whether the flow has ended, and the packet belongs to a new connection between the same two.
     pub is_new_connection: bool,
 }
@@ -257,7 +259,7 @@ impl FlowTable {
         let at = shard.find_reply(self.hash(tuple), tuple)?;
         let found = shard.record(at, Sender::Backend, event, now, current, &self.slots)?;
         if let Some(slot) = found.current {
-            self.slots.record_reply(slot, found.state, event, now);
+            self.slots.record_reply(slot, (found.state, found.is_first_reply), event, now);
         }
         Some(found)
     }

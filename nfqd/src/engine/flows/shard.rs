@@ -277,6 +277,7 @@ impl Shard {
         let entry = &mut self.entries[at as usize];
         let (slot, before) = (entry.slot, entry.state);
         let has_reply = entry.reply.is_some();
+        let is_first_reply = sender == Sender::Backend && entry.expected_ack.is_none();
         // A backend that repeats its SYN-ACK begins nothing.
         let is_new_connection = match (entry.state, event, entry.expected_ack) {
             (FlowState::Closing, FlowEvent::SynAck(number), Some(ExpectedAck::Number(known))) => {
@@ -292,6 +293,7 @@ impl Shard {
                 state: before,
                 has_reply,
                 may_install: false,
+                is_first_reply,
                 is_new_connection,
             });
         };
@@ -336,6 +338,7 @@ impl Shard {
             state: after,
             has_reply,
             may_install,
+            is_first_reply,
             is_new_connection,
         })
     }

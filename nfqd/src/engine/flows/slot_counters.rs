@@ -13,8 +13,10 @@ use std::sync::atomic::Ordering::Relaxed;
 pub struct SlotAnswers {
     /// The time of the last packet from it that was no reset.
     pub answered: Option<u32>,
-    /// The time at which it last answered the beginning of a flow.
-    pub accepted: Option<u32>,
+    /// The time at which it last answered the beginning of a TCP connection.
+    pub accepted_tcp: Option<u32>,
+    /// The time at which it last answered the beginning of a flow of another protocol.
+    pub accepted_other: Option<u32>,
     /// The time of the first flow since its last answer.
     pub unanswered: Option<u32>,
     /// TCP resets and ICMP errors from it. The kernel never handles one alone, so these are all of them.
@@ -26,7 +28,8 @@ pub struct SlotAnswers {
 struct Counters {
     live: AtomicU32,
     answered: AtomicU32,
-    accepted: AtomicU32,
+    accepted_tcp: AtomicU32,
+    accepted_other: AtomicU32,
     unanswered: AtomicU32,
     refusals: AtomicU32,
 }
@@ -84,8 +87,14 @@ impl SlotCounters {
         }
     }
 
-    /// Records a packet of a backend, of a flow in this state.
-    pub(super) fn record_reply(&self, slot: SlotId, state: FlowState, event: FlowEvent, now: u32) {
+    /// Records a packet of a backend, of a flow in this state; `is_first` is the first one of its flow.
+    pub(super) fn record_reply(
+        &self,
+        slot: SlotId,
+        (state, is_first): (FlowState, bool),
+        event: FlowEvent,
+        now: u32,
+    ) {
         let Some(counters) = self.of(slot) else { return };
         if event == FlowEvent::Rst {
             counters.refusals.fetch_add(1, Relaxed);
@@ -95,8 +104,10 @@ impl SlotCounters {
         counters.answered.store(time, Relaxed);
         let is_of_tcp =
             matches!(state, FlowState::Opening | FlowState::Established | FlowState::Closing);
-        if !is_of_tcp || matches!(event, FlowEvent::SynAck(_)) {
-            counters.accepted.store(time, Relaxed);
+        if is_first || matches!(event, FlowEvent::SynAck(_)) {
+            let accepted =
+                if is_of_tcp { &counters.accepted_tcp } else { &counters.accepted_other };
+            accepted.store(time, Relaxed);
             counters.unanswered.store(0, Relaxed);
         }
     }
@@ -114,7 +125,8 @@ impl SlotCounters {
         let time = |counter: &AtomicU32| counter.load(Relaxed).checked_sub(1);
         SlotAnswers {
             answered: time(&counters.answered),
-            accepted: time(&counters.accepted),
+            accepted_tcp: time(&counters.accepted_tcp),
+            accepted_other: time(&counters.accepted_other),
             unanswered: time(&counters.unanswered),
             refusals: counters.refusals.load(Relaxed),
         }

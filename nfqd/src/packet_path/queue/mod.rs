@@ -198,7 +198,11 @@ impl Queue {
             match recv(self.socket.as_raw_fd(), &mut buffer, flags) {
                 Ok(len) => {
                     let message = buffer.get(..len).unwrap_or_default();
-                    return Ok(read_packet(message).map(|packet| packet.id));
+                    if let Some(packet) = read_packet(message) {
+                        return Ok(Some(packet.id));
+                    }
+                    // An answer to a request of the earlier nfqd.
+                    recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
                 }
                 Err(Errno::EAGAIN) => return Ok(None),
                 // Messages were lost, which this call has reported once for all.
