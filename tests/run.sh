@@ -50,7 +50,7 @@ unit() {
     # libclang is for the feature peers alone.
     need_packages shellcheck libclang1-14
     step "shell scripts"
-    shellcheck br-netfilter.sh fuzz/run packaging/debian/* tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
+    shellcheck br-netfilter.sh fuzz/run packaging/build packaging/debian/* tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
     step "formatting, lints, documentation"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
@@ -151,7 +151,7 @@ package() {
     systemd-analyze security --offline=true --threshold=20 packaging/systemd/nfqd-serve.service > /dev/null
     step "the package"
     cargo install --quiet --locked --version '^3' --root "$target/tools" cargo-deb
-    "$target/tools/bin/cargo-deb" deb --package nfqd --output "$target/nfqd.deb"
+    PATH=$PATH:$target/tools/bin packaging/build "$target/nfqd.deb"
     step "a clean root"
     local root
     root=$(mktemp -d)
@@ -167,6 +167,8 @@ package() {
         chroot "$root" nfqd replay "/tmp/${capture##*/}" --commands /usr/share/doc/nfqd/examples/firewall.commands > /dev/null
     done
     chroot "$root" getent group nfqd
+    # Without documentation, the root of a minimal system has no manual pages either.
+    dpkg-deb --contents "$target/nfqd.deb" | grep -q man8/nfqd-trace.8.gz
     chroot "$root" grep -q 'shm' /etc/nfqd/nfqd.toml
     # No systemd runs there, so the units are verified, not started.
     chroot "$root" sh -c 'test -x /usr/sbin/br-netfilter.sh && test -f /lib/systemd/system/nfqd.service'

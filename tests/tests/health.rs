@@ -6,7 +6,7 @@ use nfqd_tests::daemon::Daemon;
 use nfqd_tests::echo::{Asker, Echo};
 use nfqd_tests::load::{LoadServer, Member, ask_all, connect_all, shares};
 use nfqd_tests::netns::{Host, in_netns, run};
-use nfqd_tests::pool::{Fixture, backend_ip, backends, register, to};
+use nfqd_tests::pool::{Fixture, backend_ip, backend_mac, backends, register, to};
 use nfqd_tests::topology::{VM, VM_MAC, wait_for};
 use std::time::{Duration, Instant};
 
@@ -107,10 +107,13 @@ fn a_backend_that_accepts_nothing_keeps_its_connections() {
         let daemon = Daemon::start(&[]);
         register(&daemon, &format!("{VM}:80 rr {} {} check=tcp on-dead=reset", to(0), to(1)));
         let mut members = load(&fixture, 20);
-        let host = &fixture.backends[0];
-        host.run("nft add table ip t");
-        host.run("nft add chain ip t c { type filter hook output priority 0 ; }");
-        host.run("nft add rule ip t c tcp flags & (syn|ack) == syn|ack drop");
+        // On the bridge, before nfqd: not every kernel has tables of the ip family.
+        run("nft add table bridge lose");
+        run("nft add chain bridge lose c { type filter hook prerouting priority -400 ; }");
+        let mac = backend_mac(0);
+        run(&format!(
+            "nft add rule bridge lose c ether saddr {mac} tcp flags & (syn|ack) == syn|ack drop"
+        ));
         let end = Instant::now() + Duration::from_secs(20);
         while state(&daemon, 0) != BackendState::Failing {
             ask_all(&mut members, "SYN answers are lost");
@@ -120,7 +123,7 @@ fn a_backend_that_accepts_nothing_keeps_its_connections() {
         let new = load(&fixture, 20);
         assert_eq!(shares(&new).get(&b'0'), None, "it gets no new connection");
         ask_all(&mut members, "it only accepts nothing");
-        host.run("nft delete table ip t");
+        run("nft delete table bridge lose");
         wait_for("return", || state(&daemon, 0) == BackendState::Up);
     });
 }

@@ -18,7 +18,7 @@ use crate::daemon::Daemon;
 use crate::host_lock::HostLock;
 use crate::startup::StartError;
 use crate::{api, doctor, hook, replay, serve};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
 use nfqd_rules::nft::model::Queues;
@@ -142,6 +142,17 @@ enum Job {
         #[arg(long, visible_alias = "control", value_name = "PATH", default_value = DEFAULT_OBSERVE)]
         socket: PathBuf,
     },
+    /// Print the completion script of a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of nfqd and its subcommands into a directory
+    #[command(hide = true)]
+    Manual {
+        /// The directory
+        directory: PathBuf,
+    },
     /// Remove the ruleset that a daemon has left
     Flush,
 }
@@ -235,6 +246,11 @@ pub fn main() -> ExitCode {
             log::set_max_level(log::LevelFilter::Off);
             report::run(&file, &socket)
         }
+        Some(Job::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "nfqd", &mut io::stdout());
+            Ok(())
+        }
+        Some(Job::Manual { directory }) => write_manual(&directory),
         Some(Job::Flush) => flush(),
     };
     let (code, message) = match result {
@@ -397,6 +413,25 @@ fn explain(command: &str) -> Result<(), Failure> {
     let text = explain::explain(command)
         .map_err(|error| Failure::Input(format!("column {}: {}", error.column, error.message)))?;
     print(|out| out.write_all(text.as_bytes()))
+}
+
+/// Writes the manual pages: `nfqd.8`, and `nfqd-SUBCOMMAND.8`.
+fn write_manual(directory: &Path) -> Result<(), Failure> {
+    let error = |error: io::Error| Failure::System(format!("{}: {error}", directory.display()));
+    let command = Cli::command();
+    let mut pages = vec![("nfqd".to_string(), command.clone())];
+    for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+        let name = format!("nfqd-{}", sub.get_name());
+        let page = sub.clone().display_name(&name).bin_name(&name);
+        pages.push((name, page));
+    }
+    for (name, command) in pages {
+        let mut page = Vec::new();
+        let manual = clap_mangen::Man::new(command).section("8").source(env!("CARGO_PKG_VERSION"));
+        manual.render(&mut page).map_err(error)?;
+        std::fs::write(directory.join(format!("{name}.8")), page).map_err(error)?;
+    }
+    Ok(())
 }
 
 fn flush() -> Result<(), Failure> {
