@@ -44,7 +44,7 @@ need_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}" > /dev/null
 }
 
-lab_packages="nftables iproute2 iputils-ping procps kmod util-linux"
+lab_packages="nftables iproute2 iputils-ping procps kmod util-linux python3"
 
 unit() {
     # libclang is for the feature peers alone.
@@ -67,7 +67,7 @@ netns() {
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
     local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test chaos --test firewall --test kernel --test host --test lab --test lifecycle
-        --test health --test networks --test operations --test oracles --test pools --test supervisor --test traffic -- --ignored)
+        --test health --test networks --test operations --test oracles --test pools --test ring --test supervisor --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"
         return

@@ -9,7 +9,9 @@ mod words;
 
 use clap::{CommandFactory, Parser};
 use device::Device;
-use nfqd_shmctl::mailbox::guest::{Patience, SendError, lock, send_locked, send_message};
+use nfqd_shmctl::mailbox::guest::{send_locked, send_message};
+use nfqd_shmctl::ring;
+use nfqd_shmctl::sender::{Patience, SendError, lock};
 use nfqd_shmctl::{Command, Region, RegionLock, Reply, split_lines};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -90,7 +92,7 @@ impl Failure {
             Failure::Input(_) => 1,
             Failure::Usage(_) | Failure::Send(SendError::NotAMessage(_)) => 2,
             // Neither rejected nor free to be sent again.
-            Failure::Send(SendError::NotAReply(_)) => 4,
+            Failure::Send(SendError::NotAReply(_) | SendError::BeganAnew) => 4,
             Failure::NoDevice(_) | Failure::Send(_) => 3,
         })
     }
@@ -133,7 +135,7 @@ impl Interruption {
     }
 }
 
-/// The mailbox, as it is used.
+/// The rings or the mailbox, as they are used.
 struct Sender {
     region: Region,
     timeout: Duration,
@@ -162,10 +164,15 @@ impl Sender {
         }
     }
 
-    /// Sends commands in as few messages as possible; stops after a message with a rejection.
+    /// Sends commands, several at once, through the rings where the host has them; stops after a
+    /// rejection, as soon as what was sent with it is answered.
     fn send_commands(&self, commands: &[String]) -> Result<Vec<Reply>, SendError> {
         let mut replies = Vec::new();
         let mut rest = commands;
+        if ring::guest::is_there(&self.region) {
+            let sent = self.send_by_ring(commands, &mut replies);
+            return with_carried_out(sent, replies);
+        }
         while !rest.is_empty() {
             let mut length = 0;
             let fit = rest.iter().take(MAX_COMMANDS).take_while(|command| {
@@ -177,12 +184,7 @@ impl Sender {
             let message: String = now.iter().map(|command| format!("@{command}@")).collect();
             match self.send(&message) {
                 Ok(more) => replies.extend(more),
-                Err(error) if replies.is_empty() => return Err(error),
-                Err(error) => {
-                    // What has been carried out is said.
-                    replies.iter().for_each(|reply| println!("{reply}"));
-                    return Err(error);
-                }
+                Err(error) => return with_carried_out(Err(error), replies),
             }
             if !replies.iter().all(Reply::is_ok) {
                 break;
@@ -191,6 +193,36 @@ impl Sender {
         }
         Ok(replies)
     }
+
+    fn send_by_ring(&self, commands: &[String], replies: &mut Vec<Reply>) -> Result<(), SendError> {
+        let own;
+        let lock = match self.lock.get() {
+            Some(lock) => lock,
+            None => {
+                own = lock(&self.region, self.patience())?;
+                &own
+            }
+        };
+        for commands in commands.chunks(ring::SLOTS as usize) {
+            let patience = self.patience();
+            ring::guest::send_locked(&self.region, lock, commands, patience, replies)?;
+            if !replies.iter().all(Reply::is_ok) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the replies; after an error, what has been carried out before it is printed.
+fn with_carried_out(
+    sent: Result<(), SendError>,
+    replies: Vec<Reply>,
+) -> Result<Vec<Reply>, SendError> {
+    if sent.is_err() {
+        replies.iter().for_each(|reply| println!("{reply}"));
+    }
+    sent.map(|()| replies)
 }
 
 fn main() -> ExitCode {

@@ -182,6 +182,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         unsaved: None,
         lacks_ids: false,
         has_new_backend: false,
+        counter_pages: Default::default(),
     };
     plane.warn_about_binding_violations();
     plane.resync_slots();

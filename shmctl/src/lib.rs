@@ -6,6 +6,8 @@
 //!   `unsafe`: bytes are copied out once and no Rust reference into the region ever exists.
 //! * [`RegionFile`]: the host's side, which reads and writes the file.
 //! * [`mailbox`]: the protocol at offset 0, both ends of it.
+//! * [`ring`]: numbered requests and replies behind it, both ends, and a page of counters.
+//! * [`sender`]: what a guest's senders share.
 //!
 //! # Layout of the region
 //!
@@ -15,7 +17,7 @@
 //! |---|---|---|---|
 //! | 0 | 2048 | commands: `@…@` messages of ASCII text; NUL bytes inside are skipped | the guest; the host replaces both `@` of a message by `$` when it has taken it |
 //! | 2048 | 2048 | reply: text ended by a NUL, one line a message | the host |
-//! | 4096 | … | reserved | nobody |
+//! | 4096 | … | rings, see [`ring`] | the host and the guest, a section each |
 //!
 //! Messages follow each other from the start, with NULs or blanks between them; any other byte in
 //! front of a message leaves it unread. A write should have at most sixteen messages: further ones
@@ -31,6 +33,8 @@ pub mod language;
 pub mod mailbox;
 mod region;
 mod region_file;
+pub mod ring;
+pub mod sender;
 
 pub use language::command::{
     Action, Command, FilterRemoval, FilterUpdate, RuleId, RuleNumber, UnregisterScope,

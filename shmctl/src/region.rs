@@ -13,7 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// The size of a region that nfqd creates: 1 MiB, like the original's.
 pub const DEFAULT_SIZE: usize = 1 << 20;
@@ -173,6 +173,29 @@ impl Region {
         // SAFETY: needed for ordering between two processes; the byte is inside the mapping, which
         // lives as long as `self`, and every access that must not be torn goes through an atomic.
         unsafe { AtomicU8::from_ptr(at) }
+    }
+
+    fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8), "offset {offset} of a number is not a multiple of 8");
+        let at = self.range(offset, 8);
+        // SAFETY: as above; a mapping begins at a page, so the number is aligned.
+        unsafe { AtomicU64::from_ptr(at.cast()) }
+    }
+
+    /// Reads a little-endian number as a whole; later reads see what its writer wrote before it.
+    ///
+    /// # Panics
+    /// If the offset is not inside the region, or not a multiple of 8.
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        u64::from_le(self.atomic_u64(offset).load(Ordering::Acquire))
+    }
+
+    /// Writes a little-endian number as a whole, after everything written before it.
+    ///
+    /// # Panics
+    /// If the offset is not inside the region, or not a multiple of 8.
+    pub fn store_u64(&self, offset: usize, number: u64) {
+        self.atomic_u64(offset).store(number.to_le(), Ordering::Release);
     }
 
     /// Reads a byte; later reads see what its writer wrote before it.

@@ -37,6 +37,7 @@ pub struct RegionFile {
     file: File,
     path: PathBuf,
     owner: u32,
+    size: u64,
     /// Device and inode, which tell whether the path still names this file.
     identity: (u64, u64),
 }
@@ -84,12 +85,23 @@ impl RegionFile {
         if about.len() < MIN_SIZE {
             return Err(RegionError::Size { path, size: about.len() });
         }
-        Ok(RegionFile { file, path, owner: about.uid(), identity: (about.dev(), about.ino()) })
+        Ok(RegionFile {
+            file,
+            path,
+            owner: about.uid(),
+            size: about.len(),
+            identity: (about.dev(), about.ino()),
+        })
     }
 
     /// Returns the number of the user whom the file belongs to.
     pub fn owner(&self) -> u32 {
         self.owner
+    }
+
+    /// Returns the size in bytes that the file had when it was opened.
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     /// Returns the path of the region.

@@ -17,7 +17,7 @@ fn every_example_has_its_test() {
     let entries = std::fs::read_dir(examples()).unwrap();
     let names: BTreeSet<String> =
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    let known = ["balancer.commands", "firewall.commands", "nfqd.toml"];
+    let known = ["balancer.commands", "firewall.commands", "nfqd.toml", "ring_client.py"];
     assert_eq!(names.iter().map(String::as_str).collect::<Vec<_>>(), known);
 }
 

@@ -1,10 +1,12 @@
-//! A guest's channel: a command arrives here. Its region with the mailbox, its binding, its budget,
-//! and when to poll it.
+//! A guest's channel: a command arrives here. Its region with the mailbox and the rings, its binding,
+//! its budget, and when to poll it.
 
 use crate::config::ShmSpec;
 use crate::rate_limiter::RateLimiter;
 use nfqd_shmctl::mailbox::host::HostMailbox;
-use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage};
+use nfqd_shmctl::mailbox::{MAX_MESSAGES, MailboxMessage, MessageError};
+use nfqd_shmctl::ring::host::{HostRing, RingRequest};
+use nfqd_shmctl::ring::{CounterPage, RequestError};
 use nfqd_shmctl::{
     CommandError, ErrorCode, MacAddr, ParsedCommand, Place, RegionError, RegionFile, Reply,
 };
@@ -21,6 +23,8 @@ pub struct Channel {
     /// The region, or why it is not read.
     region: Result<RegionFile, RegionError>,
     mailbox: HostMailbox,
+    /// The rings, if the region has room for them.
+    ring: Option<HostRing>,
     budget: Budget,
     schedule: PollSchedule,
     log_limiter: RateLimiter,
@@ -28,6 +32,47 @@ pub struct Channel {
     unlogged: u32,
     /// Commands that the binding does not allow.
     denied: u64,
+}
+
+/// A command taken from a channel, which is to be answered where it came from.
+pub enum Message {
+    /// From the mailbox.
+    Mailbox(MailboxMessage),
+    /// From the request ring.
+    Ring(RingRequest),
+}
+
+/// The reason a message has no text.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum BadMessage {
+    /// The message in the mailbox is bad.
+    #[error(transparent)]
+    Mailbox(#[from] MessageError),
+    /// The request in the ring is bad.
+    #[error(transparent)]
+    Ring(#[from] RequestError),
+}
+
+impl Message {
+    /// Returns the text of the command.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn text(&self) -> Result<&str, BadMessage> {
+        match self {
+            Message::Mailbox(message) => Ok(message.text.as_deref().map_err(|error| *error)?),
+            Message::Ring(request) => Ok(request.text.as_deref().map_err(|error| *error)?),
+        }
+    }
+
+    /// Returns the longest text of a reply that can be delivered, in bytes.
+    pub fn reply_limit(&self) -> usize {
+        match self {
+            // The mailbox has room for little more.
+            Message::Mailbox(_) => 1897,
+            Message::Ring(_) => 1 << 20,
+        }
+    }
 }
 
 /// Commands a second that a channel may send in the long run, and how many at once. Further ones
@@ -50,7 +95,11 @@ impl Channel {
                 spec.path.display()
             );
         }
-        let region = RegionFile::open_or_create(&spec.path, spec.ownership);
+        let region = RegionFile::open_or_create(&spec.path, spec.ownership).and_then(with_ring);
+        let (region, ring) = match region {
+            Ok((region, ring)) => (Ok(region), ring),
+            Err(error) => (Err(error), None),
+        };
         if let Err(error) = &region {
             log::error!("{error}; the commands of this channel are not read until this is fixed");
         }
@@ -62,6 +111,7 @@ impl Channel {
             owners: owners.collect(),
             region,
             mailbox: HostMailbox::default(),
+            ring,
             budget: Budget { commands: BURST, counted: now },
             schedule: PollSchedule::new(now),
             log_limiter: RateLimiter::new(LOGGED_PER_SECOND),
@@ -94,19 +144,21 @@ impl Channel {
     }
 
     /// Follows the path: a region that a VM's start has made anew, or that could not be used, is
-    /// opened again.
+    /// opened again; a header of the rings that the guest has overwritten is written again.
     pub fn follow(&mut self) {
         if let Ok(region) = &self.region {
-            let Err(error) = region.check_path() else { return };
+            let repair = || self.ring.as_ref().map_or(Ok(()), |ring| ring.repair(region));
+            let Err(error) = region.check_path().and_then(|()| repair()) else { return };
             self.close(error);
         }
         let opened = RegionFile::open(&self.spec.path).and_then(|region| {
             let (path, owner) = (region.path().to_path_buf(), region.owner());
             let is_known = self.owners.contains(&owner);
-            if is_known { Ok(region) } else { Err(RegionError::Owner { path, owner }) }
+            if is_known { with_ring(region) } else { Err(RegionError::Owner { path, owner }) }
         });
         match opened {
-            Ok(region) => {
+            Ok((region, ring)) => {
+                self.ring = ring;
                 log::info!("{}: its commands are read again", self.spec.path.display());
                 self.region = Ok(region);
                 self.mailbox = HostMailbox::default();
@@ -145,21 +197,31 @@ impl Channel {
         self.region.is_ok().then_some(self.schedule.next)
     }
 
-    /// Polls the mailbox. Returns the messages that wait, as many as the budget allows. A region
+    /// Polls the mailbox and the rings. Returns the messages that wait, if the budget allows. A region
     /// that was cut is closed.
-    pub fn poll(&mut self, now: Instant) -> Vec<MailboxMessage> {
+    pub fn poll(&mut self, now: Instant) -> Vec<Message> {
         let messages = self.take(now);
         self.schedule.polled(now, !messages.is_empty(), now + self.budget.wait());
         messages
     }
 
-    fn take(&mut self, now: Instant) -> Vec<MailboxMessage> {
+    fn take(&mut self, now: Instant) -> Vec<Message> {
         self.budget.refill(now);
         if self.budget.wait() > Duration::ZERO {
             return Vec::new();
         }
         let Ok(region) = &self.region else { return Vec::new() };
-        match self.mailbox.take(region, now) {
+        let taken = self.mailbox.take(region, now).and_then(|messages| {
+            let mut all: Vec<Message> = messages.into_iter().map(Message::Mailbox).collect();
+            // One after the other, so that a poll costs no more than MAX_MESSAGES.
+            if all.is_empty()
+                && let Some(ring) = &mut self.ring
+            {
+                all.extend(ring.take(region)?.into_iter().map(Message::Ring));
+            }
+            Ok(all)
+        });
+        match taken {
             Ok(messages) => {
                 self.budget.commands -= messages.len() as f64;
                 messages
@@ -180,10 +242,10 @@ impl Channel {
 
     /// Logs answered messages: accepted commands and those that the binding does not allow, a bounded
     /// number of bounded lines. Other rejections and queries are logged at debug level.
-    pub fn log(&mut self, answered: &[(MailboxMessage, Reply)]) {
+    pub fn log(&mut self, answered: &[(Message, Reply)]) {
         let second = self.budget.counted.saturating_duration_since(*GRID).as_secs() as u32;
         for (message, reply) in answered {
-            let text = message.text.as_deref().unwrap_or("a message that is not text");
+            let text = message.text().unwrap_or("a message that is not text");
             let is_change = reply.is_ok() && !text.trim_start().starts_with(['q', 'Q']);
             let is_denied = reply.code() == Some(ErrorCode::Denied);
             self.denied += u64::from(is_denied);
@@ -211,9 +273,36 @@ impl Channel {
     }
 
     /// Writes the replies to messages.
-    pub fn reply(&mut self, answered: &[(MailboxMessage, Reply)]) {
-        if let Ok(region) = &self.region
-            && let Err(error) = self.mailbox.reply(region, answered)
+    pub fn reply(&mut self, answered: Vec<(Message, Reply)>) {
+        let Ok(region) = &self.region else { return };
+        let (mut by_mailbox, mut by_ring) = (Vec::new(), Vec::new());
+        for (message, reply) in answered {
+            match message {
+                Message::Mailbox(message) => by_mailbox.push((message, reply)),
+                Message::Ring(request) => by_ring.push((request, reply)),
+            }
+        }
+        let mut written = self.mailbox.reply(region, &by_mailbox);
+        if let Some(ring) = &mut self.ring
+            && !by_ring.is_empty()
+        {
+            let by_ring = by_ring.iter().map(|(request, reply)| (request, reply));
+            written = written.and_then(|()| ring.reply(region, by_ring));
+        }
+        if let Err(error) = written {
+            self.close(error);
+        }
+    }
+
+    /// Whether a guest can read counters here: of the MACs that the channel is bound to.
+    pub fn has_counters(&self) -> bool {
+        self.ring.is_some() && self.region.is_ok() && !self.spec.macs.is_empty()
+    }
+
+    /// Writes the counters that the guest reads without asking.
+    pub fn write_counters(&mut self, page: &CounterPage) {
+        if let (Ok(region), Some(ring)) = (&self.region, &self.ring)
+            && let Err(error) = ring.write_counters(region, page)
         {
             self.close(error);
         }
@@ -246,6 +335,12 @@ impl Channel {
         let expected = format!("this channel may not speak for it, only for {}", bound.join(", "));
         Err(parsed.error(Place::Mac, ErrorCode::Denied, &expected))
     }
+}
+
+/// Returns a region with its rings.
+fn with_ring(region: RegionFile) -> Result<(RegionFile, Option<HostRing>), RegionError> {
+    let ring = HostRing::open(&region)?;
+    Ok((region, ring))
 }
 
 /// Accepted commands of a channel that are logged in a second; the rest is counted.
@@ -368,7 +463,7 @@ mod tests {
             let messages: Vec<_> =
                 channel.poll(now).into_iter().map(|message| (message, Reply::ok(""))).collect();
             taken += messages.len();
-            channel.reply(&messages);
+            channel.reply(messages);
         }
         assert!(taken > BURST as usize - 2 * MAX_MESSAGES && taken <= BURST as usize, "{taken}");
         assert_eq!(channel.poll(now + Duration::from_millis(25)).len(), 2);
@@ -390,7 +485,7 @@ mod tests {
         assert_eq!(channel.poll(later).len(), 1);
         // Cut, and grown again.
         std::fs::write(&path, [0; 100]).unwrap();
-        assert_eq!(channel.poll(later), []);
+        assert!(channel.poll(later).is_empty());
         channel.follow();
         assert!(channel.error().is_some_and(|error| error.to_string().contains("100 bytes")));
         std::fs::write(&path, vec![0; 4096]).unwrap();

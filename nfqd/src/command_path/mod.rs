@@ -1,12 +1,13 @@
 //! The path of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
 //! channel may ask for, `transaction` applies it to the policy, has it enforced and saves it in the
-//! [`journal`]; the reply goes back. `query` answers `Q`, [`command_file`] applies files, [`attached`] keeps
+//! [`journal`]; the reply goes back. `query` answers `Q`, [`counter_pages`] tells a guest its counters, [`command_file`] applies files, [`attached`] keeps
 //! the channels that were added while the daemon ran.
 
 pub mod attached;
 pub mod authorise;
 pub mod channel;
 pub mod command_file;
+pub mod counter_pages;
 pub mod journal;
 mod query;
 mod transaction;
@@ -17,6 +18,7 @@ use crate::enforce::Enforcer;
 use crate::networks::HostNetworks;
 use attached::{AttachError, AttachedChannels};
 use channel::Channel;
+use counter_pages::CounterPages;
 use journal::{Journal, JournalError};
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::SlotKey;
@@ -45,6 +47,8 @@ pub struct ControlPlane {
     pub lacks_ids: bool,
     /// Whether a command has named a backend whose MAC is not known yet.
     pub has_new_backend: bool,
+    /// The pages of counters in the regions.
+    pub counter_pages: CounterPages,
 }
 
 /// Whether a middlebox has services.
@@ -91,6 +95,7 @@ impl ControlPlane {
         self.enforcer.expire_flows();
         self.enforcer.meter_new_flows(&self.desired);
         self.enforcer.tick(&self.desired);
+        self.write_counter_pages();
         match self.journal.check() {
             Ok(()) if self.unsaved.is_none() => {}
             Ok(()) => self.save(),

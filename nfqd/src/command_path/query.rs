@@ -8,17 +8,16 @@ use crate::observe::status::StatusSource;
 use nfqd_rules::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::{MacAddr, Reply};
 
-/// The longest text of the reply; the mailbox has room for little more.
-const MAX_TEXT: usize = 1897;
-
 impl ControlPlane {
     /// Returns the reply to a query: each registration as a command, with its counters, in one
-    /// line. Without a MAC it is about all middleboxes that the channel may speak for.
+    /// line of at most `limit` bytes and a note. Without a MAC it is about all middleboxes that the channel
+    /// may speak for.
     pub(super) fn query_reply(
         &mut self,
         channel: usize,
         network: NetworkId,
         mac: Option<MacAddr>,
+        limit: usize,
     ) -> Reply {
         self.enforcer.read_counters(&self.desired);
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone());
@@ -30,7 +29,7 @@ impl ControlPlane {
             _ => {
                 let all = self.desired.policy.middleboxes().keys().copied();
                 let own = all.filter(|key| network == NetworkId::ANY || key.network == network);
-                own.take(MAX_TEXT).collect()
+                own.take(limit).collect()
             }
         };
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
@@ -44,9 +43,9 @@ impl ControlPlane {
                 }
                 text.push_str(&part);
             }
-            if text.len() > MAX_TEXT {
-                let end = text.get(..MAX_TEXT).and_then(|text| text.rfind("; "));
-                text.truncate(end.unwrap_or(MAX_TEXT));
+            if text.len() > limit {
+                let end = text.get(..limit).and_then(|text| text.rfind("; "));
+                text.truncate(end.unwrap_or(limit));
                 text.push_str("; and more, ask for one middlebox");
                 return Reply::ok(&text);
             }

@@ -1,12 +1,11 @@
 //! Transactions: commands are applied, enforced, saved and answered, or roll back.
 
 use super::authorise::authorise;
-use super::channel::Channel;
+use super::channel::{Channel, Message};
 use super::{ControlPlane, has_services};
 use crate::backends::HostView;
 use crate::bindings::Bindings;
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
-use nfqd_shmctl::mailbox::MailboxMessage;
 use nfqd_shmctl::{BackendChange, Command, ErrorCode, ParsedCommand, Reply};
 use nix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
@@ -37,7 +36,7 @@ impl From<&CommitError> for Reply {
 }
 
 impl ControlPlane {
-    /// Polls the mailboxes that are due, executes their commands and writes the replies.
+    /// Polls the channels that are due, executes their commands and writes the replies.
     pub fn poll_channels(&mut self, now: Instant) {
         for at in 0..self.channels.len() {
             let Some(channel) = self.channels.get_mut(at) else { continue };
@@ -51,7 +50,7 @@ impl ControlPlane {
         }
     }
 
-    fn execute_messages(&mut self, channel: usize, messages: Vec<MailboxMessage>) {
+    fn execute_messages(&mut self, channel: usize, messages: Vec<Message>) {
         let start = cpu_time();
         let replies = match self.execute_batch(channel, &messages) {
             Ok(replies) => replies,
@@ -66,11 +65,11 @@ impl ControlPlane {
                 replies
             }
         };
-        let answered: Vec<(MailboxMessage, Reply)> = messages.into_iter().zip(replies).collect();
+        let answered: Vec<(Message, Reply)> = messages.into_iter().zip(replies).collect();
         let Some(channel) = self.channels.get_mut(channel) else { return };
         channel.log(&answered);
         channel.charge(answered.len(), cpu_time().saturating_sub(start));
-        channel.reply(&answered);
+        channel.reply(answered);
     }
 
     /// Applies a batch of commands atomically and returns one reply per command. On error, none of
@@ -78,14 +77,16 @@ impl ControlPlane {
     fn execute_batch(
         &mut self,
         channel: usize,
-        messages: &[MailboxMessage],
+        messages: &[Message],
     ) -> Result<Vec<Reply>, CommitError> {
         let before = self.desired.clone();
         let network = self.network_of_channel(channel);
         let (mut replies, mut applied) = (Vec::new(), Vec::new());
         for message in messages {
             replies.push(match self.apply_message(channel, network, message) {
-                Ok(Command::Query { mac }) => self.query_reply(channel, network, mac),
+                Ok(Command::Query { mac }) => {
+                    self.query_reply(channel, network, mac, message.reply_limit())
+                }
                 Ok(command) => {
                     let reply = Reply::ok(&command.to_string());
                     applied.push(command);
@@ -113,9 +114,9 @@ impl ControlPlane {
         &mut self,
         channel: usize,
         network: NetworkId,
-        message: &MailboxMessage,
+        message: &Message,
     ) -> Result<Command, Reply> {
-        let line = message.text.as_ref();
+        let line = message.text();
         let line = line.map_err(|error| Reply::error(ErrorCode::Syntax, &error.to_string()))?;
         let parsed = ParsedCommand::parse(line)?;
         authorise(&self.channels, channel, &self.desired, network, &parsed)?;

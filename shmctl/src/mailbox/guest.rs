@@ -1,122 +1,11 @@
 //! The guest's end of the mailbox.
 
 use super::{COMMAND_SIZE, MARK, REPLY_OFFSET, REPLY_SIZE};
-use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::{Region, RegionLock};
-use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::sender::{GaveUp, Patience, SendError, lock};
 use std::time::{Duration, Instant};
 
-/// The reason a guest got no reply.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum SendError {
-    /// The text is not a message.
-    #[error(
-        "'{0}' is not a message; write @COMMAND@ with at most {MAX_COMMAND} bytes between the marks"
-    )]
-    NotAMessage(String),
-    /// An earlier command is still in the mailbox.
-    #[error(
-        "an earlier command is still waiting in the mailbox; check that nfqd runs on the host, with this \
-         region as --shm?"
-    )]
-    Busy,
-    /// Another process on this side waits for its own reply.
-    #[error("another nfqd-guest has been using the mailbox for {} s; try again", .0.as_secs_f32())]
-    Contended(Duration),
-    /// The mailbox cannot be locked.
-    #[error("the mailbox cannot be locked: {0}")]
-    Lock(String),
-    /// The sender was interrupted, and the command was withdrawn.
-    #[error("interrupted; the command was withdrawn")]
-    Interrupted,
-    /// Nobody took the command.
-    #[error(
-        "nobody took the command within {} s; check that nfqd runs on the host with this region as --shm",
-        .0.as_secs_f32()
-    )]
-    Timeout(Duration),
-    /// The host took the command, but what it wrote is not a reply.
-    #[error(
-        "the command was taken, but '{0}' is not a reply; do the versions of nfqd and nfqd-guest match?"
-    )]
-    NotAReply(String),
-}
-
-/// How long a sender waits.
-#[derive(Clone, Copy, Debug)]
-pub struct Patience<'a> {
-    /// The time that everything may take.
-    pub timeout: Duration,
-    /// Set when the sender is to give up before that.
-    pub interrupted: Option<&'a AtomicBool>,
-}
-
-impl From<Duration> for Patience<'_> {
-    fn from(timeout: Duration) -> Self {
-        Patience { timeout, interrupted: None }
-    }
-}
-
-/// The reason a wait ended before its condition was met.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum GaveUp {
-    Timeout,
-    Interrupted,
-}
-
-impl Patience<'_> {
-    /// Waits until a condition holds.
-    fn wait_for(&self, deadline: Instant, condition: impl Fn() -> bool) -> Result<(), GaveUp> {
-        let start = Instant::now();
-        while !condition() {
-            if self.interrupted.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
-                return Err(GaveUp::Interrupted);
-            }
-            if Instant::now() >= deadline {
-                return Err(GaveUp::Timeout);
-            }
-            // A share of the time so far, so that an answer is noticed soon after it is there.
-            std::thread::sleep((start.elapsed() / 8).clamp(MIN_PAUSE, MAX_PAUSE));
-        }
-        Ok(())
-    }
-}
-
-/// Locks the mailbox, so that several senders on this side each get their own reply. What is sent by
-/// [`send_locked`] meanwhile belongs together.
-///
-/// # Errors
-/// If it cannot be locked in time.
-pub fn lock<'a>(
-    region: &Region,
-    patience: impl Into<Patience<'a>>,
-) -> Result<RegionLock, SendError> {
-    let patience = patience.into();
-    let deadline = Instant::now() + patience.timeout;
-    let found = RefCell::new(None);
-    let is_locked = || {
-        let result = region.try_lock().transpose();
-        let is_over = result.is_some();
-        found.replace(result);
-        is_over
-    };
-    match patience.wait_for(deadline, is_locked) {
-        Ok(()) => {}
-        Err(GaveUp::Interrupted) => return Err(SendError::Interrupted),
-        Err(GaveUp::Timeout) => return Err(SendError::Contended(patience.timeout)),
-    }
-    match found.into_inner() {
-        Some(Ok(lock)) => Ok(lock),
-        Some(Err(error)) => Err(SendError::Lock(error.to_string())),
-        None => Err(SendError::Contended(patience.timeout)),
-    }
-}
-
-/// The shortest and the longest pause between two looks at whether the host has taken a message.
-const MIN_PAUSE: Duration = Duration::from_micros(20);
-const MAX_PAUSE: Duration = Duration::from_millis(5);
 /// The time that the host may take from the first mark to the last.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -187,10 +76,7 @@ pub fn send_locked<'a>(
         for (at, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte == MARK) {
             region.replace(at, MARK, 0);
         }
-        return Err(match reason {
-            GaveUp::Timeout => SendError::Timeout(patience.timeout),
-            GaveUp::Interrupted => SendError::Interrupted,
-        });
+        return Err(reason.error(patience.timeout));
     }
     // The host has begun to take it: the reply is on its way.
     let uninterrupted = Patience { interrupted: None, ..patience };

@@ -1,9 +1,10 @@
-use super::guest::{Patience, SendError, send_command, send_message};
+use super::guest::{send_command, send_message};
 use super::host::HostMailbox;
 use super::*;
 use crate::language::reply::Reply;
 use crate::region::Region;
 use crate::region_file::{Ownership, RegionFile};
+use crate::sender::{Patience, SendError};
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

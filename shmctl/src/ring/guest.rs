@@ -1,0 +1,170 @@
+//! The guest's end of the rings.
+
+use super::{
+    CONSUMED, COUNTERS, COUNTERS_SIZE, CounterPage, FIRST, GUEST, GuestSection, HEADER, MORE,
+    PROGRESS, Progress, REPLIES, REQUESTS, SENT, SIZE, SLOT_HEADER, SLOT_SIZE, SLOT_TEXT, SLOTS,
+    SlotHeader, fixed_header, slot,
+};
+use crate::language::parse::MAX_COMMAND;
+use crate::language::reply::Reply;
+use crate::region::{Region, RegionLock};
+use crate::sender::{Patience, SendError};
+use std::time::{Duration, Instant};
+
+/// The time that the host may take to follow a withdrawal: several polls of a silent channel.
+const WITHDRAWAL_TIME: Duration = Duration::from_millis(100);
+
+/// Whether a region has rings of this version.
+pub fn is_there(region: &Region) -> bool {
+    if (region.size() as u64) < SIZE {
+        return false;
+    }
+    let mut fixed = [0; PROGRESS - HEADER];
+    region.read(HEADER, &mut fixed);
+    fixed == fixed_header()
+}
+
+/// Sends commands, as many at once as the ring holds, and adds their replies to `replies` in the
+/// order of the commands. What is not answered in time is withdrawn, so that it is not carried out
+/// later. The caller has the lock of the region, and has seen that the rings [are there](is_there).
+///
+/// # Errors
+/// See [`SendError`]; `replies` has those that came before.
+pub fn send_locked<'a>(
+    region: &Region,
+    _lock: &RegionLock,
+    commands: &[String],
+    patience: impl Into<Patience<'a>>,
+    replies: &mut Vec<Reply>,
+) -> Result<(), SendError> {
+    if let Some(long) = commands.iter().find(|command| command.len() > MAX_COMMAND) {
+        return Err(SendError::NotAMessage(long.clone()));
+    }
+    let patience = patience.into();
+    for commands in commands.chunks(SLOTS as usize) {
+        let exchange = Exchange { region, patience, deadline: Instant::now() + patience.timeout };
+        exchange.run(commands, replies)?;
+    }
+    Ok(())
+}
+
+/// Returns a copy of the counters, if one can be had.
+pub fn counters(region: &Region) -> Option<CounterPage> {
+    // A page that is being written is complete at the next look.
+    const LOOKS: usize = 100;
+    let copy = || {
+        let before = region.load_u64(COUNTERS);
+        let mut page = [0; COUNTERS_SIZE];
+        region.read(COUNTERS, &mut page);
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        let after = region.load_u64(COUNTERS);
+        CounterPage::parse(&page, after).filter(|_| before == after)
+    };
+    is_there(region).then(|| (0..LOOKS).find_map(|_| copy())).flatten()
+}
+
+/// Requests and their replies, at most a ring full.
+struct Exchange<'a> {
+    region: &'a Region,
+    patience: Patience<'a>,
+    deadline: Instant,
+}
+
+impl Exchange<'_> {
+    fn host(&self) -> Progress {
+        let at = |offset| self.region.load_u64(PROGRESS + offset);
+        // `reset` first: who sees it, sees the epoch that was written before it.
+        let reset = at(24);
+        Progress { epoch: at(0), taken: at(8), written: at(16), reset }
+    }
+
+    fn own(&self) -> GuestSection {
+        let at = |offset| self.region.load_u64(GUEST + offset);
+        GuestSection { reset: at(0), sent: at(8), consumed: at(16) }
+    }
+
+    /// Waits, and withdraws what is under way if that is in vain.
+    fn wait_for(&self, condition: impl Fn() -> bool) -> Result<(), SendError> {
+        let Err(reason) = self.patience.wait_for(self.deadline, &condition) else { return Ok(()) };
+        let (host, own) = (self.host(), self.own());
+        if host.reset == own.reset {
+            self.region.store_u64(GUEST, own.reset.wrapping_add(1));
+        }
+        // A host that had begun to carry it out answers it all the same.
+        let is_decided = || condition() || self.host().reset == self.own().reset;
+        let last_look = Patience { timeout: WITHDRAWAL_TIME, interrupted: None };
+        let _ = last_look.wait_for(Instant::now() + WITHDRAWAL_TIME, is_decided);
+        let is_answered = self.host().epoch == host.epoch && condition();
+        if is_answered { Ok(()) } else { Err(reason.error(self.patience.timeout)) }
+    }
+
+    /// Takes over the rings as they are, or has the host begin anew. Returns the epoch and the number of
+    /// the last request.
+    fn take_over(&self) -> Result<(u64, u64), SendError> {
+        let (host, own) = (self.host(), self.own());
+        let is_settled = own.reset == host.reset;
+        if is_settled && own.sent == host.taken && own.consumed == host.written {
+            return Ok((host.epoch, own.sent));
+        }
+        let is_new = host.taken == host.epoch && host.written == host.epoch;
+        if !(is_settled && is_new && own.sent < host.epoch) {
+            let reset = if is_settled { own.reset.wrapping_add(1) } else { own.reset };
+            self.region.store_u64(GUEST, reset);
+            let is_followed = || self.host().reset == reset;
+            let waited = self.patience.wait_for(self.deadline, is_followed);
+            waited.map_err(|reason| reason.error(self.patience.timeout))?;
+        }
+        let epoch = self.host().epoch;
+        self.region.store_u64(CONSUMED, epoch);
+        self.region.store_u64(SENT, epoch);
+        Ok((epoch, epoch))
+    }
+
+    fn run(&self, commands: &[String], replies: &mut Vec<Reply>) -> Result<(), SendError> {
+        let (epoch, before) = self.take_over()?;
+        let last = before + commands.len() as u64;
+        for (number, command) in (before + 1..=last).zip(commands) {
+            let length = command.len() as u32;
+            let header = SlotHeader { number, length, flags: 0, request: 0 };
+            let slot = slot(REQUESTS, epoch, number);
+            self.region.write(slot, &header.with_text(command.as_bytes()));
+        }
+        self.region.store_u64(SENT, last);
+        for _ in commands {
+            let text = self.receive(epoch)?;
+            let reply = text.parse();
+            let start = || text.chars().take(80).flat_map(char::escape_default).collect();
+            replies.push(reply.map_err(|_| SendError::NotAReply(start()))?);
+        }
+        Ok(())
+    }
+
+    /// Receives a reply.
+    fn receive(&self, epoch: u64) -> Result<String, SendError> {
+        let mut text = Vec::new();
+        loop {
+            let number = self.own().consumed.wrapping_add(1);
+            let has_begun_anew = || self.host().epoch != epoch;
+            let is_written = || {
+                let ahead = self.host().written.wrapping_sub(number);
+                ahead < SLOTS && self.region.load_u64(slot(REPLIES, epoch, number)) == number
+            };
+            self.wait_for(|| is_written() || has_begun_anew())?;
+            if has_begun_anew() {
+                return Err(SendError::BeganAnew);
+            }
+            let mut copy = [0; SLOT_SIZE];
+            self.region.read(slot(REPLIES, epoch, number), &mut copy);
+            self.region.store_u64(CONSUMED, number);
+            let header = SlotHeader::parse(&copy);
+            if header.flags & FIRST != 0 {
+                text.clear();
+            }
+            let length = (header.length as usize).min(SLOT_TEXT);
+            text.extend(copy.iter().skip(SLOT_HEADER).take(length));
+            if header.flags & MORE == 0 {
+                return Ok(String::from_utf8_lossy(&text).into_owned());
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The host's end of the rings.
+
+use super::{
+    CONSUMED, COUNTERS, CounterPage, FIRST, GUEST, GuestSection, HEADER, MAGIC, MORE, PROGRESS,
+    Progress, REPLIES, REQUESTS, RequestError, SIZE, SLOT_HEADER, SLOT_TEXT, SLOTS, SlotHeader,
+    fixed_header, slot, u64_at,
+};
+use crate::language::parse::MAX_COMMAND;
+use crate::language::reply::Reply;
+use crate::region::RegionError;
+use crate::region_file::RegionFile;
+use std::collections::VecDeque;
+use std::time::{Duration, SystemTime};
+
+/// The host's end of the rings of one region.
+#[derive(Debug)]
+pub struct HostRing {
+    /// The header as it should be: what the guest makes of it does not matter.
+    progress: Progress,
+    /// The last number of the guest's `consumed` that was in range.
+    consumed: u64,
+    /// Parts of replies for which the guest has had no room yet.
+    waiting: VecDeque<Part>,
+}
+
+/// A request taken out of the ring, which is to be answered.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RingRequest {
+    /// The command.
+    pub text: Result<String, RequestError>,
+    number: u64,
+}
+
+/// A part of a reply, which fits into a slot.
+#[derive(Debug)]
+struct Part {
+    request: u64,
+    flags: u32,
+    text: Vec<u8>,
+}
+
+impl HostRing {
+    /// Opens the rings of a region: goes on with those that are there, or makes new ones. Returns `None`
+    /// if the region has no room for them.
+    ///
+    /// # Errors
+    /// If the region cannot be read or written.
+    pub fn open(region: &RegionFile) -> Result<Option<HostRing>, RegionError> {
+        if region.size() < SIZE {
+            return Ok(None);
+        }
+        let mut fixed = [0; PROGRESS - HEADER];
+        region.read(HEADER, &mut fixed)?;
+        let mut progress = [0; Progress::SIZE];
+        region.read(PROGRESS, &mut progress)?;
+        let progress = Progress::parse(&progress);
+        let is_sound = fixed == fixed_header() && is_sound(&progress);
+        let mut ring = HostRing { progress, consumed: 0, waiting: VecDeque::new() };
+        if is_sound {
+            ring.consumed = progress.written.saturating_sub(SLOTS).max(progress.epoch);
+        } else {
+            ring.progress.epoch = progress.epoch.min(EPOCHS_END);
+            ring.begin_anew(region, guest_section(region)?.reset)?;
+            ring.write_header(region)?;
+        }
+        Ok(Some(ring))
+    }
+
+    /// Writes the header again if the guest has overwritten it.
+    ///
+    /// # Errors
+    /// If the region cannot be read or written.
+    pub fn repair(&self, region: &RegionFile) -> Result<(), RegionError> {
+        let mut found = [0; PROGRESS - HEADER + Progress::SIZE];
+        region.read(HEADER, &mut found)?;
+        let mut expected = fixed_header().to_vec();
+        expected.extend(self.progress.bytes());
+        if found.as_slice() == expected { Ok(()) } else { self.write_header(region) }
+    }
+
+    /// Writes the header, its magic last.
+    fn write_header(&self, region: &RegionFile) -> Result<(), RegionError> {
+        region.write(HEADER, &[0; MAGIC.len()])?;
+        let fixed = fixed_header();
+        region.write(HEADER + MAGIC.len(), fixed.get(MAGIC.len()..).unwrap_or_default())?;
+        region.write(PROGRESS, &self.progress.bytes())?;
+        region.write(HEADER, MAGIC)
+    }
+
+    /// Begins a new epoch: what is under way is dropped.
+    fn begin_anew(&mut self, region: &RegionFile, reset: u64) -> Result<(), RegionError> {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        // Numbers are not used again: a slot of an earlier epoch is never taken for a new one.
+        let earlier = self.progress.epoch.max(self.progress.taken).max(self.progress.written);
+        let now = since.as_ref().map_or(0, Duration::as_nanos) as u64;
+        let epoch = now.max(earlier.min(EPOCHS_END) + 2 * SLOTS);
+        self.progress = Progress { epoch, taken: epoch, written: epoch, reset };
+        self.consumed = epoch;
+        self.waiting.clear();
+        // A guest that sees its `reset` sees the new epoch.
+        let bytes = self.progress.bytes();
+        let (counters, reset) = bytes.split_at(bytes.len() - 8);
+        region.write(PROGRESS, counters)?;
+        region.write(PROGRESS + counters.len(), reset)
+    }
+
+    /// Returns the requests that wait, oldest first, at most 16; up to the first query, because its
+    /// reply may be long. There are none while replies wait for room.
+    ///
+    /// All of them must be passed to [`HostRing::reply`] before the next call, or they are returned
+    /// again.
+    ///
+    /// # Errors
+    /// If the region cannot be read or written.
+    pub fn take(&mut self, region: &RegionFile) -> Result<Vec<RingRequest>, RegionError> {
+        let guest = guest_section(region)?;
+        if guest.reset != self.progress.reset {
+            self.begin_anew(region, guest.reset)?;
+            return Ok(Vec::new());
+        }
+        self.write_waiting(region, guest.consumed)?;
+        let taken = self.progress.taken;
+        let count = guest.sent.checked_sub(taken).filter(|count| *count <= SLOTS).unwrap_or(0);
+        let mut requests = Vec::new();
+        if !self.waiting.is_empty() {
+            return Ok(requests);
+        }
+        for number in taken + 1..=taken + count {
+            let request = self.request(region, number)?;
+            let is_query = request.text.as_ref().is_ok_and(|text| is_query(text));
+            requests.push(request);
+            if is_query {
+                break;
+            }
+        }
+        Ok(requests)
+    }
+
+    /// Copies a request out of its slot, and parses the copy.
+    fn request(&self, region: &RegionFile, number: u64) -> Result<RingRequest, RegionError> {
+        let mut copy = [0; SLOT_HEADER + MAX_COMMAND];
+        region.read(slot(REQUESTS, self.progress.epoch, number), &mut copy)?;
+        let header = SlotHeader::parse(&copy);
+        let is_text = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
+        let end = SLOT_HEADER.saturating_add(header.length as usize);
+        let text = match copy.get(SLOT_HEADER..end) {
+            _ if header.number != number => {
+                Err(RequestError::Number { expected: number, found: header.number })
+            }
+            None => Err(RequestError::Length(header.length)),
+            Some(text) => match text.iter().position(|&byte| !is_text(byte)) {
+                Some(at) => {
+                    Err(RequestError::NotText { byte: text.get(at).copied().unwrap_or(0), at })
+                }
+                None => Ok(text.iter().map(|&byte| char::from(byte)).collect()),
+            },
+        };
+        Ok(RingRequest { text, number })
+    }
+
+    /// Writes the replies to requests, as far as there is room; the rest follows.
+    ///
+    /// # Errors
+    /// If the region cannot be read or written.
+    pub fn reply<'a>(
+        &mut self,
+        region: &RegionFile,
+        answered: impl IntoIterator<Item = (&'a RingRequest, &'a Reply)>,
+    ) -> Result<(), RegionError> {
+        for (request, reply) in answered {
+            self.waiting.extend(parts(request.number, &reply.to_string()));
+        }
+        let mut consumed = [0; 8];
+        region.read(CONSUMED, &mut consumed)?;
+        self.write_waiting(region, u64_at(&consumed, 0))
+    }
+
+    /// Writes parts of replies while the guest has room for them.
+    fn write_waiting(&mut self, region: &RegionFile, consumed: u64) -> Result<(), RegionError> {
+        if (self.consumed..=self.progress.written).contains(&consumed) {
+            self.consumed = consumed;
+        }
+        while self.progress.written - self.consumed < SLOTS
+            && let Some(part) = self.waiting.pop_front()
+        {
+            let number = self.progress.written + 1;
+            let length = part.text.len() as u32;
+            let header = SlotHeader { number, length, flags: part.flags, request: part.request };
+            let at = slot(REPLIES, self.progress.epoch, number);
+            region.write(at, &header.with_text(&part.text))?;
+            self.progress.written = number;
+            if part.flags & MORE == 0 {
+                self.progress.taken = part.request;
+            }
+            // One write: a restarted host never answers a request twice.
+            let bytes = self.progress.bytes();
+            region.write(PROGRESS + 8, bytes.get(8..24).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// Writes the page of counters.
+    ///
+    /// # Errors
+    /// If the region cannot be written.
+    pub fn write_counters(
+        &self,
+        region: &RegionFile,
+        page: &CounterPage,
+    ) -> Result<(), RegionError> {
+        let mut sequence = [0; 8];
+        region.read(COUNTERS, &mut sequence)?;
+        let before = u64_at(&sequence, 0) & !1;
+        region.write(COUNTERS, &before.wrapping_add(1).to_le_bytes())?;
+        region.write(COUNTERS + sequence.len(), &page.bytes())?;
+        region.write(COUNTERS, &before.wrapping_add(2).to_le_bytes())
+    }
+}
+
+fn guest_section(region: &RegionFile) -> Result<GuestSection, RegionError> {
+    let mut bytes = [0; GuestSection::SIZE];
+    region.read(GUEST, &mut bytes)?;
+    Ok(GuestSection::parse(&bytes))
+}
+
+/// The greatest number that an epoch begins with, which leaves room for all that follow.
+const EPOCHS_END: u64 = u64::MAX / 2;
+
+/// Whether the host could have left a header with these counters.
+fn is_sound(progress: &Progress) -> bool {
+    let numbers = progress.epoch..=EPOCHS_END;
+    numbers.contains(&progress.taken) && numbers.contains(&progress.written)
+}
+
+fn is_query(text: &str) -> bool {
+    text.trim_start().starts_with(['q', 'Q'])
+}
+
+/// Cuts a reply into parts.
+fn parts(request: u64, text: &str) -> Vec<Part> {
+    let chunks: Vec<&[u8]> = text.as_bytes().chunks(SLOT_TEXT).collect();
+    let last = chunks.len().saturating_sub(1);
+    let part = |(at, text): (usize, &[u8])| {
+        let first = if at == 0 { FIRST } else { 0 };
+        let more = if at < last { MORE } else { 0 };
+        Part { request, flags: first | more, text: text.to_vec() }
+    };
+    chunks.into_iter().enumerate().map(part).collect()
+}

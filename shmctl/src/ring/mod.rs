@@ -1,0 +1,277 @@
+//! The ring layout: numbered requests and replies, each acknowledged once and in order.
+//!
+//! Guarantee: whatever bytes the guest writes, the host copies each of them out once, does bounded
+//! work, and uses no offset from the region. Only the guest's own channel can suffer.
+//!
+//! # Layout
+//!
+//! Offsets and sizes are in bytes, from the start of the region; numbers are little-endian and
+//! unsigned. A region of less than 147456 bytes has no rings. Each section has one writer; the other
+//! side only reads it.
+//!
+//! ## Header, at 4096, written by the host
+//!
+//! | offset | size | field | value |
+//! |---|---|---|---|
+//! | 4096 | 8 | magic | `NFQDRING`; written last |
+//! | 4104 | 4 | version | 1 |
+//! | 4108 | 4 | slot size | 4096 |
+//! | 4112 | 4 | slots in each ring | 16 |
+//! | 4116 | 4 | offset of the guest's section | 8192 |
+//! | 4120 | 4 | offset of the request ring | 12288 |
+//! | 4124 | 4 | offset of the reply ring | 77824 |
+//! | 4128 | 4 | offset of the counters | 143360 |
+//! | 4132 | 4 | size of the counters | 4096 |
+//! | 4136 | 8 | epoch | a number that grows each time the host begins anew |
+//! | 4144 | 8 | taken | the number of the last request that has been answered |
+//! | 4152 | 8 | written | the number of the last reply slot that has been written |
+//! | 4160 | 8 | reset | the guest's `reset` that the host has followed |
+//!
+//! ## Guest's section, at 8192, written by the guest
+//!
+//! | offset | size | field | value |
+//! |---|---|---|---|
+//! | 8192 | 8 | reset | changed by the guest to begin anew |
+//! | 8200 | 8 | sent | the number of the last request that is complete |
+//! | 8208 | 8 | consumed | the number of the last reply slot that the guest has read |
+//!
+//! ## Slots, 4096 bytes each
+//!
+//! | offset in the slot | size | field | value |
+//! |---|---|---|---|
+//! | 0 | 8 | number | the slot's number |
+//! | 8 | 4 | length | bytes of text: of a request at most 2046, of a reply slot at most 4072 |
+//! | 12 | 4 | flags | of a reply: bit 0, more of it follows; bit 1, it begins here. Of a request: 0 |
+//! | 16 | 8 | request | of a reply: the number of the request that it answers. Of a request: 0 |
+//! | 24 | … | text | a command, without marks; a reply, or a part of one |
+//!
+//! The requests of an epoch have the numbers epoch + 1, epoch + 2, …; so have its reply slots. Number
+//! `n` is in slot (n - epoch - 1) mod 16 of its ring.
+//!
+//! ## How a guest sends
+//!
+//! 1. **Take over.** If `reset` is the same in both sections, `sent` = `taken` and `consumed` =
+//!    `written`, nothing is under way. If `reset` is the same, `taken` = `written` = `epoch`, and
+//!    `sent` is less than `epoch`, the host has begun anew: write `epoch` to `consumed` and `sent`.
+//!    Otherwise begin anew: change `reset` unless it differs already, wait until the header's is the
+//!    same, then read `epoch` and write it to `consumed` and `sent`.
+//! 2. **Send.** Fill the slots of the next numbers, at most 16 requests that are not answered, then
+//!    write the last number to `sent`. The write of `sent` must be seen after those of the slots.
+//! 3. **Receive.** While `written` is greater than `consumed` (by at most 16) and the slot of
+//!    `consumed` + 1 has that number: copy it, then write that number to `consumed`. The text of a slot with
+//!    bit 1 begins a reply, that of others is added to it; without bit 0 the reply is complete. An
+//!    `epoch` that has changed means that the host has begun anew: whether a request that is not
+//!    answered was carried out is not known.
+//! 4. **Withdraw.** To withdraw what is not answered, change `reset`. Requests that the host has not
+//!    begun to carry out are dropped, also if it is not running.
+//!
+//! Several programs of one guest take turns by a lock of their own, such as `flock` on the device's
+//! file.
+//!
+//! ## What the host does
+//!
+//! It answers requests in order. It writes a reply slot, then `written`, together with `taken` at the
+//! end of a reply; a full reply ring holds up the requests. When it is restarted it goes on with the
+//! header that is there. A request that was carried out, but not answered, is carried out again: the
+//! guest gets one reply. `sent` and `consumed` that are out of range are not looked at, and a header
+//! that the guest has overwritten is written again within a second.
+//!
+//! ## Counters, at 143360, written by the host
+//!
+//! They are brought up to date once a second, more rarely where reading the kernel's counters takes long.
+//!
+//! | offset in the page | size | field | value |
+//! |---|---|---|---|
+//! | 0 | 8 | sequence | odd while the page is being written |
+//! | 8 | 8 | time | nanoseconds since 1970 (CLOCK_REALTIME) |
+//! | 16 | 4 | entries | middleboxes that follow, at most 63 |
+//! | 20 | 4 | left out | middleboxes for which there is no room |
+//! | 64 | 64 each | entries | one a middlebox that the channel is bound to |
+//!
+//! | offset in the entry | size | field | value |
+//! |---|---|---|---|
+//! | 0 | 6 | MAC | of the middlebox |
+//! | 6 | 2 | flags | bit 0: it has a firewall; bit 1: it has services |
+//! | 8 | 8 | packets | that came for it |
+//! | 16 | 8 | bytes | of those packets |
+//! | 24 | 8 | denied | packets that its rules, or its default, have denied |
+//! | 32 | 8 | redirected | packets that went to backends |
+//! | 40 | 4 | backends | of all its services |
+//! | 44 | 4 | dead | those of them that are dead |
+//! | 48 | 16 | – | 0 |
+//!
+//! A reader copies `sequence`, the page, and `sequence` again: the copy is good if both are the same and
+//! even.
+
+mod counters;
+pub mod guest;
+pub mod host;
+#[cfg(test)]
+mod tests;
+
+pub use counters::{CounterPage, MiddleboxCounters};
+
+use crate::language::parse::MAX_COMMAND;
+
+/// The size of a region with rings, in bytes, at least.
+pub const SIZE: u64 = 147_456;
+/// The number of slots of each ring.
+pub const SLOTS: u64 = 16;
+
+const MAGIC: &[u8; 8] = b"NFQDRING";
+const VERSION: u32 = 1;
+const HEADER: usize = 4096;
+/// Where the header's counters begin: epoch, taken, written, reset.
+const PROGRESS: usize = HEADER + 40;
+const GUEST: usize = 8192;
+const SENT: usize = GUEST + 8;
+const CONSUMED: usize = GUEST + 16;
+const REQUESTS: usize = 12288;
+const REPLIES: usize = 77824;
+const COUNTERS: usize = 143_360;
+const COUNTERS_SIZE: usize = 4096;
+const SLOT_SIZE: usize = 4096;
+/// The bytes of a slot in front of its text.
+const SLOT_HEADER: usize = 24;
+/// The most text of a slot.
+const SLOT_TEXT: usize = SLOT_SIZE - SLOT_HEADER;
+/// The flag of a reply slot whose reply goes on in the next one.
+const MORE: u32 = 1;
+/// The flag of a reply slot in which a reply begins.
+const FIRST: u32 = 2;
+
+/// The reason a request has no text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// The slot has another number.
+    #[error(
+        "the slot of request {expected} has the number {found}; fill it before 'sent' counts it"
+    )]
+    Number {
+        /// The number that it must have.
+        expected: u64,
+        /// The number in the slot.
+        found: u64,
+    },
+    /// The text is too long.
+    #[error("{0} bytes long; a command has at most {MAX_COMMAND}")]
+    Length(u32),
+    /// A byte is not ASCII text.
+    #[error("byte {byte:#04x} at {at} is not printable ASCII; commands are ASCII text")]
+    NotText {
+        /// The byte.
+        byte: u8,
+        /// The place of the byte in the text, from 0.
+        at: usize,
+    },
+}
+
+/// The part of the header that stays the same.
+fn fixed_header() -> [u8; PROGRESS - HEADER] {
+    let mut out = [0; PROGRESS - HEADER];
+    let numbers = [
+        VERSION,
+        SLOT_SIZE as u32,
+        SLOTS as u32,
+        GUEST as u32,
+        REQUESTS as u32,
+        REPLIES as u32,
+        COUNTERS as u32,
+        COUNTERS_SIZE as u32,
+    ];
+    let bytes = MAGIC.iter().copied().chain(numbers.into_iter().flat_map(u32::to_le_bytes));
+    out.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+    out
+}
+
+/// The part of the header that changes.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+struct Progress {
+    epoch: u64,
+    taken: u64,
+    written: u64,
+    reset: u64,
+}
+
+impl Progress {
+    const SIZE: usize = 32;
+
+    fn parse(bytes: &[u8; Progress::SIZE]) -> Progress {
+        Progress {
+            epoch: u64_at(bytes, 0),
+            taken: u64_at(bytes, 8),
+            written: u64_at(bytes, 16),
+            reset: u64_at(bytes, 24),
+        }
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        let numbers = [self.epoch, self.taken, self.written, self.reset];
+        numbers.into_iter().flat_map(u64::to_le_bytes).collect()
+    }
+}
+
+/// The guest's section.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+struct GuestSection {
+    reset: u64,
+    sent: u64,
+    consumed: u64,
+}
+
+impl GuestSection {
+    const SIZE: usize = 24;
+
+    fn parse(bytes: &[u8; GuestSection::SIZE]) -> GuestSection {
+        let at = |offset| u64_at(bytes, offset);
+        GuestSection { reset: at(0), sent: at(8), consumed: at(16) }
+    }
+}
+
+/// What a slot has in front of its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SlotHeader {
+    number: u64,
+    length: u32,
+    flags: u32,
+    request: u64,
+}
+
+impl SlotHeader {
+    fn parse(bytes: &[u8]) -> SlotHeader {
+        SlotHeader {
+            number: u64_at(bytes, 0),
+            length: u32::from_le_bytes(array(bytes, 8)),
+            flags: u32::from_le_bytes(array(bytes, 12)),
+            request: u64_at(bytes, 16),
+        }
+    }
+
+    /// Returns the bytes of a slot with this text.
+    fn with_text(self, text: &[u8]) -> Vec<u8> {
+        let mut out = self.number.to_le_bytes().to_vec();
+        out.extend(self.length.to_le_bytes());
+        out.extend(self.flags.to_le_bytes());
+        out.extend(self.request.to_le_bytes());
+        out.extend(text);
+        out
+    }
+}
+
+/// Returns the offset of the slot of a number that is greater than the epoch.
+fn slot(ring: usize, epoch: u64, number: u64) -> usize {
+    let index = number.wrapping_sub(epoch).wrapping_sub(1) % SLOTS;
+    ring + index as usize * SLOT_SIZE
+}
+
+/// Returns bytes at an offset, zeros where there are none.
+fn array<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
+    let mut out = [0; N];
+    let from = bytes.get(offset..).unwrap_or_default();
+    out.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+    out
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(array(bytes, offset))
+}
