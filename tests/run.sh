@@ -144,7 +144,7 @@ chaos() {
 
 package() {
     need_root package
-    need_packages debootstrap systemd
+    need_packages debootstrap lowdown systemd
     step "units"
     # 0 is the best exposure, 10 the worst; the threshold is in tenths.
     systemd-analyze security --offline=true --threshold=30 packaging/systemd/nfqd.service > /dev/null
@@ -168,7 +168,10 @@ package() {
     done
     chroot "$root" getent group nfqd
     # Without documentation, the root of a minimal system has no manual pages either.
-    dpkg-deb --contents "$target/nfqd.deb" | grep -q man8/nfqd-trace.8.gz
+    local page
+    for page in man1/nfqd-guest.1 man5/nfqd.toml.5 man7/nfqd-commands.7 man8/nfqd-trace.8; do
+        dpkg-deb --fsys-tarfile "$target/nfqd.deb" | tar -xO "./usr/share/man/$page.gz" | gzip -d | grep -q '^[.]S[Hh] NAME'
+    done
     chroot "$root" grep -q 'shm' /etc/nfqd/nfqd.toml
     # No systemd runs there, so the units are verified, not started.
     chroot "$root" sh -c 'test -x /usr/sbin/br-netfilter.sh && test -f /lib/systemd/system/nfqd.service'
