@@ -103,3 +103,38 @@ fn each_walk_of_the_architecture_is_six_files_that_open_with_their_subject() {
         }
     }
 }
+
+#[test]
+fn alerts_and_the_board_use_metrics_and_labels_that_exist() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let metrics = read("docs/METRICS.md");
+    let cell =
+        |line: &str, at: usize| line.split('|').nth(at).unwrap_or_default().trim().to_string();
+    let rows: Vec<&str> = metrics.lines().filter(|line| line.starts_with("| `nfqd_")).collect();
+    let known: Vec<String> = rows.iter().map(|row| cell(row, 1)).collect();
+    let labels: String = rows.iter().map(|row| cell(row, 3)).collect();
+    let words = |text: &str| -> Vec<String> {
+        let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        text.split(|c| !is_word(c)).map(str::to_string).collect()
+    };
+    let (alerts, board) = (read("packaging/alerts.yml"), read("packaging/grafana.json"));
+    for (name, text, least) in [("alerts.yml", &alerts, 5), ("grafana.json", &board, 12)] {
+        let used: Vec<String> =
+            words(text).into_iter().filter(|word| word.starts_with("nfqd_")).collect();
+        assert!(used.len() >= least, "{name}: {used:?}");
+        for metric in used {
+            assert!(known.contains(&format!("`{metric}`")), "{name}: {metric}");
+        }
+    }
+    // The legends of the board, and what sums are made by.
+    let shown: Vec<&str> =
+        board.split("{{").skip(1).filter_map(|rest| rest.split("}}").next()).collect();
+    let sums = board.split("by (").skip(1).filter_map(|rest| rest.split(')').next());
+    let by = sums.flat_map(|list| list.split(", "));
+    assert!(shown.len() > 10);
+    for label in shown.into_iter().chain(by).filter(|label| *label != "instance") {
+        assert!(labels.contains(&format!("`{label}`")), "grafana.json: {label}");
+    }
+    let board: serde_json::Value = serde_json::from_str(&board).unwrap();
+    assert_eq!(board["panels"].as_array().unwrap().len(), 13);
+}

@@ -391,7 +391,8 @@ pub fn reference() -> String {
     let mut out = String::from(
         "# Metrics\n\n`nfqd serve` shows them at `/metrics`, in Prometheus' text format. `?scope=` takes `global`, `middlebox`, `service` and \
          `rules`,\nseparated by commas; by default all but `rules`. `?middlebox=MAC` selects one middlebox. Kernel counters are read at most once a\n\
-         second, less often for a large ruleset. Generated from `nfqd/src/serve/metrics.rs`; a test compares the two.\n",
+         second, less often for a large ruleset. Generated from `nfqd/src/serve/metrics.rs`; a test compares the two.\n\
+         Alert rules are in `packaging/alerts.yml`, a Grafana board in `packaging/grafana.json`.\n",
     );
     for scope in Scope::ALL {
         let _ = write!(
