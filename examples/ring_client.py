@@ -25,7 +25,6 @@ class Ring:
     def __init__(self, path, timeout=10.0):
         self.deadline = time.monotonic() + timeout
         self.file = open(path, "r+b", buffering=0)
-        fcntl.flock(self.file, fcntl.LOCK_EX)  # other clients of this guest wait
         size = os.fstat(self.file.fileno()).st_size
         self.memory = mmap.mmap(self.file.fileno(), size)
         magic, version, self.slot_size, slots, self.guest, self.requests, self.replies, self.counters, _ = (
@@ -33,13 +32,14 @@ class Ring:
         )
         if (magic, version, slots) != (b"NFQDRING", 1, SLOTS):
             sys.exit(f"{path}: no rings of version 1")
-        self.take_over()
+        self.epoch = None
 
+    # Slices of 8 bytes are copied as a whole, and in the order of the program on x86.
     def number(self, offset):
-        return struct.unpack_from("<Q", self.memory, offset)[0]
+        return int.from_bytes(self.memory[offset : offset + 8], "little")
 
     def store(self, offset, number):
-        self.memory[offset : offset + 8] = struct.pack("<Q", number)
+        self.memory[offset : offset + 8] = struct.pack("<Q", number % 2**64)
 
     def host(self):
         reset = self.number(4160)
@@ -48,31 +48,45 @@ class Ring:
     def own(self):
         return self.number(self.guest), self.number(self.guest + 8), self.number(self.guest + 16)
 
+    def withdraw(self):
+        if self.own()[0] == self.host()[3]:
+            self.store(self.guest, self.own()[0] + 1)
+
     def wait(self, condition):
         while not condition():
             if time.monotonic() > self.deadline:
-                self.store(self.guest, self.own()[0] + 1)  # withdraw
                 sys.exit("nobody answers")
             time.sleep(0.0002)
 
     def take_over(self):
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # other clients of this guest wait
         epoch, taken, written, followed = self.host()
         reset, sent, consumed = self.own()
         if reset == followed and sent == taken and consumed == written:
+            self.epoch = epoch
             return
         if not (reset == followed and taken == written == epoch and sent < epoch):
-            reset += reset == followed
-            self.store(self.guest, reset)
-            self.wait(lambda: self.host()[3] == reset)
-        epoch = self.host()[0]
-        self.store(self.guest + 16, epoch)
-        self.store(self.guest + 8, epoch)
+            self.withdraw()
+            self.wait(lambda: self.host()[3] == self.own()[0])
+        self.epoch = self.host()[0]
+        self.store(self.guest + 16, self.epoch)
+        self.store(self.guest + 8, self.epoch)
 
     def slot(self, ring, number):
-        return ring + (number - self.host()[0] - 1) % SLOTS * self.slot_size
+        return ring + (number - self.epoch - 1) % SLOTS * self.slot_size
 
     def send(self, commands):
         """Yields a reply for each command, with at most a ring full of them under way."""
+        if any(len(command) > 2046 for command in commands):
+            sys.exit("a command has at most 2046 bytes")
+        self.take_over()
+        try:
+            yield from self.exchange(commands)
+        except BaseException:
+            self.withdraw()
+            raise
+
+    def exchange(self, commands):
         for start in range(0, len(commands), SLOTS):
             part = commands[start : start + SLOTS]
             sent = self.own()[1]
@@ -85,16 +99,16 @@ class Ring:
                 yield self.receive(number)
 
     def receive(self, expected):
-        epoch, text = self.host()[0], b""
+        text = b""
         while True:
             number = self.own()[2] + 1
             at = self.slot(self.replies, number)
             self.wait(
-                lambda: self.host()[0] != epoch
+                lambda: self.host()[0] != self.epoch
                 or 0 < self.host()[2] - number + 1 <= SLOTS
                 and self.number(at) == number
             )
-            if self.host()[0] != epoch:
+            if self.host()[0] != self.epoch:
                 sys.exit("the host began anew")
             _, length, flags, request = SLOT.unpack_from(self.memory, at)
             if flags & FIRST:
@@ -106,13 +120,18 @@ class Ring:
             if not flags & MORE:
                 return text.decode("ascii", "replace")
 
+    def page(self):
+        before = self.number(self.counters)
+        page = self.memory[self.counters : self.counters + 4096]
+        is_good = before % 2 == 0 and self.number(self.counters) == before
+        return page if is_good and page[8:16] != bytes(8) else None
+
     def middleboxes(self):
-        while True:
-            before = self.number(self.counters)
-            page = self.memory[self.counters : self.counters + 4096]
-            if before % 2 == 0 and self.number(self.counters) == before:
-                break
-        for entry in range(struct.unpack_from("<I", page, 16)[0]):
+        self.store(self.guest + 24, self.number(self.guest + 24) + 1)  # have them kept up to date
+        pages = []
+        self.wait(lambda: pages.append(self.page()) or pages[-1])
+        page = pages[-1]
+        for entry in range(min(63, struct.unpack_from("<I", page, 16)[0])):
             mac, _, *numbers = struct.unpack_from("<6sH4Q2I", page, 64 + 64 * entry)
             names = ("packets", "bytes", "denied", "redirected", "backends", "dead")
             yield mac.hex(":"), dict(zip(names, numbers))

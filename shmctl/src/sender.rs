@@ -31,6 +31,12 @@ pub enum SendError {
         "the host began anew: the command may have been carried out or not; 'status' shows what is registered"
     )]
     BeganAnew,
+    /// The host has neither answered nor followed the withdrawal.
+    #[error(
+        "no answer: the command is withdrawn, unless the host has begun to carry it out; check that nfqd runs on the \
+         host with this region as --shm"
+    )]
+    Unanswered,
     /// The sender was interrupted, and the command was withdrawn.
     #[error("interrupted; the command was withdrawn")]
     Interrupted,

@@ -201,17 +201,22 @@ impl Channel {
     /// that was cut is closed.
     pub fn poll(&mut self, now: Instant) -> Vec<Message> {
         let messages = self.take(now);
-        self.schedule.polled(now, !messages.is_empty(), now + self.budget.wait());
+        // Withdrawals and replies that wait for room are not what the budget is for.
+        let most = if self.ring.is_some() { MAX_POLL_INTERVAL } else { Duration::MAX };
+        self.schedule.polled(now, !messages.is_empty(), now + self.budget.wait().min(most));
         messages
     }
 
     fn take(&mut self, now: Instant) -> Vec<Message> {
         self.budget.refill(now);
-        if self.budget.wait() > Duration::ZERO {
-            return Vec::new();
-        }
+        let has_budget = self.budget.wait() == Duration::ZERO;
         let Ok(region) = &self.region else { return Vec::new() };
-        let taken = self.mailbox.take(region, now).and_then(|messages| {
+        let followed = self.ring.as_mut().map_or(Ok(()), |ring| ring.follow(region, now));
+        let taken = followed.and_then(|()| {
+            if !has_budget {
+                return Ok(Vec::new());
+            }
+            let messages = self.mailbox.take(region, now)?;
             let mut all: Vec<Message> = messages.into_iter().map(Message::Mailbox).collect();
             // One after the other, so that a poll costs no more than MAX_MESSAGES.
             if all.is_empty()
@@ -294,9 +299,19 @@ impl Channel {
         }
     }
 
-    /// Whether a guest can read counters here: of the MACs that the channel is bound to.
-    pub fn has_counters(&self) -> bool {
-        self.ring.is_some() && self.region.is_ok() && !self.spec.macs.is_empty()
+    /// Whether a guest looks at counters here: of the MACs that the channel is bound to.
+    pub fn is_watched(&self, now: Instant) -> bool {
+        let is_watched = self.ring.as_ref().is_some_and(|ring| ring.is_watched(now));
+        is_watched && self.region.is_ok() && !self.spec.macs.is_empty()
+    }
+
+    /// Removes the rings, so that a guest sees that its channel has ended.
+    pub fn remove_ring(&mut self) {
+        if let (Ok(region), Some(ring)) = (&self.region, self.ring.take())
+            && let Err(error) = ring.remove(region)
+        {
+            log::warn!("{error}");
+        }
     }
 
     /// Writes the counters that the guest reads without asking.

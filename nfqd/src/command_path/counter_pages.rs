@@ -1,12 +1,14 @@
-//! The pages of counters that guests read in their regions without asking.
+//! The pages of counters that guests read in their regions without a command.
 
 use super::ControlPlane;
 use super::channel::Channel;
+use crate::backends::HostView;
 use crate::bindings::Bindings;
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::{BackendView, Liveness, SlotKey};
 use nfqd_rules::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::ring::{CounterPage, MiddleboxCounters};
+use nfqd_shmctl::{Action, RuleId};
 use std::time::{Duration, Instant, SystemTime};
 
 /// When the pages are written next.
@@ -24,22 +26,30 @@ impl ControlPlane {
     pub(super) fn write_counter_pages(&mut self) {
         let start = Instant::now();
         let is_due = self.counter_pages.due.is_none_or(|due| due <= start);
-        if !is_due || !self.channels.iter().any(Channel::has_counters) {
+        if !is_due || !self.channels.iter().any(|channel| channel.is_watched(start)) {
             return;
         }
         self.enforcer.read_counters(&self.desired);
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let time = since.map_or(0, |since| since.as_nanos() as u64);
-        for at in 0..self.channels.len() {
-            let network = self.network_of_channel(at);
-            let Some(channel) = self.channels.get(at).filter(|channel| channel.has_counters())
-            else {
-                continue;
-            };
+        let read = SystemTime::now().checked_sub(self.enforcer.counters_age());
+        let since = read.and_then(|read| read.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let time = since.unwrap_or_default().as_nanos() as u64;
+        let networks: Vec<NetworkId> =
+            (0..self.channels.len()).map(|at| self.network_of_channel(at)).collect();
+        let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
+        let view = self.view(&bindings);
+        let page = |(channel, network): (&Channel, NetworkId)| {
+            if !channel.is_watched(start) {
+                return None;
+            }
             let keys = channel.spec().macs.iter().map(|mac| MiddleboxKey { network, mac: *mac });
-            let middleboxes = keys.filter_map(|key| self.counters_of(key)).collect();
-            if let Some(channel) = self.channels.get_mut(at) {
-                channel.write_counters(&CounterPage { time, middleboxes });
+            let middleboxes = keys.filter_map(|key| self.counters_of(&view, key)).collect();
+            Some(CounterPage { time, middleboxes })
+        };
+        let pages: Vec<Option<CounterPage>> =
+            self.channels.iter().zip(networks).map(page).collect();
+        for (channel, page) in self.channels.iter_mut().zip(pages) {
+            if let Some(page) = page {
+                channel.write_counters(&page);
             }
         }
         let pause = (start.elapsed() * TIME_SHARE).max(Duration::from_millis(500));
@@ -47,13 +57,12 @@ impl ControlPlane {
     }
 
     /// Returns the counters of a middlebox, if it is registered.
-    fn counters_of(&self, key: MiddleboxKey) -> Option<MiddleboxCounters> {
+    fn counters_of(&self, view: &HostView<'_>, key: MiddleboxKey) -> Option<MiddleboxCounters> {
         let middlebox = self.desired.policy.get(key)?;
-        let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let view = self.view(&bindings);
         let network = self.desired.slots.network_of(key).unwrap_or(NetworkId::ANY);
         let counter = self.enforcer.middlebox_counter(key);
-        let rules = middlebox.rules_and_default();
+        let denies = |rule: &Option<RuleId>| rule.is_none_or(|rule| rule.action == Action::Deny);
+        let rules = middlebox.rules_and_default().filter(denies);
         let mut out = MiddleboxCounters {
             mac: key.mac,
             has_firewall: middlebox.firewall().is_some(),

@@ -184,6 +184,8 @@ impl ControlPlane {
             return Err(AttachError::OtherKeys(path));
         }
         self.attached.remove(&path)?;
+        let ended = self.channels.iter_mut().filter(|channel| *channel.spec() == spec);
+        ended.for_each(Channel::remove_ring);
         // One of the configuration with the same region stays.
         self.channels.retain(|channel| *channel.spec() != spec);
         log::info!("{}: detached", path.display());

@@ -147,6 +147,11 @@ impl Enforcer {
         self.counters.read(&mut self.kernel, desired);
     }
 
+    /// Returns the time since the last reading.
+    pub fn counters_age(&self) -> Duration {
+        self.counters.last_read.map_or(Duration::ZERO, |read| read.elapsed())
+    }
+
     /// Returns what went to a middlebox, as of the last reading.
     pub fn middlebox_counter(&self, middlebox: MiddleboxKey) -> Counter {
         let all = [&self.counters.carried_counters, &self.counters.kernel_counters];

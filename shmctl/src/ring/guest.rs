@@ -3,7 +3,7 @@
 use super::{
     CONSUMED, COUNTERS, COUNTERS_SIZE, CounterPage, FIRST, GUEST, GuestSection, HEADER, MORE,
     PROGRESS, Progress, REPLIES, REQUESTS, SENT, SIZE, SLOT_HEADER, SLOT_SIZE, SLOT_TEXT, SLOTS,
-    SlotHeader, fixed_header, slot,
+    SlotHeader, WATCHED, fixed_header, slot,
 };
 use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
@@ -11,8 +11,8 @@ use crate::region::{Region, RegionLock};
 use crate::sender::{Patience, SendError};
 use std::time::{Duration, Instant};
 
-/// The time that the host may take to follow a withdrawal: several polls of a silent channel.
-const WITHDRAWAL_TIME: Duration = Duration::from_millis(100);
+/// The time that the host may take to follow a withdrawal: what it has begun comes first.
+const WITHDRAWAL_TIME: Duration = Duration::from_secs(1);
 
 /// Whether a region has rings of this version.
 pub fn is_there(region: &Region) -> bool {
@@ -43,12 +43,12 @@ pub fn send_locked<'a>(
     let patience = patience.into();
     for commands in commands.chunks(SLOTS as usize) {
         let exchange = Exchange { region, patience, deadline: Instant::now() + patience.timeout };
-        exchange.run(commands, replies)?;
+        exchange.run(commands, replies).inspect_err(|_| exchange.withdraw())?;
     }
     Ok(())
 }
 
-/// Returns a copy of the counters, if one can be had.
+/// Returns a copy of the counters, if one can be had, and has the host keep them up to date.
 pub fn counters(region: &Region) -> Option<CounterPage> {
     // A page that is being written is complete at the next look.
     const LOOKS: usize = 100;
@@ -60,7 +60,11 @@ pub fn counters(region: &Region) -> Option<CounterPage> {
         let after = region.load_u64(COUNTERS);
         CounterPage::parse(&page, after).filter(|_| before == after)
     };
-    is_there(region).then(|| (0..LOOKS).find_map(|_| copy())).flatten()
+    if !is_there(region) {
+        return None;
+    }
+    region.store_u64(WATCHED, region.load_u64(WATCHED).wrapping_add(1));
+    (0..LOOKS).find_map(|_| copy())
 }
 
 /// Requests and their replies, at most a ring full.
@@ -80,22 +84,34 @@ impl Exchange<'_> {
 
     fn own(&self) -> GuestSection {
         let at = |offset| self.region.load_u64(GUEST + offset);
-        GuestSection { reset: at(0), sent: at(8), consumed: at(16) }
+        GuestSection { reset: at(0), sent: at(8), consumed: at(16), watched: at(24) }
     }
 
-    /// Waits, and withdraws what is under way if that is in vain.
-    fn wait_for(&self, condition: impl Fn() -> bool) -> Result<(), SendError> {
-        let Err(reason) = self.patience.wait_for(self.deadline, &condition) else { return Ok(()) };
-        let (host, own) = (self.host(), self.own());
-        if host.reset == own.reset {
-            self.region.store_u64(GUEST, own.reset.wrapping_add(1));
-        }
-        // A host that had begun to carry it out answers it all the same.
-        let is_decided = || condition() || self.host().reset == self.own().reset;
+    /// Waits until a reply slot has its number, or the host has begun anew. If that is in vain, what is
+    /// under way is withdrawn.
+    fn wait_for(&self, is_there: impl Fn() -> bool, epoch: u64) -> Result<(), SendError> {
+        let is_over = || is_there() || self.host().epoch != epoch;
+        let Err(reason) = self.patience.wait_for(self.deadline, is_over) else { return Ok(()) };
+        self.withdraw();
+        // What the host had begun to carry out is answered all the same, and then the withdrawal is
+        // followed.
+        let is_followed = || self.host().reset == self.own().reset;
         let last_look = Patience { timeout: WITHDRAWAL_TIME, interrupted: None };
-        let _ = last_look.wait_for(Instant::now() + WITHDRAWAL_TIME, is_decided);
-        let is_answered = self.host().epoch == host.epoch && condition();
-        if is_answered { Ok(()) } else { Err(reason.error(self.patience.timeout)) }
+        let decided =
+            last_look.wait_for(Instant::now() + WITHDRAWAL_TIME, || is_over() || is_followed());
+        match decided {
+            Err(_) => Err(SendError::Unanswered),
+            Ok(()) if is_there() || !is_followed() => Ok(()),
+            Ok(()) => Err(reason.error(self.patience.timeout)),
+        }
+    }
+
+    /// Withdraws what is not answered yet, unless that has been done.
+    fn withdraw(&self) {
+        let reset = self.own().reset;
+        if self.host().reset == reset {
+            self.region.store_u64(GUEST, reset.wrapping_add(1));
+        }
     }
 
     /// Takes over the rings as they are, or has the host begin anew. Returns the epoch and the number of
@@ -130,8 +146,8 @@ impl Exchange<'_> {
             self.region.write(slot, &header.with_text(command.as_bytes()));
         }
         self.region.store_u64(SENT, last);
-        for _ in commands {
-            let text = self.receive(epoch)?;
+        for number in before + 1..=last {
+            let text = self.receive(epoch, number)?;
             let reply = text.parse();
             let start = || text.chars().take(80).flat_map(char::escape_default).collect();
             replies.push(reply.map_err(|_| SendError::NotAReply(start()))?);
@@ -139,24 +155,30 @@ impl Exchange<'_> {
         Ok(())
     }
 
-    /// Receives a reply.
-    fn receive(&self, epoch: u64) -> Result<String, SendError> {
+    /// Receives the reply to a request.
+    fn receive(&self, epoch: u64, request: u64) -> Result<String, SendError> {
         let mut text = Vec::new();
         loop {
             let number = self.own().consumed.wrapping_add(1);
-            let has_begun_anew = || self.host().epoch != epoch;
-            let is_written = || {
-                let ahead = self.host().written.wrapping_sub(number);
-                ahead < SLOTS && self.region.load_u64(slot(REPLIES, epoch, number)) == number
+            let slot = slot(REPLIES, epoch, number);
+            let is_there = || {
+                // `written` first: who sees it, sees the slot.
+                let host = self.host();
+                let is_written = host.epoch != epoch || host.written.wrapping_sub(number) < SLOTS;
+                is_written && self.region.load_u64(slot) == number
             };
-            self.wait_for(|| is_written() || has_begun_anew())?;
-            if has_begun_anew() {
+            self.wait_for(is_there, epoch)?;
+            if !is_there() {
                 return Err(SendError::BeganAnew);
             }
             let mut copy = [0; SLOT_SIZE];
-            self.region.read(slot(REPLIES, epoch, number), &mut copy);
+            self.region.read(slot, &mut copy);
             self.region.store_u64(CONSUMED, number);
             let header = SlotHeader::parse(&copy);
+            if header.request != request {
+                let text = format!("a reply to request {}", header.request);
+                return Err(SendError::NotAReply(text));
+            }
             if header.flags & FIRST != 0 {
                 text.clear();
             }

@@ -10,7 +10,7 @@ use crate::language::reply::Reply;
 use crate::region::RegionError;
 use crate::region_file::RegionFile;
 use std::collections::VecDeque;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The host's end of the rings of one region.
 #[derive(Debug)]
@@ -21,6 +21,10 @@ pub struct HostRing {
     consumed: u64,
     /// Parts of replies for which the guest has had no room yet.
     waiting: VecDeque<Part>,
+    /// The guest's `sent`, as of the last look.
+    sent: u64,
+    /// The guest's `watched`, and when it changed.
+    watched: (u64, Option<Instant>),
 }
 
 /// A request taken out of the ring, which is to be answered.
@@ -53,17 +57,33 @@ impl HostRing {
         region.read(HEADER, &mut fixed)?;
         let mut progress = [0; Progress::SIZE];
         region.read(PROGRESS, &mut progress)?;
-        let progress = Progress::parse(&progress);
-        let is_sound = fixed == fixed_header() && is_sound(&progress);
-        let mut ring = HostRing { progress, consumed: 0, waiting: VecDeque::new() };
-        if is_sound {
-            ring.consumed = progress.written.saturating_sub(SLOTS).max(progress.epoch);
+        let found = Progress::parse(&progress);
+        let guest = guest_section(region)?;
+        let mut ring = HostRing {
+            progress: Progress::default(),
+            consumed: 0,
+            waiting: VecDeque::new(),
+            sent: 0,
+            watched: (guest.watched, None),
+        };
+        if fixed == fixed_header() && is_sound(&found) {
+            ring.progress = found;
+            ring.consumed = found.written.saturating_sub(SLOTS).max(found.epoch);
         } else {
-            ring.progress.epoch = progress.epoch.min(EPOCHS_END);
-            ring.begin_anew(region, guest_section(region)?.reset)?;
+            ring.begin_anew(region, guest.reset)?;
             ring.write_header(region)?;
         }
+        // What is there may be about middleboxes that the channel is not bound to any more.
+        ring.write_counters(region, &CounterPage::default())?;
         Ok(Some(ring))
+    }
+
+    /// Removes the rings, so that guests see that there are none.
+    ///
+    /// # Errors
+    /// If the region cannot be written.
+    pub fn remove(self, region: &RegionFile) -> Result<(), RegionError> {
+        region.write(HEADER, &[0; MAGIC.len()])
     }
 
     /// Writes the header again if the guest has overwritten it.
@@ -93,7 +113,7 @@ impl HostRing {
         // Numbers are not used again: a slot of an earlier epoch is never taken for a new one.
         let earlier = self.progress.epoch.max(self.progress.taken).max(self.progress.written);
         let now = since.as_ref().map_or(0, Duration::as_nanos) as u64;
-        let epoch = now.max(earlier.min(EPOCHS_END) + 2 * SLOTS);
+        let epoch = now.max(earlier + 2 * SLOTS);
         self.progress = Progress { epoch, taken: epoch, written: epoch, reset };
         self.consumed = epoch;
         self.waiting.clear();
@@ -104,23 +124,42 @@ impl HostRing {
         region.write(PROGRESS + counters.len(), reset)
     }
 
-    /// Returns the requests that wait, oldest first, at most 16; up to the first query, because its
-    /// reply may be long. There are none while replies wait for room.
+    /// Follows the guest: begins anew if it asks for it, and writes replies for which it has made room.
+    ///
+    /// # Errors
+    /// If the region cannot be read or written.
+    pub fn follow(&mut self, region: &RegionFile, now: Instant) -> Result<(), RegionError> {
+        let guest = guest_section(region)?;
+        self.sent = guest.sent;
+        if guest.watched != self.watched.0 {
+            self.watched = (guest.watched, Some(now));
+        }
+        if guest.reset != self.progress.reset {
+            // Its numbers are those of the epoch before.
+            self.sent = 0;
+            return self.begin_anew(region, guest.reset);
+        }
+        self.write_waiting(region, guest.consumed)
+    }
+
+    /// Whether the guest has looked at the counters in the last minute.
+    pub fn is_watched(&self, now: Instant) -> bool {
+        const LAST: Duration = Duration::from_secs(60);
+        self.watched.1.is_some_and(|at| now.saturating_duration_since(at) < LAST)
+    }
+
+    /// Returns the requests that the guest had sent when it was last [followed](HostRing::follow),
+    /// oldest first, at most 16; up to the first query, because its reply may be long. There are none
+    /// while replies wait for room.
     ///
     /// All of them must be passed to [`HostRing::reply`] before the next call, or they are returned
     /// again.
     ///
     /// # Errors
-    /// If the region cannot be read or written.
-    pub fn take(&mut self, region: &RegionFile) -> Result<Vec<RingRequest>, RegionError> {
-        let guest = guest_section(region)?;
-        if guest.reset != self.progress.reset {
-            self.begin_anew(region, guest.reset)?;
-            return Ok(Vec::new());
-        }
-        self.write_waiting(region, guest.consumed)?;
+    /// If the region cannot be read.
+    pub fn take(&self, region: &RegionFile) -> Result<Vec<RingRequest>, RegionError> {
         let taken = self.progress.taken;
-        let count = guest.sent.checked_sub(taken).filter(|count| *count <= SLOTS).unwrap_or(0);
+        let count = self.sent.checked_sub(taken).filter(|count| *count <= SLOTS).unwrap_or(0);
         let mut requests = Vec::new();
         if !self.waiting.is_empty() {
             return Ok(requests);
@@ -223,12 +262,12 @@ fn guest_section(region: &RegionFile) -> Result<GuestSection, RegionError> {
     Ok(GuestSection::parse(&bytes))
 }
 
-/// The greatest number that an epoch begins with, which leaves room for all that follow.
-const EPOCHS_END: u64 = u64::MAX / 2;
+/// A number that is far above all that a host uses, and leaves room for all that follow.
+const END: u64 = 1 << 62;
 
 /// Whether the host could have left a header with these counters.
 fn is_sound(progress: &Progress) -> bool {
-    let numbers = progress.epoch..=EPOCHS_END;
+    let numbers = progress.epoch..END;
     numbers.contains(&progress.taken) && numbers.contains(&progress.written)
 }
 

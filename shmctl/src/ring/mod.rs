@@ -34,6 +34,9 @@
 //! | 8192 | 8 | reset | changed by the guest to begin anew |
 //! | 8200 | 8 | sent | the number of the last request that is complete |
 //! | 8208 | 8 | consumed | the number of the last reply slot that the guest has read |
+//! | 8216 | 8 | watched | changed by the guest each time it looks at the counters |
+//!
+//! These numbers are written by one aligned store of 8 bytes each, and read in the same way.
 //!
 //! ## Slots, 4096 bytes each
 //!
@@ -58,32 +61,39 @@
 //! 2. **Send.** Fill the slots of the next numbers, at most 16 requests that are not answered, then
 //!    write the last number to `sent`. The write of `sent` must be seen after those of the slots.
 //! 3. **Receive.** While `written` is greater than `consumed` (by at most 16) and the slot of
-//!    `consumed` + 1 has that number: copy it, then write that number to `consumed`. The text of a slot with
+//!    `consumed` + 1 has that number: copy it, then write that number to `consumed`. Slots are read after `written`
+//!    (an acquire load). The text of a slot with
 //!    bit 1 begins a reply, that of others is added to it; without bit 0 the reply is complete. An
 //!    `epoch` that has changed means that the host has begun anew: whether a request that is not
 //!    answered was carried out is not known.
 //! 4. **Withdraw.** To withdraw what is not answered, change `reset`. Requests that the host has not
-//!    begun to carry out are dropped, also if it is not running.
+//!    begun to carry out are dropped, also if it is not running. Those that it had begun are answered first:
+//!    when the header's `reset` has followed, a reply is there if its slot has its number. If it has not,
+//!    nothing was carried out, unless the host was killed in between.
+//!
+//! A reply is one line of ASCII text, `OK`, `OK {text}` or `ERR {code} {text}`, see [`Reply`].
 //!
 //! Several programs of one guest take turns by a lock of their own, such as `flock` on the device's
 //! file.
 //!
 //! ## What the host does
 //!
-//! It answers requests in order. It writes a reply slot, then `written`, together with `taken` at the
+//! It answers requests in order, at most 100 a second in the long run; `reset` and waiting replies do not
+//! count. It writes a reply slot, then `written`, together with `taken` at the
 //! end of a reply; a full reply ring holds up the requests. When it is restarted it goes on with the
-//! header that is there. A request that was carried out, but not answered, is carried out again: the
-//! guest gets one reply. `sent` and `consumed` that are out of range are not looked at, and a header
+//! header that is there. Requests that are not answered are carried out then, also if they had been
+//! before: on what is registered at that moment. The guest gets one reply to each. `sent` and `consumed` that are out of range are not looked at, and a header
 //! that the guest has overwritten is written again within a second.
 //!
 //! ## Counters, at 143360, written by the host
 //!
-//! They are brought up to date once a second, more rarely where reading the kernel's counters takes long.
+//! They are brought up to date once a second for a minute after each change of `watched`, more rarely
+//! where reading the kernel's counters takes long. They need no command and no lock.
 //!
 //! | offset in the page | size | field | value |
 //! |---|---|---|---|
 //! | 0 | 8 | sequence | odd while the page is being written |
-//! | 8 | 8 | time | nanoseconds since 1970 (CLOCK_REALTIME) |
+//! | 8 | 8 | time | when they were read, in nanoseconds since 1970 (CLOCK_REALTIME); 0: not yet |
 //! | 16 | 4 | entries | middleboxes that follow, at most 63 |
 //! | 20 | 4 | left out | middleboxes for which there is no room |
 //! | 64 | 64 each | entries | one a middlebox that the channel is bound to |
@@ -100,8 +110,10 @@
 //! | 44 | 4 | dead | those of them that are dead |
 //! | 48 | 16 | – | 0 |
 //!
-//! A reader copies `sequence`, the page, and `sequence` again: the copy is good if both are the same and
-//! even.
+//! A reader copies `sequence`, the page, and `sequence` again, in this order: the copy is good if both are
+//! the same and even. A host that was killed may leave it odd until it is back.
+//!
+//! [`Reply`]: crate::Reply
 
 mod counters;
 pub mod guest;
@@ -126,6 +138,7 @@ const PROGRESS: usize = HEADER + 40;
 const GUEST: usize = 8192;
 const SENT: usize = GUEST + 8;
 const CONSUMED: usize = GUEST + 16;
+const WATCHED: usize = GUEST + 24;
 const REQUESTS: usize = 12288;
 const REPLIES: usize = 77824;
 const COUNTERS: usize = 143_360;
@@ -217,14 +230,15 @@ struct GuestSection {
     reset: u64,
     sent: u64,
     consumed: u64,
+    watched: u64,
 }
 
 impl GuestSection {
-    const SIZE: usize = 24;
+    const SIZE: usize = 32;
 
     fn parse(bytes: &[u8; GuestSection::SIZE]) -> GuestSection {
         let at = |offset| u64_at(bytes, offset);
-        GuestSection { reset: at(0), sent: at(8), consumed: at(16) }
+        GuestSection { reset: at(0), sent: at(8), consumed: at(16), watched: at(24) }
     }
 }
 

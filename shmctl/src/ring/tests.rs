@@ -9,7 +9,7 @@ use crate::sender::{Patience, SendError, lock};
 use proptest::prelude::*;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -22,6 +22,7 @@ fn region() -> (tempfile::TempDir, PathBuf, RegionFile) {
 
 /// The host's part: each command is answered by `answer`.
 fn serve(ring: &mut HostRing, region: &RegionFile, answer: impl Fn(&str) -> Reply) -> usize {
+    ring.follow(region, Instant::now()).unwrap();
     let requests = ring.take(region).unwrap();
     let replies: Vec<Reply> = requests
         .iter()
@@ -124,12 +125,16 @@ fn what_nobody_takes_is_withdrawn() {
     let mut ring = HostRing::open(&region).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let error = send(&guest, &texts(0..3), Duration::from_millis(20)).unwrap_err();
-    assert_eq!(error, SendError::Timeout(Duration::from_millis(20)));
+    assert_eq!(error, SendError::Unanswered);
     let interrupted = AtomicBool::new(true);
     let patience = Patience { timeout: PATIENCE, interrupted: Some(&interrupted) };
     let held = lock(&guest, PATIENCE).unwrap();
     let result = send_locked(&guest, &held, &texts(3..4), patience, &mut Vec::new());
-    assert_eq!(result, Err(SendError::Interrupted));
+    assert_eq!(
+        result,
+        Err(SendError::Interrupted),
+        "not even sent: the withdrawal is not followed yet"
+    );
     drop(held);
     // The host comes back: nothing of it is carried out, now or after a restart.
     for _ in 0..3 {
@@ -138,6 +143,32 @@ fn what_nobody_takes_is_withdrawn() {
     }
     let _host = Host::start(path, usize::MAX, echo);
     assert_eq!(send(&guest, &texts(9..10), PATIENCE).unwrap(), [Reply::ok("X 9")]);
+}
+
+#[test]
+fn what_the_host_has_begun_is_answered_before_a_withdrawal_is_followed() {
+    let (_dir, path, region) = region();
+    drop(HostRing::open(&region).unwrap());
+    let slow = |text: &str| {
+        std::thread::sleep(Duration::from_millis(300));
+        Reply::ok(text)
+    };
+    let _host = Host::start(path.clone(), usize::MAX, slow);
+    let guest = Region::open(&path).unwrap();
+    // Its time is over while the host is busy.
+    let replies = send(&guest, &texts(1..2), Duration::from_millis(150));
+    assert_eq!(replies, Ok(vec![Reply::ok("X 1")]));
+    assert_eq!(send(&guest, &texts(2..3), PATIENCE), Ok(vec![Reply::ok("X 2")]));
+}
+
+#[test]
+fn rings_that_were_removed_are_not_there() {
+    let (_dir, path, region) = region();
+    let ring = HostRing::open(&region).unwrap().unwrap();
+    let guest = Region::open(&path).unwrap();
+    assert!(is_there(&guest));
+    ring.remove(&region).unwrap();
+    assert!(!is_there(&guest));
 }
 
 #[test]
@@ -395,9 +426,9 @@ fn a_small_region_has_no_rings_and_a_cut_one_is_an_error() {
     assert!(HostRing::open(&smaller).unwrap().is_none());
     assert!(!is_there(&Region::open(&path).unwrap()));
     file.set_len(GUEST as u64 + 5).unwrap();
-    assert!(ring.take(&region).is_err());
+    assert!(ring.follow(&region, Instant::now()).is_err());
     file.set_len(4096).unwrap();
-    assert!(ring.take(&region).is_err() && ring.repair(&region).is_err());
+    assert!(ring.follow(&region, Instant::now()).is_err() && ring.repair(&region).is_err());
     assert!(HostRing::open(&region).is_err());
 }
 
@@ -426,6 +457,15 @@ fn the_counters_are_read_without_asking() {
     let mut left_out = [0; 4];
     guest.read(COUNTERS + 20, &mut left_out);
     assert_eq!(u32::from_le_bytes(left_out), 70 - CounterPage::MOST as u32);
+    // The host is told that somebody looks, for a minute.
+    let mut ring = ring;
+    let now = Instant::now();
+    ring.follow(&region, now).unwrap();
+    assert!(ring.is_watched(now) && !ring.is_watched(now + Duration::from_secs(61)));
+    let mut again = HostRing::open(&region).unwrap().unwrap();
+    again.follow(&region, now).unwrap();
+    assert!(!again.is_watched(now));
+    assert_eq!(counters(&guest).map(|page| (page.time, page.middleboxes)), Some((0, Vec::new())));
     // A page that is being written is not taken for one.
     guest.store_u64(COUNTERS, 7);
     assert_eq!(counters(&guest), None);
