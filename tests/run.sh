@@ -170,7 +170,7 @@ package() {
     # Without documentation, the root of a minimal system has no manual pages either.
     local page
     for page in man1/nfqd-guest.1 man5/nfqd.toml.5 man7/nfqd-commands.7 man8/nfqd-trace.8; do
-        dpkg-deb --fsys-tarfile "$target/nfqd.deb" | tar -xO "./usr/share/man/$page.gz" | gzip -d | grep -c '^[.]S[Hh] NAME'
+        dpkg-deb --fsys-tarfile "$target/nfqd.deb" | tar -xO "./usr/share/man/$page.gz" | gzip -d | tr '\n' ' ' | grep -c '[.]S[Hh] NAME'
     done
     chroot "$root" grep -q 'shm' /etc/nfqd/nfqd.toml
     # No systemd runs there, so the units are verified, not started.
