@@ -274,7 +274,7 @@ fn channels_are_attached_and_detached_while_nfqd_runs() {
             std::process::id()
         );
         let hook = |operation: &str| {
-            nfqd::hook::libvirt(&daemon.control(), "fw1", operation, &domain);
+            nfqd::hook::libvirt::run(&daemon.control(), "fw1", operation, &domain);
         };
         hook("prepare");
         let channels = daemon.status().channels;
@@ -284,6 +284,27 @@ fn channels_are_attached_and_detached_while_nfqd_runs() {
         hook("release");
         assert_eq!(daemon.status().channels.len(), 1);
         std::fs::remove_file(&channel.path).unwrap();
+        // Proxmox' hookscript: QEMU has made the memory.
+        let output =
+            Command::new(program(NFQD)).args(["hook", "proxmox", "101", "post-start"]).output();
+        let output = output.unwrap();
+        assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty());
+        let name = format!("nfqd-test-{}", std::process::id());
+        let memory = format!("/dev/shm/pve-shm-{name}");
+        std::fs::write(&memory, vec![0; 1 << 20]).unwrap();
+        let vm = format!("ivshmem: size=1,name={name}\nnet0: virtio={VM_MAC},bridge=br0\n");
+        let hook = |phase: &str| {
+            nfqd::hook::proxmox::run_with(&daemon.control(), "101", phase, &vm);
+        };
+        hook("pre-start");
+        assert_eq!(daemon.status().channels.len(), 1);
+        hook("post-start");
+        let channels = daemon.status().channels;
+        let channel = channels.iter().find(|one| one.path == memory).unwrap();
+        assert_eq!(channel.macs, [VM_MAC]);
+        hook("post-stop");
+        assert_eq!(daemon.status().channels.len(), 1);
+        std::fs::remove_file(&memory).unwrap();
     });
 }
 

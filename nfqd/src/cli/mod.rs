@@ -172,6 +172,16 @@ enum HookCaller {
         #[arg(long, value_name = "PATH", default_value = DEFAULT_CONTROL)]
         control: PathBuf,
     },
+    /// Called as a hookscript of Proxmox VE
+    Proxmox {
+        /// The number of the VM
+        vm: String,
+        /// The phase, such as post-start or post-stop
+        phase: String,
+        /// The control socket of the daemon
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_CONTROL)]
+        control: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -371,13 +381,18 @@ fn show_trace(trace: &api::Trace, json: bool) -> Result<(), Failure> {
     print(|out| out.write_all(text.as_bytes()))
 }
 
-fn run_hook(HookCaller::Libvirt { domain, operation, control, .. }: &HookCaller) {
+fn run_hook(caller: &HookCaller) {
     // The largest XML of a domain that is read.
     const MAX_XML: u64 = 4 << 20;
-    let mut xml = String::new();
-    let read = io::stdin().lock().take(MAX_XML).read_to_string(&mut xml);
-    if read.is_ok() {
-        hook::libvirt(control, domain, operation, &xml);
+    match caller {
+        HookCaller::Libvirt { domain, operation, control, .. } => {
+            let mut xml = String::new();
+            let read = io::stdin().lock().take(MAX_XML).read_to_string(&mut xml);
+            if read.is_ok() {
+                hook::libvirt::run(control, domain, operation, &xml);
+            }
+        }
+        HookCaller::Proxmox { vm, phase, control } => hook::proxmox::run(control, vm, phase),
     }
 }
 

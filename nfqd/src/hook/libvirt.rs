@@ -1,14 +1,13 @@
 //! The libvirt hook: attaches the channel of a domain before QEMU starts, and detaches it when the domain
 //! has gone. libvirt calls it with the domain's name, an operation and a sub-operation, and writes the
-//! domain's XML to its standard input (<https://libvirt.org/hooks.html>). It prints nothing and never
-//! fails, because libvirt would not start the domain; what goes wrong is in the system's log.
+//! domain's XML to its standard input (<https://libvirt.org/hooks.html>). libvirt would not start the
+//! domain if it failed.
 
-use crate::api::client::ask;
-use crate::api::{Answer, Request};
+use super::{change, complain, is_separator};
+use crate::api::Request;
 use nix::unistd::User;
 use roxmltree::{Document, Node};
 use std::collections::BTreeSet;
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 /// The namespace of nfqd's metadata in a domain.
@@ -102,8 +101,7 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
             keys.push(format!("{}={value}", name.name()));
         }
     }
-    let is_wrong = |key: &&String| key.contains(|c: char| c == ',' || c.is_whitespace());
-    if let Some(key) = keys.iter().find(is_wrong) {
+    if let Some(key) = keys.iter().find(|key| key.contains(is_separator)) {
         return Err(DomainError::Value(key.clone()));
     }
     keys.extend(group.map(|group| format!("group={group},mode=0660")));
@@ -115,7 +113,7 @@ fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'inp
 }
 
 /// Does what libvirt's hook is called for: `operation` is `prepare`, `release` or another one.
-pub fn libvirt(socket: &Path, domain: &str, operation: &str, xml: &str) {
+pub fn run(socket: &Path, domain: &str, operation: &str, xml: &str) {
     if !["prepare", "release"].contains(&operation) {
         return;
     }
@@ -132,18 +130,7 @@ pub fn libvirt(socket: &Path, domain: &str, operation: &str, xml: &str) {
         // With its keys: the memory may be that of another domain by now.
         Request::Detach { name: channel }
     };
-    match ask(socket, &request) {
-        Ok(Answer::Error(error)) => complain(domain, &error.to_string()),
-        Ok(_) => {}
-        Err(error) => complain(domain, &format!("{}: {error}", socket.display())),
-    }
-}
-
-/// Writes a warning to the system's log (RFC 3164: facility daemon, severity warning).
-fn complain(domain: &str, text: &str) {
-    let line = format!("<28>nfqd-hook: {domain}: {text}");
-    // Without a log there is nobody to tell.
-    let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(line.as_bytes(), "/dev/log"));
+    change(socket, domain, &request);
 }
 
 #[cfg(test)]
