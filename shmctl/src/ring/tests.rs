@@ -344,6 +344,120 @@ fn a_hostile_guest_gets_errors_or_nothing() {
             &["OK X"; SLOTS as usize],
         ),
         ("the guest's section all ones", |guest, _| guest.write(GUEST, &[0xff; 24]), NOTHING),
+        ("the guest's section all zeros", |guest, _| guest.write(GUEST, &[0; 32]), NOTHING),
+        ("sent is what was answered already", |guest, epoch| guest.store_u64(SENT, epoch), NOTHING),
+        (
+            "sent counts a full ring with one request in it",
+            |guest, epoch| {
+                request(guest, epoch, epoch + 1, 1, b"X");
+                guest.store_u64(SENT, epoch + SLOTS);
+            },
+            &[
+                "OK X", "number 0", "number 0", "number 0", "number 0", "number 0", "number 0",
+                "number 0", "number 0", "number 0", "number 0", "number 0", "number 0", "number 0",
+                "number 0", "number 0",
+            ],
+        ),
+        (
+            "a request in the slot of the next",
+            |guest, epoch| {
+                request(guest, epoch, epoch + 2, 1, b"X");
+                guest.store_u64(SENT, epoch + 1);
+            },
+            &["has the number 0"],
+        ),
+        (
+            "a request with the number of an earlier epoch",
+            |guest, epoch| {
+                request(guest, epoch, epoch + 1, 1, b"X");
+                guest.write(slot(REQUESTS, epoch, epoch + 1), &(epoch - 1000).to_le_bytes());
+            },
+            &["fill it before"],
+        ),
+        (
+            "the longest command",
+            |guest, epoch| request(guest, epoch, epoch + 1, 2046, &[b'x'; 2046]),
+            &["OK xxxx"],
+        ),
+        (
+            "a length of less than the text",
+            |guest, epoch| request(guest, epoch, epoch + 1, 1, b"X 1:2:3:4:5:6"),
+            &["OK X"],
+        ),
+        (
+            "a length of more than the text",
+            |guest, epoch| request(guest, epoch, epoch + 1, 5, b"X"),
+            &["byte 0x00 at 1"],
+        ),
+        (
+            "a NUL in the text",
+            |guest, epoch| request(guest, epoch, epoch + 1, 3, b"X\0Y"),
+            &["byte 0x00 at 1"],
+        ),
+        (
+            "a DEL in the text",
+            |guest, epoch| request(guest, epoch, epoch + 1, 2, b"X\x7f"),
+            &["byte 0x7f at 1"],
+        ),
+        (
+            "an escape sequence",
+            |guest, epoch| request(guest, epoch, epoch + 1, 4, b"\x1b[2J"),
+            &["byte 0x1b at 0"],
+        ),
+        (
+            "marks of the mailbox",
+            |guest, epoch| request(guest, epoch, epoch + 1, 4, b"@X@$"),
+            &["OK @X@$"],
+        ),
+        ("blanks alone", |guest, epoch| request(guest, epoch, epoch + 1, 3, b" \t "), &["OK"]),
+        (
+            "the magic overwritten",
+            |guest, epoch| {
+                guest.write(HEADER, b"QFNDRING");
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
+        (
+            "the epoch overwritten",
+            |guest, epoch| {
+                guest.store_u64(PROGRESS, epoch + 3);
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
+        (
+            "taken runs ahead",
+            |guest, epoch| {
+                guest.store_u64(PROGRESS + 8, epoch + 1);
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
+        (
+            "written runs backwards",
+            |guest, epoch| {
+                guest.store_u64(PROGRESS + 16, epoch - 9);
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
+        (
+            "the host's reset overwritten",
+            |guest, epoch| {
+                guest.store_u64(PROGRESS + 24, 99);
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
+        (
+            "the counters watched without end",
+            |guest, epoch| {
+                (0..1000).for_each(|at| guest.store_u64(WATCHED, at));
+                request(guest, epoch, epoch + 1, 1, b"X");
+            },
+            &["OK X"],
+        ),
         (
             "a reset with a request",
             |guest, epoch| {
@@ -353,6 +467,7 @@ fn a_hostile_guest_gets_errors_or_nothing() {
             NOTHING,
         ),
     ];
+    assert_eq!(cases.len(), 40);
     for (name, attack, expected) in cases {
         let (_dir, path, region) = region();
         let mut ring = HostRing::open(&region).unwrap().unwrap();
@@ -377,6 +492,63 @@ fn a_hostile_guest_gets_errors_or_nothing() {
         let _host = Host::start(path, 5, echo);
         assert_eq!(send(&guest, &texts(1..2), PATIENCE).unwrap(), [Reply::ok("X 1")], "{name}");
     }
+}
+
+/// What one of several writers does to the guest's part, without a lock: anything, and all the time.
+fn scribble(guest: &Region, stop: &AtomicBool, mut state: u64) {
+    let mut random = |below: usize| {
+        // Numerical Recipes' linear congruential generator; its high bits are good enough.
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    while !stop.load(Ordering::Relaxed) {
+        let near = guest.load_u64(PROGRESS).wrapping_add(random(20) as u64);
+        match random(5) {
+            0 => guest.store_u64(GUEST + 8 * random(4), near),
+            1 => guest.write(REQUESTS + random(60_000), &[random(256) as u8; 8]),
+            2 => guest.write(HEADER + random(72), &[random(256) as u8]),
+            _ => {
+                let header =
+                    SlotHeader { number: near, length: random(40) as u32, flags: 0, request: 0 };
+                let text = vec![b'a' + random(26) as u8; random(40)];
+                guest.write(REQUESTS + SLOT_SIZE * random(16), &header.with_text(&text));
+            }
+        }
+    }
+}
+
+#[test]
+fn two_writers_that_rewrite_all_while_it_is_read_stop_only_their_own_channel() {
+    let (_dir, path, region) = region();
+    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let stop = AtomicBool::new(false);
+    let guests = [Region::open(&path).unwrap(), Region::open(&path).unwrap()];
+    let mut taken = 0;
+    std::thread::scope(|scope| {
+        for (seed, guest) in (1..).zip(&guests) {
+            let stop = &stop;
+            scope.spawn(move || scribble(guest, stop, seed));
+        }
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(500) {
+            ring.follow(&region, Instant::now()).unwrap();
+            let requests = ring.take(&region).unwrap();
+            assert!(requests.len() <= SLOTS as usize);
+            for text in requests.iter().filter_map(|request| request.text.as_deref().ok()) {
+                assert!(text.len() <= MAX_COMMAND && text.is_ascii());
+            }
+            let replies: Vec<Reply> = requests.iter().map(|_| echo("taken")).collect();
+            ring.reply(&region, requests.iter().zip(&replies)).unwrap();
+            ring.repair(&region).unwrap();
+            taken += requests.len();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(taken > 0, "the writers have reached the host");
+    drop(ring);
+    let _host = Host::start(path, 5, echo);
+    assert_eq!(send(&guests[0], &texts(1..2), PATIENCE).unwrap(), [Reply::ok("X 1")]);
 }
 
 #[test]
