@@ -4,8 +4,8 @@
 //! this one.
 
 use crate::print;
-use nfqd_shmctl::Region;
 use nfqd_shmctl::mailbox::guest::send_command;
+use nfqd_shmctl::{Region, Reply, ring, sender};
 use nfqd_tests::daemon::{NFQD, program};
 use nfqd_tests::netns::{in_netns, run as shell};
 use std::fs::{self, File};
@@ -97,11 +97,24 @@ fn region(directory: &Path, number: usize) -> PathBuf {
     directory.join(format!("vm{number}"))
 }
 
+/// A way for a command, and its name.
+type Way = (&'static str, fn(&Region, &str) -> Vec<Reply>);
+
+const MAILBOX: Way =
+    ("mailbox", |guest, command| send_command(guest, command, TIMEOUT).expect("a reply"));
+const RING: Way = ("ring", |guest, command| {
+    let lock = sender::lock(guest, TIMEOUT).expect("the lock");
+    let mut replies = Vec::new();
+    let commands = [command.to_string()];
+    ring::guest::send_locked(guest, &lock, &commands, TIMEOUT, &mut replies).expect("a reply");
+    replies
+});
+
 /// Sends commands with a pause before each; returns the latencies in milliseconds.
-fn latencies(guest: &Region, mac: u8, count: usize, pause: Duration) -> Vec<f64> {
+fn latencies(guest: &Region, way: Way, mac: u8, count: usize, pause: Duration) -> Vec<f64> {
     let send = |command: &str| {
-        let replies = send_command(guest, command, TIMEOUT).expect("a reply");
-        assert!(replies.iter().all(nfqd_shmctl::Reply::is_ok), "{command}: {replies:?}");
+        let replies = way.1(guest, command);
+        assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
     };
     send(&format!("R F 2:0:0:0:0:{mac} 10.0.0.{mac}"));
     let one = |number: usize| {
@@ -185,23 +198,41 @@ fn measure_latency() {
     for (name, path) in contestants() {
         let peer = Peer::start(&path, 2);
         let (guest, other) = (peer.region(0), peer.region(1));
-        let mut talking = latencies(&guest, 1, TALKING, TALK_PAUSE);
-        print_percentiles(&format!("{name}: a command every 12 ms"), &mut talking);
-        let mut paused = latencies(&guest, 1, AFTER_PAUSE, PAUSE);
-        print_percentiles(&format!("{name}: a command every 500 ms"), &mut paused);
-        let mut silent = latencies(&guest, 1, AFTER_SILENCE, SILENCE);
-        print_percentiles(&format!("{name}: a command every 10 s"), &mut silent);
-        let flood = Flood::default();
-        std::thread::scope(|scope| {
-            let _end = EndOfFlood(&flood);
-            scope.spawn(|| flood.run(&other));
-            let mut flooded = latencies(&guest, 1, TALKING, TALK_PAUSE);
-            print_percentiles(
-                &format!("{name}: a command every 12 ms, another guest floods"),
-                &mut flooded,
-            );
-        });
+        let ways = [Some(MAILBOX), ring::guest::is_there(&guest).then_some(RING)];
+        for way in ways.into_iter().flatten() {
+            let name = format!("{name}, {}", way.0);
+            let mut talking = latencies(&guest, way, 1, TALKING, TALK_PAUSE);
+            print_percentiles(&format!("{name}: a command every 12 ms"), &mut talking);
+            let mut paused = latencies(&guest, way, 1, AFTER_PAUSE, PAUSE);
+            print_percentiles(&format!("{name}: a command every 500 ms"), &mut paused);
+            let mut silent = latencies(&guest, way, 1, AFTER_SILENCE, SILENCE);
+            print_percentiles(&format!("{name}: a command every 10 s"), &mut silent);
+            let flood = Flood::default();
+            std::thread::scope(|scope| {
+                let _end = EndOfFlood(&flood);
+                scope.spawn(|| flood.run(&other));
+                let mut flooded = latencies(&guest, way, 1, TALKING, TALK_PAUSE);
+                print_percentiles(
+                    &format!("{name}: a command every 12 ms, another guest floods"),
+                    &mut flooded,
+                );
+            });
+        }
     }
+    print_percentiles("a process of nft every 12 ms", &mut nft_latencies());
+}
+
+/// Adds a rule by a process of nft each time; returns the latencies in milliseconds.
+fn nft_latencies() -> Vec<f64> {
+    shell("nft add table bridge peer");
+    shell("nft add chain bridge peer rules");
+    let one = |number: usize| {
+        std::thread::sleep(TALK_PAUSE);
+        let start = Instant::now();
+        shell(&format!("nft add rule bridge peer rules tcp dport {} drop", 1000 + number));
+        start.elapsed().as_secs_f64() * 1e3
+    };
+    (0..TALKING).map(one).collect()
 }
 
 fn in_bridge_netns(measure: fn()) {
