@@ -3,9 +3,13 @@
 use nfqd_rules::packet::{Packet, l3_offset};
 use nfqd_rules::rewrite::{Side, set_destination_mac, translate, translate_quoted};
 use nfqd_rules::{MiddleboxKey, NetworkId, Policy};
-use nfqd_shmctl::{Action, MacAddr, ParsedCommand, Reply, split_lines};
+use nfqd_shmctl::ring::host::HostRing;
+use nfqd_shmctl::{
+    Action, MAX_COMMAND, MacAddr, Ownership, ParsedCommand, RegionFile, Reply, split_lines,
+};
 use std::net::IpAddr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 /// Parses text as commands, one a line, and applies them.
 ///
@@ -111,4 +115,89 @@ pub fn packet(data: &[u8]) {
         assert_eq!(again.map(|again| again.source), Some(new));
     }
     let _ = nfqd::packet_path::reject::answer(&packet, frame.get(l3..).unwrap_or_default());
+}
+
+/// What a guest owns of a region, by the layout's documentation: its section, and the request ring.
+const GUEST_OWNED: [(usize, usize); 2] = [(8192, 32), (12288, 65536)];
+
+/// Plays a guest that writes whatever the input says, and the host beside it, which is restarted at
+/// any time.
+///
+/// # Panics
+/// If the host takes more than a ring of requests or one that is not text, leaves a header that is not sound,
+/// writes into what the guest owns, or fails.
+pub fn ring(data: &[u8]) {
+    static REGION: Mutex<Option<(tempfile::TempDir, RegionFile)>> = Mutex::new(None);
+    let mut guard = REGION.lock().unwrap_or_else(PoisonError::into_inner);
+    let (_, region) = guard.get_or_insert_with(|| {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("region");
+        let region = RegionFile::open_or_create(&path, Ownership::default()).expect("region");
+        (directory, region)
+    });
+    region.write(0, &vec![0; 147_456]).expect("write");
+    let open = || HostRing::open(region).expect("read").expect("room");
+    let mut host = open();
+    let number = |offset: usize| {
+        let mut bytes = [0; 8];
+        region.read(offset, &mut bytes).expect("read");
+        u64::from_le_bytes(bytes)
+    };
+    let owned = || {
+        GUEST_OWNED.map(|(at, length)| {
+            let mut bytes = vec![0; length];
+            region.read(at, &mut bytes).expect("read");
+            bytes
+        })
+    };
+    let mut rest = data;
+    while let Some((&[step, at, value], after)) = rest.split_first_chunk() {
+        rest = after;
+        let near = number(4136).wrapping_add(value.into()).wrapping_sub(2);
+        match step % 8 {
+            0 | 1 => {
+                let field = 8192 + 8 * usize::from(at % 4);
+                region.write(field, &near.to_le_bytes()).expect("write");
+            }
+            2 | 3 => {
+                // A slot, mostly a right one.
+                let length = usize::from(at).min(rest.len());
+                let (text, after) = rest.split_at(length);
+                rest = after;
+                let slot = 12288 + 4096 * usize::from(value.wrapping_sub(3) % 16);
+                let claimed = if step < 250 { length as u32 } else { u32::from(at) << (step % 32) };
+                let mut bytes = near.to_le_bytes().to_vec();
+                bytes.extend(claimed.to_le_bytes());
+                bytes.extend([0; 12]);
+                bytes.extend(text);
+                region.write(slot, &bytes).expect("write");
+            }
+            4 => {
+                let anywhere = (usize::from(at) << 8 | usize::from(value)) * 2 + 4096;
+                let (bytes, after) = rest.split_at(rest.len().min(8));
+                rest = after;
+                region.write(anywhere, bytes).expect("write");
+            }
+            5 => host = open(),
+            _ => {
+                let before = owned();
+                host.follow(region, Instant::now()).expect("read");
+                let requests = host.take(region).expect("read");
+                assert!(requests.len() <= 16);
+                for text in requests.iter().filter_map(|request| request.text.as_ref().ok()) {
+                    assert!(
+                        text.len() <= MAX_COMMAND
+                            && !text.contains(|c: char| c != '\t' && c.is_control())
+                    );
+                }
+                let reply = Reply::ok(&"x".repeat(usize::from(at) * usize::from(value)));
+                let replies = requests.iter().map(|request| (request, &reply));
+                host.reply(region, replies).expect("write");
+                host.repair(region).expect("write");
+                let [epoch, taken, written] = [4136, 4144, 4152].map(number);
+                assert!(epoch <= taken && epoch <= written, "{epoch} {taken} {written}");
+                assert!(before == owned(), "the host wrote into what the guest owns");
+            }
+        }
+    }
 }

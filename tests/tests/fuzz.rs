@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-fn over_the_corpus(target: &str, each: fn(&[u8])) {
+fn over_the_corpus(target: &str, least: usize, each: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
     let mut inputs = 0;
     for entry in std::fs::read_dir(&folder).unwrap() {
@@ -14,15 +14,20 @@ fn over_the_corpus(target: &str, each: fn(&[u8])) {
         each(&data);
         inputs += 1;
     }
-    assert!(inputs > 20, "{}: {inputs} inputs", folder.display());
+    assert!(inputs >= least, "{}: {inputs} inputs", folder.display());
 }
 
 #[test]
 fn commands() {
-    over_the_corpus("command", nfqd_tests::fuzz::command);
+    over_the_corpus("command", 20, nfqd_tests::fuzz::command);
 }
 
 #[test]
 fn packets() {
-    over_the_corpus("packet", nfqd_tests::fuzz::packet);
+    over_the_corpus("packet", 20, nfqd_tests::fuzz::packet);
+}
+
+#[test]
+fn rings() {
+    over_the_corpus("ring", 8, nfqd_tests::fuzz::ring);
 }
