@@ -7,7 +7,7 @@
 //! * [`RegionFile`]: the host's side, which reads and writes the file.
 //! * [`mailbox`]: the protocol at offset 0, both ends of it.
 //! * [`ring`]: numbered requests and replies behind it, both ends, and a page of counters.
-//! * [`sender`]: what a guest's senders share.
+//! * [`sender`]: the parts that a guest's senders share.
 //!
 //! # Layout of the region
 //!

@@ -1,4 +1,4 @@
-//! What a guest's senders share: their patience, their errors, and the lock by which they take turns.
+//! The parts that a guest's senders share: their patience, their errors, and the lock by which they take turns.
 
 use crate::language::parse::MAX_COMMAND;
 use crate::region::{Region, RegionLock};

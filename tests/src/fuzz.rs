@@ -117,7 +117,7 @@ pub fn packet(data: &[u8]) {
     let _ = nfqd::packet_path::reject::answer(&packet, frame.get(l3..).unwrap_or_default());
 }
 
-/// What a guest owns of a region, by the layout's documentation: its section, and the request ring.
+/// The ranges of a region that a guest owns, by the layout's documentation: its section, and the request ring.
 const GUEST_OWNED: [(usize, usize); 2] = [(8192, 32), (12288, 65536)];
 
 /// Plays a guest that writes whatever the input says, and the host beside it, which is restarted at

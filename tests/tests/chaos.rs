@@ -474,7 +474,7 @@ fn whatever_happens_nothing_is_lost_nobody_is_locked_out_and_nothing_is_silent()
         let probing = Host::attach("br0", "probe", "02:00:00:00:03:03", &["10.129.126.5/24"]);
         std::thread::scope(|scope| {
             let mut asking = Vec::new();
-            // Those of a backend that is lost for a while must not keep the others from asking.
+            // A backend that is lost for a while must not keep the others from asking.
             for group in members.chunk_by_mut(|a, b| a.server == b.server) {
                 let stop = &stop;
                 asking.push(scope.spawn(move || keep_asking(group, stop)));

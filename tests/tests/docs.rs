@@ -138,3 +138,31 @@ fn alerts_and_the_board_use_metrics_and_labels_that_exist() {
     let board: serde_json::Value = serde_json::from_str(&board).unwrap();
     assert_eq!(board["panels"].as_array().unwrap().len(), 13);
 }
+
+#[test]
+fn the_architecture_names_every_module_with_unsafe() {
+    let text = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).unwrap();
+    let named =
+        text.split("`unsafe` is in").nth(1).unwrap().split("\n\n").next().unwrap().to_string();
+    let mut folders =
+        vec![root().join("nfqd/src"), root().join("rules/src"), root().join("shmctl/src")];
+    folders.extend([root().join("guest/src"), root().join("tests/src")]);
+    let mut found = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if fs::read_to_string(&path).unwrap().contains("allow(unsafe_code)") {
+                let name = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+                let short = path.file_name().unwrap().to_string_lossy().into_owned();
+                let is_named = named.contains(&name)
+                    || named.contains("rules/src/nft/sys") && name.starts_with("rules/src/nft/sys")
+                    || name.starts_with("tests/") && named.contains(&short);
+                assert!(is_named, "{name}");
+                found += 1;
+            }
+        }
+    }
+    assert!(found >= 6, "{found}");
+}

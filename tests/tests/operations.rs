@@ -1,4 +1,4 @@
-//! What an operator sees: the first line of `nfqd status`, `nfqd doctor` and `nfqd trace`, under faults.
+//! The view of an operator: the first line of `nfqd status`, `nfqd doctor` and `nfqd trace`, under faults.
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::{Daemon, NFQD, program, steer};
@@ -199,7 +199,7 @@ fn decisions_are_observed_and_a_report_is_written() {
         );
         let other = observe(&["--not", "--rule", "#7"]);
         assert!(other.iter().all(|one| one["rule"].is_null()), "{other:?}");
-        // What is shown can be traced.
+        // A packet as it is shown can be traced.
         let packet = dropped[0]["packet"].as_str().unwrap();
         let (code, text) = nfqd(&daemon.control(), &["trace", packet]);
         assert!(code == 0 && text.ends_with("drop: deny rule 7 matches\n"), "{text}");

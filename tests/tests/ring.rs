@@ -65,7 +65,7 @@ fn a_client_made_from_the_documentation_is_served() {
         assert_eq!(printed.len(), 1);
         assert!(printed[0].starts_with(&format!("{VM_MAC} packets ")), "{printed:?}");
 
-        // What an allow rule lets pass is not denied.
+        // A packet that an allow rule lets pass is not denied.
         let before = denied().unwrap();
         lines(&tell(&[&format!("A {VM_MAC} +1 I 1 s 10.129.126.1")]));
         assert_eq!(at_vm().as_deref(), Some("vm"));

@@ -29,7 +29,7 @@ pub(crate) enum Words {
     Allow(Rule),
     /// Undo a rule, the filters, the balancing, or everything
     Undo {
-        /// What to undo: a rule, like '#2' or '+1'; filters; balance; or all
+        /// The registration to undo: a rule, like '#2' or '+1'; filters; balance; or all
         #[arg(value_name = "RULE|filters|balance|all")]
         what: String,
         /// The frontend of the service, with balance

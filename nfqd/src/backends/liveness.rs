@@ -52,7 +52,7 @@ impl Activity {
     }
 }
 
-/// What is known of backends that do not simply pass their checks.
+/// The findings about backends that do not simply pass their checks.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Assessment {
     liveness: BTreeMap<SlotKey, Liveness>,

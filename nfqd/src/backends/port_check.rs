@@ -345,7 +345,7 @@ mod tests {
         }
     }
 
-    /// What the server reads is the end of the stream, not a reset, even if it has sent something.
+    /// The server reads the end of the stream, not a reset, even if it has sent something.
     #[test]
     fn a_check_ends_its_connection_in_order() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -19,7 +19,7 @@ const EXAMPLE_ADDRESS: &str = "192.0.2.1";
 /// Returns the explanation of a command.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The fault.
 pub(super) fn explain(line: &str) -> Result<String, CommandError> {
     let command = Command::parse(line)?;
     let mut out = format!("{}\n", sentence(&command));

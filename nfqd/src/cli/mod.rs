@@ -411,7 +411,7 @@ fn change(control: &Path, request: &Request) -> Result<(), Failure> {
 }
 
 fn show_findings(socket: &Path, json: bool) -> Result<(), Failure> {
-    // What would be logged is a finding.
+    // A line that would be logged is a finding.
     log::set_max_level(log::LevelFilter::Off);
     let findings = doctor::examine(socket);
     let text = if json {

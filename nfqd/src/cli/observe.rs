@@ -37,7 +37,7 @@ pub(super) struct ObserveArgs {
     /// Decisions by a rule, like '#1' or '+1'
     #[arg(long, value_name = "RULE")]
     rule: Option<String>,
-    /// Those that do not meet the conditions
+    /// Decisions that do not meet the conditions
     #[arg(long)]
     not: bool,
     /// Print JSON, an object a line

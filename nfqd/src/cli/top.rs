@@ -118,7 +118,7 @@ fn text(before: &Status, now: &Status, elapsed: Duration, args: &TopArgs) -> Str
         let of_kind = all.iter().filter(|row| row.kind == kind && row.name.contains(&args.filter));
         let mut shown: Vec<(&Row, f64, f64)> = of_kind
             .map(|row| {
-                // What has come meanwhile counts from its first value.
+                // Answers that have come meanwhile count from their first value.
                 let first = (row.packets, row.bytes);
                 let (packets, bytes) =
                     old.get(&(row.kind, row.name.clone())).copied().unwrap_or(first);

@@ -166,7 +166,7 @@ mod tests {
         assert!(matches!(again.remove(&path_of("vm1")), Err(AttachError::Unknown(_))));
         assert!(AttachedChannels::load(dir.path()).contains(Path::new("/run/vm2")));
         assert!(AttachedChannels::parse("vm1,mac=x").is_err());
-        // What is not valid is kept, and a file that cannot be read is not replaced.
+        // An invalid line is kept, and a file that cannot be read is not replaced.
         let file = dir.path().join("channels");
         let odd = "/run/vm3,owner=nobody-of-this-name";
         fs::write(&file, format!("{odd}\n/run/vm2\n")).unwrap();

@@ -29,7 +29,7 @@ use std::time::Instant;
 pub struct ControlPlane {
     /// The channels of the guests.
     pub channels: Vec<Channel>,
-    /// Those of them that were attached to the running daemon.
+    /// The channels that were attached to the running daemon.
     pub attached: AttachedChannels,
     /// The desired state.
     pub desired: Desired,

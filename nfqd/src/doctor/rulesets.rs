@@ -1,4 +1,4 @@
-//! Other programs' base chains, as `nft list ruleset` prints them.
+//! The base chains of other programs, as `nft list ruleset` prints them.
 
 /// A base chain of another program.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -12,7 +12,7 @@ use std::path::Path;
 const CONFIGURATIONS: &str = "/etc/pve/qemu-server";
 /// The name prefix of shared memory that needs no line in the notes to be a channel.
 const PREFIX: &str = "nfqd";
-/// What begins a line of a VM's notes that binds its channel.
+/// The prefix of a line of a VM's notes that binds its channel.
 const NOTE: &str = "nfqd:";
 
 /// The reason a VM has no channel that can be attached.
@@ -44,7 +44,7 @@ pub fn channel_of(
     configuration: &str,
     is_vlan_aware: impl Fn(&str) -> bool,
 ) -> Result<Option<String>, VmError> {
-    // What follows a section's name is that of a snapshot.
+    // The lines behind a section's name are those of a snapshot.
     let lines = || configuration.lines().take_while(|line| !line.starts_with('['));
     let values = |wanted: fn(&str) -> bool| {
         let split = lines().filter_map(|line| line.split_once(':'));

@@ -67,7 +67,7 @@ pub struct Metric {
     pub scope: Scope,
     /// The labels.
     pub labels: &'static [&'static str],
-    /// What it counts.
+    /// The meaning.
     pub help: &'static str,
 }
 

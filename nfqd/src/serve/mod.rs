@@ -341,7 +341,7 @@ mod tests {
             assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
         }
         let mut stream = TcpStream::connect(server).unwrap();
-        // It may end the connection before all is sent.
+        // The client may end the connection before all is sent.
         let _ = stream.write_all(long.as_bytes());
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);

@@ -21,7 +21,7 @@ pub enum WordsError {
     Word {
         /// The word.
         word: String,
-        /// What it is not, and what to write.
+        /// The expected form, and what to write.
         expected: &'static str,
     },
     /// The words end too early.

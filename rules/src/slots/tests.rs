@@ -246,7 +246,7 @@ fn a_network_has_no_more_backends_than_the_kernel_has_room_for() {
     assert_eq!(slots.of(*last).count(), 101, "its own address is one");
 }
 
-/// What a backend that was removed still sends on its flows must not pass untranslated.
+/// The answers that a removed backend still sends on its flows must not pass untranslated.
 #[test]
 fn a_removed_backend_is_known_for_some_time() {
     let mut policy = policy("R L 2:0:0:0:0:1 10.0.0.1:80 rr 10.0.0.2 10.0.0.3");

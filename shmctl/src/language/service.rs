@@ -134,7 +134,7 @@ pub enum OnDead {
     /// all other flows move, and so do those of a backend that was removed.
     #[default]
     KeepConnections,
-    /// They move to other backends, which reset connections that they do not know.
+    /// The connections move to other backends, which reset connections that they do not know.
     Move,
     /// TCP connections are reset at their next packet; other flows move.
     Reset,

@@ -1,7 +1,7 @@
 //! Framing: where a message in the mailbox begins and ends.
 
 use super::{COMMAND_SIZE, MARK, TAKEN, UNTERMINATED_AFTER};
-use crate::language::parse::MAX_COMMAND;
+use crate::language::parse::{MAX_COMMAND, is_command_text};
 use crate::language::service::BackendName;
 use crate::language::value::MacAddr;
 
@@ -94,8 +94,7 @@ pub(super) fn closing(body: &[(usize, u8)]) -> Option<usize> {
 
 /// Returns the text of a message.
 pub(super) fn text_of(body: &[(usize, u8)]) -> Result<String, MessageError> {
-    let is_text = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
-    match body.iter().find(|&&(_, byte)| !is_text(byte)) {
+    match body.iter().find(|&&(_, byte)| !is_command_text(byte)) {
         Some(&(offset, byte)) => Err(MessageError::NotText { byte, offset }),
         None => Ok(body.iter().map(|&(_, byte)| char::from(byte)).collect()),
     }

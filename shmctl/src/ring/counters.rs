@@ -31,7 +31,7 @@ pub struct MiddleboxCounters {
     pub redirected: u64,
     /// The backends of all its services.
     pub backends: u32,
-    /// Those of them that are dead.
+    /// The dead ones among the backends.
     pub dead: u32,
 }
 

@@ -93,7 +93,7 @@ impl Exchange<'_> {
         let is_over = || is_there() || self.host().epoch != epoch;
         let Err(reason) = self.patience.wait_for(self.deadline, is_over) else { return Ok(()) };
         self.withdraw();
-        // What the host had begun to carry out is answered all the same, and then the withdrawal is
+        // Commands that the host had begun to carry out are answered all the same, and then the withdrawal is
         // followed.
         let is_followed = || self.host().reset == self.own().reset;
         let last_look = Patience { timeout: WITHDRAWAL_TIME, interrupted: None };

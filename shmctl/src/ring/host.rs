@@ -5,7 +5,7 @@ use super::{
     Progress, REPLIES, REQUESTS, RequestError, SIZE, SLOT_HEADER, SLOT_TEXT, SLOTS, SlotHeader,
     fixed_header, slot, u64_at,
 };
-use crate::language::parse::MAX_COMMAND;
+use crate::language::parse::{MAX_COMMAND, is_command_text};
 use crate::language::reply::Reply;
 use crate::region::RegionError;
 use crate::region_file::RegionFile;
@@ -73,7 +73,7 @@ impl HostRing {
             ring.begin_anew(region, guest.reset)?;
             ring.write_header(region)?;
         }
-        // What is there may be about middleboxes that the channel is not bound to any more.
+        // The old page may be about middleboxes that the channel is not bound to any more.
         ring.write_counters(region, &CounterPage::default())?;
         Ok(Some(ring))
     }
@@ -180,14 +180,13 @@ impl HostRing {
         let mut copy = [0; SLOT_HEADER + MAX_COMMAND];
         region.read(slot(REQUESTS, self.progress.epoch, number), &mut copy)?;
         let header = SlotHeader::parse(&copy);
-        let is_text = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
         let end = SLOT_HEADER.saturating_add(header.length as usize);
         let text = match copy.get(SLOT_HEADER..end) {
             _ if header.number != number => {
                 Err(RequestError::Number { expected: number, found: header.number })
             }
             None => Err(RequestError::Length(header.length)),
-            Some(text) => match text.iter().position(|&byte| !is_text(byte)) {
+            Some(text) => match text.iter().position(|&byte| !is_command_text(byte)) {
                 Some(at) => {
                     Err(RequestError::NotText { byte: text.get(at).copied().unwrap_or(0), at })
                 }

@@ -242,7 +242,7 @@ impl GuestSection {
     }
 }
 
-/// What a slot has in front of its text.
+/// The fields of a slot in front of its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SlotHeader {
     number: u64,

@@ -46,7 +46,7 @@ struct Host {
 }
 
 impl Host {
-    /// It is restarted, with nothing but the region, after each `lifetime` polls.
+    /// Starts a host that is restarted, with nothing but the region, after each `lifetime` polls.
     fn start(
         path: PathBuf,
         lifetime: usize,
@@ -177,7 +177,7 @@ fn a_sender_that_died_in_the_middle_does_not_disturb_the_next() {
     let mut ring = HostRing::open(&region).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let epoch = guest.load_u64(PROGRESS);
-    // It had written slots, then `sent`, then read half of what came: each a moment to die.
+    // The sender had written slots, then `sent`: each a moment to die.
     let fill = |number: u64| {
         let header = SlotHeader { number, length: 3, flags: 0, request: 0 };
         guest.write(slot(REQUESTS, epoch, number), &header.with_text(b"X 1"));
@@ -494,7 +494,7 @@ fn a_hostile_guest_gets_errors_or_nothing() {
     }
 }
 
-/// What one of several writers does to the guest's part, without a lock: anything, and all the time.
+/// Writes anything into the guest's part, all the time and without a lock, as one of several writers.
 fn scribble(guest: &Region, stop: &AtomicBool, mut state: u64) {
     let mut random = |below: usize| {
         // Numerical Recipes' linear congruential generator; its high bits are good enough.

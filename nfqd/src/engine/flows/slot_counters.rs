@@ -1,4 +1,4 @@
-//! What is counted of each slot: its live flows, and the answers of its backend.
+//! Counters of each slot: its live flows, and the answers of its backend.
 
 use super::{FlowEvent, FlowState};
 use nfqd_rules::SlotId;

@@ -26,6 +26,11 @@ struct Word<'a> {
 /// The longest command, in bytes: what fits in the mailbox between its two `@`.
 pub const MAX_COMMAND: usize = 2046;
 
+/// Whether a byte may be in a command: printable ASCII, or a tab.
+pub(crate) fn is_command_text(byte: u8) -> bool {
+    byte == b'\t' || (b' '..=b'~').contains(&byte)
+}
+
 /// A command, and where its words are in the line that it was read from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ParsedCommand<'a> {
