@@ -135,8 +135,6 @@ impl HostRing {
             self.watched = (guest.watched, Some(now));
         }
         if guest.reset != self.progress.reset {
-            // Its numbers are those of the epoch before.
-            self.sent = 0;
             return self.begin_anew(region, guest.reset);
         }
         self.write_waiting(region, guest.consumed)

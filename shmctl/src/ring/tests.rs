@@ -120,6 +120,46 @@ fn a_long_reply_arrives_whole() {
 }
 
 #[test]
+fn a_long_reply_begins_again_after_a_restart_in_its_middle() {
+    let (_dir, path, region) = region();
+    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let guest = Region::open(&path).unwrap();
+    let epoch = guest.load_u64(PROGRESS);
+    let sender = std::thread::spawn(move || send(&guest, &["Q".to_string()], PATIENCE));
+    let long = Reply::ok(&"x".repeat(SLOT_TEXT * 40));
+    while serve(&mut ring, &region, |_| long.clone()) == 0 {}
+    let guest = Region::open(&path).unwrap();
+    while guest.load_u64(CONSUMED) < epoch + 3 {}
+    drop(ring);
+    let _host = Host::start(path, usize::MAX, {
+        let long = long.clone();
+        move |_| long.clone()
+    });
+    assert!(sender.join().unwrap() == Ok(vec![long]));
+}
+
+#[test]
+fn replies_that_are_none_end_the_exchange_and_withdraw_the_rest() {
+    for (request, text) in [(1, &b"nonsense"[..]), (2, &b"OK"[..])] {
+        let (_dir, path, region) = region();
+        drop(HostRing::open(&region).unwrap());
+        let guest = Region::open(&path).unwrap();
+        let (epoch, reset) = (guest.load_u64(PROGRESS), guest.load_u64(GUEST));
+        let sender = std::thread::spawn(move || send(&guest, &texts(0..3), PATIENCE));
+        let guest = Region::open(&path).unwrap();
+        while guest.load_u64(SENT) != epoch + 3 {}
+        // A host that is out of order.
+        let (number, length) = (epoch + 1, text.len() as u32);
+        let header = SlotHeader { number, length, flags: FIRST, request: epoch + request };
+        guest.write(slot(REPLIES, epoch, number), &header.with_text(text));
+        guest.store_u64(PROGRESS + 16, number);
+        let error = sender.join().unwrap().unwrap_err();
+        assert!(matches!(error, SendError::NotAReply(_)), "{error}");
+        assert_ne!(guest.load_u64(GUEST), reset, "withdrawn");
+    }
+}
+
+#[test]
 fn what_nobody_takes_is_withdrawn() {
     let (_dir, path, region) = region();
     let mut ring = HostRing::open(&region).unwrap().unwrap();
