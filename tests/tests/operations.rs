@@ -293,8 +293,10 @@ fn channels_are_attached_and_detached_while_nfqd_runs() {
         let memory = format!("/dev/shm/pve-shm-{name}");
         std::fs::write(&memory, vec![0; 1 << 20]).unwrap();
         let vm = format!("ivshmem: size=1,name={name}\nnet0: virtio={VM_MAC},bridge=br0\n");
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("101.conf"), vm).unwrap();
         let hook = |phase: &str| {
-            nfqd::hook::proxmox::run_with(&daemon.control(), "101", phase, &vm);
+            nfqd::hook::proxmox::run_in(folder.path(), &daemon.control(), "101", phase);
         };
         hook("pre-start");
         assert_eq!(daemon.status().channels.len(), 1);

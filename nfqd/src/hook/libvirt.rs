@@ -3,8 +3,7 @@
 //! domain's XML to its standard input (<https://libvirt.org/hooks.html>). libvirt would not start the
 //! domain if it failed.
 
-use super::{change, complain, is_separator};
-use crate::api::Request;
+use super::{Moment, follow, is_separator};
 use nix::unistd::User;
 use roxmltree::{Document, Node};
 use std::collections::BTreeSet;
@@ -114,23 +113,14 @@ fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'inp
 
 /// Does what libvirt's hook is called for: `operation` is `prepare`, `release` or another one.
 pub fn run(socket: &Path, domain: &str, operation: &str, xml: &str) {
-    if !["prepare", "release"].contains(&operation) {
-        return;
-    }
+    let moment = match operation {
+        "prepare" => Moment::Start,
+        "release" => Moment::End,
+        _ => return,
+    };
     let found = QEMU_USERS.iter().find_map(|name| User::from_name(name).ok().flatten());
     let group = found.map(|user| user.gid.as_raw());
-    let channel = match channel_of(xml, group) {
-        Ok(Some(channel)) => channel,
-        Ok(None) => return,
-        Err(error) => return complain(domain, &error.to_string()),
-    };
-    let request = if operation == "prepare" {
-        Request::Attach { channel }
-    } else {
-        // With its keys: the memory may be that of another domain by now.
-        Request::Detach { name: channel }
-    };
-    change(socket, domain, &request);
+    follow(socket, domain, moment, channel_of(xml, group));
 }
 
 #[cfg(test)]

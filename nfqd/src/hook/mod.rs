@@ -6,12 +6,30 @@ pub mod proxmox;
 
 use crate::api::client::ask;
 use crate::api::{Answer, Request};
+use std::fmt::Display;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
-/// Asks the daemon for a change on behalf of a VM.
-fn change(socket: &Path, vm: &str, request: &Request) {
-    match ask(socket, request) {
+/// The moment of a VM's life at which a hook is called.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    Start,
+    End,
+}
+
+/// Attaches or detaches the channel that a VM asks for, if it asks for one.
+fn follow(socket: &Path, vm: &str, moment: Moment, channel: Result<Option<String>, impl Display>) {
+    let channel = match channel {
+        Ok(Some(channel)) => channel,
+        Ok(None) => return,
+        Err(error) => return complain(vm, &error.to_string()),
+    };
+    let request = match moment {
+        Moment::Start => Request::Attach { channel },
+        // With its keys: the memory may be that of another VM by now.
+        Moment::End => Request::Detach { name: channel },
+    };
+    match ask(socket, &request) {
         Ok(Answer::Error(error)) => complain(vm, &error.to_string()),
         Ok(_) => {}
         Err(error) => complain(vm, &format!("{}: {error}", socket.display())),

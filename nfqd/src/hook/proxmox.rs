@@ -2,8 +2,7 @@
 //! detaches it when the VM has stopped. Proxmox calls it with the VM's number and a phase (qm(1),
 //! "Hookscripts"); the VM's configuration is a file.
 
-use super::{change, complain, is_separator};
-use crate::api::Request;
+use super::{Moment, complain, follow, is_separator};
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -128,34 +127,26 @@ fn decoded(line: &str) -> String {
 /// Does what the hookscript is called for: `phase` is `post-start`, `post-stop` or another one. QEMU makes
 /// the memory, so it is attached after the start.
 pub fn run(socket: &Path, vm: &str, phase: &str) {
-    if !["post-start", "post-stop"].contains(&phase) {
-        return;
-    }
-    let path = Path::new(CONFIGURATIONS).join(format!("{vm}.conf"));
-    match std::fs::read_to_string(&path) {
-        Ok(configuration) => run_with(socket, vm, phase, &configuration),
-        Err(error) => complain(vm, &format!("{}: {error}", path.display())),
-    }
+    run_in(Path::new(CONFIGURATIONS), socket, vm, phase);
 }
 
-/// As [`run`], for a VM with this configuration.
-pub fn run_with(socket: &Path, vm: &str, phase: &str, configuration: &str) {
+/// Does as [`run`], with the configurations in another directory.
+pub fn run_in(configurations: &Path, socket: &Path, vm: &str, phase: &str) {
+    let moment = match phase {
+        "post-start" => Moment::Start,
+        "post-stop" => Moment::End,
+        _ => return,
+    };
+    let path = configurations.join(format!("{vm}.conf"));
+    let configuration = match std::fs::read_to_string(&path) {
+        Ok(configuration) => configuration,
+        Err(error) => return complain(vm, &format!("{}: {error}", path.display())),
+    };
     let is_vlan_aware = |bridge: &str| {
         let setting = format!("/sys/class/net/{bridge}/bridge/vlan_filtering");
         std::fs::read_to_string(setting).is_ok_and(|text| text.trim() == "1")
     };
-    let channel = match channel_of(vm, configuration, is_vlan_aware) {
-        Ok(Some(channel)) => channel,
-        Ok(None) => return,
-        Err(error) => return complain(vm, &error.to_string()),
-    };
-    let request = if phase == "post-start" {
-        Request::Attach { channel }
-    } else {
-        // With its keys: the memory may be that of another VM by now.
-        Request::Detach { name: channel }
-    };
-    change(socket, vm, &request);
+    follow(socket, vm, moment, channel_of(vm, &configuration, is_vlan_aware));
 }
 
 #[cfg(test)]
