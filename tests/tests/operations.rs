@@ -304,8 +304,11 @@ fn channels_are_attached_and_detached_while_nfqd_runs() {
         let channels = daemon.status().channels;
         let channel = channels.iter().find(|one| one.path == memory).unwrap();
         assert_eq!(channel.macs, [VM_MAC]);
+        let region = nfqd_shmctl::Region::open(Path::new(&memory)).unwrap();
+        assert!(nfqd_shmctl::ring::guest::is_there(&region));
         hook("post-stop");
         assert_eq!(daemon.status().channels.len(), 1);
+        assert!(!nfqd_shmctl::ring::guest::is_there(&region), "its guest sees that nobody reads");
         std::fs::remove_file(&memory).unwrap();
     });
 }

@@ -485,6 +485,22 @@ mod tests {
     }
 
     #[test]
+    fn a_withdrawal_does_not_wait_for_the_budget() {
+        // `reset` in the guest's section and in the host's header, by the layout's documentation.
+        const GUEST_RESET: usize = 8192;
+        const HOST_RESET: usize = 4160;
+        let (_dir, mut channel) = channel("");
+        let guest = Region::open(&channel.spec.path).unwrap();
+        let now = channel.budget.counted;
+        channel.charge(1, Duration::from_secs(10));
+        guest.write(0, b"@Q@");
+        guest.store_u64(GUEST_RESET, 7);
+        assert!(channel.poll(now).is_empty(), "no command without a budget");
+        assert_eq!(guest.load_u64(HOST_RESET), 7);
+        assert!(channel.next_poll().unwrap() <= now + 2 * MAX_POLL_INTERVAL);
+    }
+
+    #[test]
     fn a_region_that_is_made_anew_is_followed() {
         let (_dir, mut channel) = channel("");
         let path = channel.spec.path.clone();
