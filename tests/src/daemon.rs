@@ -17,6 +17,9 @@ pub fn steer() -> String {
 /// The name of the program that is nfqd, built with this package.
 pub const NFQD: &str = "nfqd-under-test";
 
+/// The name of the program that is nfqd-guest, built with this package.
+pub const NFQD_GUEST: &str = "nfqd-guest-under-test";
+
 /// Returns a program of this package, which is built with the tests, one folder above them.
 ///
 /// # Panics

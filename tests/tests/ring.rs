@@ -4,7 +4,7 @@
 
 use nfqd_shmctl::Region;
 use nfqd_shmctl::ring::guest::counters;
-use nfqd_tests::daemon::{Daemon, program};
+use nfqd_tests::daemon::{Daemon, NFQD_GUEST, program};
 use nfqd_tests::netns::in_netns;
 use nfqd_tests::topology::{Server, Topology, VM, VM_MAC, wait_for, who};
 use std::io::Write;
@@ -83,6 +83,7 @@ fn a_client_made_from_the_documentation_is_served() {
         let query = lines(&tell(&["Q"]));
         assert_eq!(query.len(), 1);
         assert!((2..=500).all(|rule| query[0].contains(&format!(" #{rule} "))), "{}", query[0]);
+        assert!(!query[0].contains("and more"), "{}", query[0]);
         assert!(daemon.tell("Q").ends_with("and more, ask for one middlebox"));
     });
 }
@@ -122,7 +123,7 @@ fn nfqd_guest_sends_through_the_rings_what_the_mailbox_cannot_hold() {
         let _topology = Topology::new(false);
         let mut daemon = Daemon::start_bound(&[], VM_MAC);
         let guest = |arguments: &[&str]| {
-            let mut command = Command::new(program("nfqd-guest"));
+            let mut command = Command::new(program(NFQD_GUEST));
             command.arg("--shm").arg(daemon.region()).args(arguments).output().unwrap()
         };
         let output = guest(&["R", "F", VM_MAC, &VM.to_string()]);
@@ -140,7 +141,7 @@ fn nfqd_guest_sends_through_the_rings_what_the_mailbox_cannot_hold() {
         assert!(query[0].contains(" #100 "), "{}", query[0]);
         // Nobody takes it, and it is not carried out later.
         daemon.kill();
-        let withdrawn = Command::new(program("nfqd-guest"))
+        let withdrawn = Command::new(program(NFQD_GUEST))
             .arg("--shm")
             .arg(daemon.region())
             .args(["--timeout", "0.2", "X", VM_MAC])
