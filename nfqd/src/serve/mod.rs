@@ -26,6 +26,8 @@ pub const DEFAULT_LISTEN: SocketAddr =
 
 /// The most connections at a time.
 const MAX_CONNECTIONS: usize = 32;
+/// The most connections to which events are sent: pages that stay open leave room for a scrape.
+const MAX_STREAMS: usize = MAX_CONNECTIONS / 2;
 /// The longest head of a request, in bytes.
 const MAX_HEAD: usize = 8192;
 /// The most header lines of a request.
@@ -40,22 +42,45 @@ const STREAM_TIME: Duration = Duration::from_secs(300);
 /// The status, as it was last asked for.
 struct Source {
     socket: PathBuf,
-    last: Mutex<Option<(Instant, Option<Arc<Status>>)>>,
+    last: Mutex<Option<Look>>,
     rates: Mutex<Rates>,
+    /// The connections to which events are sent.
+    streams: Arc<AtomicUsize>,
+}
+
+/// The time of a look at the status, and the status; `None` if the daemon did not answer.
+#[derive(Clone)]
+struct Look {
+    time: Instant,
+    status: Option<Arc<Status>>,
 }
 
 impl Source {
     /// Returns the status; `None` if the daemon does not answer.
     fn status(&self) -> Option<Arc<Status>> {
+        self.look().status
+    }
+
+    /// Returns a look at the status that is at most a second old.
+    fn look(&self) -> Look {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((asked, status)) = &*last
-            && asked.elapsed() < STATUS_AGE
+        if let Some(look) = &*last
+            && look.time.elapsed() < STATUS_AGE
         {
-            return status.clone();
+            return look.clone();
         }
         let status = status(&self.socket).ok().map(Arc::new);
-        *last = Some((Instant::now(), status.clone()));
-        status
+        let look = Look { time: Instant::now(), status };
+        *last = Some(look.clone());
+        look
+    }
+
+    /// Renders a look at the status, with the rates up to it.
+    fn render<T>(&self, render: fn(Option<&Status>, &mut Rates) -> T) -> T {
+        let look = self.look();
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.look_at(look.time);
+        render(look.status.as_deref(), &mut rates)
     }
 }
 
@@ -75,7 +100,8 @@ pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> ! {
     let source = Arc::new(Source {
         socket: socket.to_path_buf(),
         last: Mutex::new(None),
-        rates: Mutex::new(Rates::default()),
+        rates: Mutex::new(Rates::new(Instant::now())),
+        streams: Arc::new(AtomicUsize::new(0)),
     });
     let connections = Arc::new(AtomicUsize::new(0));
     loop {
@@ -88,7 +114,7 @@ pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> ! {
                 continue;
             }
         };
-        let Some(place) = Place::take(&connections) else {
+        let Some(place) = Place::take(&connections, MAX_CONNECTIONS) else {
             // The connection is closed without an answer.
             continue;
         };
@@ -111,10 +137,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    fn take(connections: &Arc<AtomicUsize>) -> Option<Place> {
-        let place = Place(Arc::clone(connections));
-        let before = connections.fetch_add(1, Ordering::Relaxed);
-        (before < MAX_CONNECTIONS).then_some(place)
+    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Place> {
+        let place = Place(Arc::clone(taken));
+        let before = taken.fetch_add(1, Ordering::Relaxed);
+        (before < most).then_some(place)
     }
 }
 
@@ -193,13 +219,7 @@ fn respond(stream: &mut TcpStream, request: &Request, source: &Source) -> io::Re
     const HTML: &str = "text/html; charset=utf-8";
     const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
     match request.path.as_str() {
-        "/" => {
-            let status = source.status();
-            let rates = source.rates.lock().unwrap_or_else(PoisonError::into_inner);
-            let html = page::html(status.as_deref(), &rates);
-            drop(rates);
-            write_answer(stream, "200 OK", HTML, &html)
-        }
+        "/" => write_answer(stream, "200 OK", HTML, &source.render(page::html)),
         "/page.js" => {
             write_answer(stream, "200 OK", "text/javascript; charset=utf-8", page::SCRIPT)
         }
@@ -268,14 +288,18 @@ fn head(status: &str, kind: &str, length: &str) -> String {
 
 /// Sends the cells of the page once a second (server-sent events).
 fn stream_events(stream: &mut TcpStream, source: &Source) -> io::Result<()> {
+    let Some(_place) = Place::take(&source.streams, MAX_STREAMS) else {
+        return write_answer(
+            stream,
+            "503 Service Unavailable",
+            "text/plain",
+            "too many pages are open\n",
+        );
+    };
     stream.write_all(head("200 OK", "text/event-stream", "").as_bytes())?;
     let end = Instant::now() + STREAM_TIME;
     while Instant::now() < end {
-        let status = source.status();
-        let rates = source.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        let cells = page::cells(status.as_deref(), &rates);
-        drop(rates);
-        let data = serde_json::to_string(&cells).map_err(io::Error::other)?;
+        let data = serde_json::to_string(&source.render(page::cells)).map_err(io::Error::other)?;
         stream.write_all(format!("data: {data}\n\n").as_bytes())?;
         std::thread::sleep(STATUS_AGE);
     }
@@ -346,6 +370,23 @@ mod tests {
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 431"));
+    }
+
+    #[test]
+    fn pages_that_stay_open_leave_room_for_a_scrape() {
+        let server = server();
+        let open = |_| {
+            let mut stream = TcpStream::connect(server).unwrap();
+            stream.write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+            let mut start = [0; 12];
+            stream.read_exact(&mut start).unwrap();
+            (stream, start)
+        };
+        let pages: Vec<_> = (0..MAX_STREAMS + 2).map(open).collect();
+        let served = pages.iter().filter(|(_, start)| start == b"HTTP/1.1 200").count();
+        assert_eq!((served, pages[MAX_STREAMS].1), (MAX_STREAMS, *b"HTTP/1.1 503"));
+        let metrics = send(server, "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert!(metrics.starts_with("HTTP/1.1 200 "), "{metrics}");
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Table {
 }
 
 /// Returns the parts of the page below its head, and the cells that change.
-fn tables(status: &Status, rates: &Rates) -> Table {
+fn tables(status: &Status, rates: &mut Rates) -> Table {
     let mut table = Table::default();
     table.begin(
         "Services and backends",
@@ -173,7 +173,7 @@ fn backend_row(
     middlebox: &MiddleboxStatus,
     vip: &str,
     backend: &BackendStatus,
-    rates: &Rates,
+    rates: &mut Rates,
 ) {
     let id = format!("b-{}-{vip}-{}", name_of(middlebox), backend.backend);
     let class = match backend.state {
@@ -209,7 +209,7 @@ fn headline(status: Option<&Status>) -> (String, bool) {
 }
 
 /// Returns the page.
-pub fn html(status: Option<&Status>, rates: &Rates) -> String {
+pub fn html(status: Option<&Status>, rates: &mut Rates) -> String {
     let (headline, is_well) = headline(status);
     let class = if is_well { "ok" } else { "bad" };
     let body = status.map(|status| tables(status, rates).html).unwrap_or_default();
@@ -224,7 +224,7 @@ pub fn html(status: Option<&Status>, rates: &Rates) -> String {
 }
 
 /// Returns the cells that change, the headline among them.
-pub fn cells(status: Option<&Status>, rates: &Rates) -> Cells {
+pub fn cells(status: Option<&Status>, rates: &mut Rates) -> Cells {
     let mut out = vec![("headline".to_string(), headline(status).0)];
     out.extend(status.map(|status| tables(status, rates).cells).unwrap_or_default());
     out
@@ -234,6 +234,7 @@ pub fn cells(status: Option<&Status>, rates: &Rates) -> Cells {
 mod tests {
     use super::*;
     use crate::api::ChannelStatus;
+    use std::time::Instant;
 
     #[test]
     fn text_from_elsewhere_is_escaped() {
@@ -246,16 +247,16 @@ mod tests {
             }],
             ..Status::default()
         };
-        let html = html(Some(&status), &Rates::default());
+        let html = html(Some(&status), &mut Rates::new(Instant::now()));
         assert!(!html.contains("<script>alert") && !html.contains("<img"), "{html}");
         assert!(html.contains("&lt;script&gt;alert(&#39;1&#39;)"), "{html}");
-        let cells = cells(Some(&status), &Rates::default());
+        let cells = cells(Some(&status), &mut Rates::new(Instant::now()));
         let first = cells.first().unwrap();
         assert!(first.0 == "headline" && first.1.starts_with("NOT READ: "), "{first:?}");
     }
 
     #[test]
     fn a_daemon_that_does_not_answer_is_said() {
-        assert!(html(None, &Rates::default()).contains("NOT RUNNING"));
+        assert!(html(None, &mut Rates::new(Instant::now())).contains("NOT RUNNING"));
     }
 }
