@@ -55,7 +55,7 @@ class Ring:
     def wait(self, condition):
         while not condition():
             if time.monotonic() > self.deadline:
-                sys.exit("nobody answers")
+                sys.exit("no answer from the host")
             time.sleep(0.0002)
 
     def take_over(self):
@@ -109,7 +109,7 @@ class Ring:
                 and self.number(at) == number
             )
             if self.host()[0] != self.epoch:
-                sys.exit("the host began anew")
+                sys.exit("the host reset the rings; the command may or may not have taken effect")
             _, length, flags, request = SLOT.unpack_from(self.memory, at)
             if flags & FIRST:
                 text = b""

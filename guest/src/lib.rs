@@ -90,9 +90,10 @@ impl Failure {
     fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             Failure::Input(_) => 1,
-            Failure::Usage(_) | Failure::Send(SendError::NotAMessage(_)) => 2,
+            Failure::Usage(_)
+            | Failure::Send(SendError::NotAMessage(_) | SendError::TooLong(_)) => 2,
             // Neither rejected nor free to be sent again.
-            Failure::Send(SendError::NotAReply(_) | SendError::BeganAnew) => 4,
+            Failure::Send(SendError::NotAReply(_) | SendError::Reset) => 4,
             Failure::NoDevice(_) | Failure::Send(_) => 3,
         })
     }

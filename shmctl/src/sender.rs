@@ -14,10 +14,13 @@ pub enum SendError {
         "'{0}' is not a message; write @COMMAND@ with at most {MAX_COMMAND} bytes between the marks"
     )]
     NotAMessage(String),
+    /// The command is too long.
+    #[error("{0} bytes long; a command has at most {MAX_COMMAND}")]
+    TooLong(usize),
     /// An earlier command is still in the mailbox.
     #[error(
-        "an earlier command is still waiting in the mailbox; check that nfqd runs on the host, with this \
-         region as --shm?"
+        "an earlier command is still waiting in the mailbox; check that nfqd runs on the host with this \
+         region as --shm"
     )]
     Busy,
     /// Another process on this side waits for its own reply.
@@ -26,23 +29,23 @@ pub enum SendError {
     /// The channel cannot be locked.
     #[error("the channel cannot be locked: {0}")]
     Lock(String),
-    /// The host began anew while a request was under way.
+    /// The host reset the rings while a request was outstanding.
     #[error(
-        "the host began anew: the command may have been carried out or not; 'status' shows what is registered"
+        "the host reset the channel before it replied; the command may or may not have taken effect; run 'status' to see what is registered"
     )]
-    BeganAnew,
+    Reset,
     /// The host has neither answered nor followed the withdrawal.
     #[error(
-        "no answer: the command is withdrawn, unless the host has begun to carry it out; check that nfqd runs on the \
-         host with this region as --shm"
+        "no answer from the host; the command was withdrawn, but takes effect if the host had already started it; check \
+         that nfqd runs on the host with this region as --shm"
     )]
     Unanswered,
     /// The sender was interrupted, and the command was withdrawn.
     #[error("interrupted; the command was withdrawn")]
     Interrupted,
-    /// Nobody took the command.
+    /// The host did not accept the command.
     #[error(
-        "nobody took the command within {} s; check that nfqd runs on the host with this region as --shm",
+        "the host did not accept the command within {} s; check that nfqd runs on the host with this region as --shm",
         .0.as_secs_f32()
     )]
     Timeout(Duration),

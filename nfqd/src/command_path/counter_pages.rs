@@ -11,15 +11,15 @@ use nfqd_shmctl::ring::{CounterPage, MiddleboxCounters};
 use nfqd_shmctl::{Action, RuleId};
 use std::time::{Duration, Instant, SystemTime};
 
-/// When the pages are written next.
+/// The schedule of the updates; `due` is the earliest time of the next one.
 #[derive(Debug, Default)]
 pub struct CounterPages {
     due: Option<Instant>,
 }
 
-/// The share of the time that is spent on the pages, as a divisor: with many rules, reading their
-/// counters takes long, and commands wait meanwhile.
-const TIME_SHARE: u32 = 50;
+/// The minimum pause between updates, as a multiple of the duration of the last one, because commands
+/// wait while the counters of many rules are read.
+const PAUSE_FACTOR: u32 = 50;
 
 impl ControlPlane {
     /// Writes the pages if they are due.
@@ -52,7 +52,7 @@ impl ControlPlane {
                 channel.write_counters(&page);
             }
         }
-        let pause = (start.elapsed() * TIME_SHARE).max(Duration::from_millis(500));
+        let pause = (start.elapsed() * PAUSE_FACTOR).max(Duration::from_millis(500));
         self.counter_pages.due = Some(Instant::now() + pause);
     }
 

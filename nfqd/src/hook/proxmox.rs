@@ -26,7 +26,9 @@ pub enum VmError {
     #[error("the VM has no network interface whose MAC its channel could speak for")]
     NoInterface,
     /// A word of the notes is no key of a channel.
-    #[error("'{0}' in the notes: write ip=ADDRESS or to=ADDRESS behind 'nfqd:'")]
+    #[error(
+        "'{0}' in the notes is not a key of a channel; write ip=ADDRESS or to=ADDRESS after 'nfqd:'"
+    )]
     Note(String),
     /// A value contains what separates values.
     #[error("'{0}' in the configuration contains a comma or a blank")]
@@ -124,8 +126,8 @@ fn decoded(line: &str) -> String {
     out
 }
 
-/// Does what the hookscript is called for: `phase` is `post-start`, `post-stop` or another one. QEMU makes
-/// the memory, so it is attached after the start.
+/// Attaches the VM's channel in phase `post-start`, detaches it in `post-stop`, and ignores every other
+/// phase. QEMU creates the memory, so the channel is attached after the start.
 pub fn run(socket: &Path, vm: &str, phase: &str) {
     run_in(Path::new(CONFIGURATIONS), socket, vm, phase);
 }

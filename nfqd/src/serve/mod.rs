@@ -1,8 +1,8 @@
 //! `nfqd serve`: metrics, the status as JSON, and a live page, by HTTP. A process of its own without
 //! privileges, which asks the daemon on the observation socket.
 //!
-//! It answers GET alone, of a few paths, with a thread for each of a few connections. The daemon is asked
-//! at most once a second, however many ask here.
+//! The server answers only GET requests for a fixed set of paths, with one thread per connection and at
+//! most 32 connections. It queries the daemon at most once a second, regardless of the number of clients.
 
 pub mod metrics;
 pub mod page;
@@ -42,15 +42,15 @@ const STREAM_TIME: Duration = Duration::from_secs(300);
 /// The status, as it was last asked for.
 struct Source {
     socket: PathBuf,
-    last: Mutex<Option<Look>>,
+    last: Mutex<Option<Sample>>,
     rates: Mutex<Rates>,
     /// The connections to which events are sent.
     streams: Arc<AtomicUsize>,
 }
 
-/// The time of a look at the status, and the status; `None` if the daemon did not answer.
+/// A sample: its time, and the status; `None` if the daemon did not answer.
 #[derive(Clone)]
-struct Look {
+struct Sample {
     time: Instant,
     status: Option<Arc<Status>>,
 }
@@ -58,29 +58,29 @@ struct Look {
 impl Source {
     /// Returns the status; `None` if the daemon does not answer.
     fn status(&self) -> Option<Arc<Status>> {
-        self.look().status
+        self.sample().status
     }
 
-    /// Returns a look at the status that is at most a second old.
-    fn look(&self) -> Look {
+    /// Returns a sample of the status that is at most a second old.
+    fn sample(&self) -> Sample {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(look) = &*last
-            && look.time.elapsed() < STATUS_AGE
+        if let Some(sample) = &*last
+            && sample.time.elapsed() < STATUS_AGE
         {
-            return look.clone();
+            return sample.clone();
         }
         let status = status(&self.socket).ok().map(Arc::new);
-        let look = Look { time: Instant::now(), status };
-        *last = Some(look.clone());
-        look
+        let sample = Sample { time: Instant::now(), status };
+        *last = Some(sample.clone());
+        sample
     }
 
-    /// Renders a look at the status, with the rates up to it.
+    /// Renders a sample of the status, with the rates up to it.
     fn render<T>(&self, render: fn(Option<&Status>, &mut Rates) -> T) -> T {
-        let look = self.look();
+        let sample = self.sample();
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.look_at(look.time);
-        render(look.status.as_deref(), &mut rates)
+        rates.set_sample(sample.time);
+        render(sample.status.as_deref(), &mut rates)
     }
 }
 

@@ -25,11 +25,11 @@ pub fn is_there(region: &Region) -> bool {
 }
 
 /// Sends commands, as many at once as the ring holds, and adds their replies to `replies` in the
-/// order of the commands. What is not answered in time is withdrawn, so that it is not carried out
-/// later. The caller has the lock of the region, and has seen that the rings [are there](is_there).
+/// order of the commands. Requests not answered in time are withdrawn, so that they are not executed
+/// later. The caller must hold the region's lock and have checked that it [has rings](is_there).
 ///
 /// # Errors
-/// See [`SendError`]; `replies` has those that came before.
+/// See [`SendError`]; `replies` contains those received so far.
 pub fn send_locked<'a>(
     region: &Region,
     _lock: &RegionLock,
@@ -38,7 +38,7 @@ pub fn send_locked<'a>(
     replies: &mut Vec<Reply>,
 ) -> Result<(), SendError> {
     if let Some(long) = commands.iter().find(|command| command.len() > MAX_COMMAND) {
-        return Err(SendError::NotAMessage(long.clone()));
+        return Err(SendError::TooLong(long.len()));
     }
     let patience = patience.into();
     for commands in commands.chunks(SLOTS as usize) {
@@ -87,8 +87,8 @@ impl Exchange<'_> {
         GuestSection { reset: at(0), sent: at(8), consumed: at(16), watched: at(24) }
     }
 
-    /// Waits until a reply slot has its number, or the host has begun anew. If that is in vain, what is
-    /// under way is withdrawn.
+    /// Waits until the reply slot is filled or the host starts a new epoch. On timeout or interruption,
+    /// withdraws the outstanding requests.
     fn wait_for(&self, is_there: impl Fn() -> bool, epoch: u64) -> Result<(), SendError> {
         let is_over = || is_there() || self.host().epoch != epoch;
         let Err(reason) = self.patience.wait_for(self.deadline, is_over) else { return Ok(()) };
@@ -169,7 +169,7 @@ impl Exchange<'_> {
             };
             self.wait_for(is_there, epoch)?;
             if !is_there() {
-                return Err(SendError::BeganAnew);
+                return Err(SendError::Reset);
             }
             let mut copy = [0; SLOT_SIZE];
             self.region.read(slot, &mut copy);

@@ -70,7 +70,7 @@ impl HostRing {
             ring.progress = found;
             ring.consumed = found.written.saturating_sub(SLOTS).max(found.epoch);
         } else {
-            ring.begin_anew(region, guest.reset)?;
+            ring.reset(region, guest.reset)?;
             ring.write_header(region)?;
         }
         // The old page may be about middleboxes that the channel is not bound to any more.
@@ -108,7 +108,7 @@ impl HostRing {
     }
 
     /// Begins a new epoch: what is under way is dropped.
-    fn begin_anew(&mut self, region: &RegionFile, reset: u64) -> Result<(), RegionError> {
+    fn reset(&mut self, region: &RegionFile, reset: u64) -> Result<(), RegionError> {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         // Numbers are not used again: a slot of an earlier epoch is never taken for a new one.
         let earlier = self.progress.epoch.max(self.progress.taken).max(self.progress.written);
@@ -124,7 +124,8 @@ impl HostRing {
         region.write(PROGRESS + counters.len(), reset)
     }
 
-    /// Follows the guest: begins anew if it asks for it, and writes replies for which it has made room.
+    /// Acts on the guest's numbers: resets the rings if it asks for it, and writes replies for which it
+    /// has made room.
     ///
     /// # Errors
     /// If the region cannot be read or written.
@@ -135,7 +136,7 @@ impl HostRing {
             self.watched = (guest.watched, Some(now));
         }
         if guest.reset != self.progress.reset {
-            return self.begin_anew(region, guest.reset);
+            return self.reset(region, guest.reset);
         }
         self.write_waiting(region, guest.consumed)
     }
@@ -146,9 +147,9 @@ impl HostRing {
         self.watched.1.is_some_and(|at| now.saturating_duration_since(at) < LAST)
     }
 
-    /// Returns the requests that the guest had sent when it was last [followed](HostRing::follow),
-    /// oldest first, at most 16; up to the first query, because its reply may be long. There are none
-    /// while replies wait for room.
+    /// Returns the unanswered requests as of the last [`follow`](HostRing::follow) call, oldest first,
+    /// at most 16. The list ends with the first query, because a query's reply may be long. It is
+    /// empty while replies are waiting for room in the ring.
     ///
     /// All of them must be passed to [`HostRing::reply`] before the next call, or they are returned
     /// again.

@@ -22,19 +22,19 @@
 //! | 4124 | 4 | offset of the reply ring | 77824 |
 //! | 4128 | 4 | offset of the counters | 143360 |
 //! | 4132 | 4 | size of the counters | 4096 |
-//! | 4136 | 8 | epoch | a number that grows each time the host begins anew |
-//! | 4144 | 8 | taken | the number of the last request that has been answered |
-//! | 4152 | 8 | written | the number of the last reply slot that has been written |
-//! | 4160 | 8 | reset | the guest's `reset` that the host has followed |
+//! | 4136 | 8 | epoch | a number that increases at each reset of the rings |
+//! | 4144 | 8 | taken | the number of the last request answered |
+//! | 4152 | 8 | written | the number of the last reply slot written |
+//! | 4160 | 8 | reset | the guest's `reset` value that the host last acted on |
 //!
 //! ## Guest's section, at 8192, written by the guest
 //!
 //! | offset | size | field | value |
 //! |---|---|---|---|
-//! | 8192 | 8 | reset | changed by the guest to begin anew |
+//! | 8192 | 8 | reset | changed by the guest to reset the rings |
 //! | 8200 | 8 | sent | the number of the last request that is complete |
 //! | 8208 | 8 | consumed | the number of the last reply slot that the guest has read |
-//! | 8216 | 8 | watched | changed by the guest each time it looks at the counters |
+//! | 8216 | 8 | watched | changed by the guest each time it reads the counters |
 //!
 //! These numbers are written by one aligned store of 8 bytes each, and read in the same way.
 //!
@@ -53,42 +53,47 @@
 //!
 //! ## How a guest sends
 //!
-//! 1. **Take over.** If `reset` is the same in both sections, `sent` = `taken` and `consumed` =
-//!    `written`, nothing is under way. If `reset` is the same, `taken` = `written` = `epoch`, and
-//!    `sent` is less than `epoch`, the host has begun anew: write `epoch` to `consumed` and `sent`.
-//!    Otherwise begin anew: change `reset` unless it differs already, wait until the header's is the
-//!    same, then read `epoch` and write it to `consumed` and `sent`.
-//! 2. **Send.** Fill the slots of the next numbers, at most 16 requests that are not answered, then
-//!    write the last number to `sent`. The write of `sent` must be seen after those of the slots.
-//! 3. **Receive.** While `written` is greater than `consumed` (by at most 16) and the slot of
-//!    `consumed` + 1 has that number: copy it, then write that number to `consumed`. Slots are read after `written`
-//!    (an acquire load). The text of a slot with
-//!    bit 1 begins a reply, that of others is added to it; without bit 0 the reply is complete. An
-//!    `epoch` that has changed means that the host has begun anew: whether a request that is not
-//!    answered was carried out is not known.
-//! 4. **Withdraw.** To withdraw what is not answered, change `reset`. Requests that the host has not
-//!    begun to carry out are dropped, also if it is not running. Those that it had begun are answered first:
-//!    when the header's `reset` has followed, a reply is there if its slot has its number. If it has not,
-//!    nothing was carried out, unless the host was killed in between.
+//! 1. **Take over.** If `reset` is equal in both sections, `sent` = `taken`, and `consumed` =
+//!    `written`, no request is outstanding, and the guest can send at once. If `reset` is equal,
+//!    `taken` = `written` = `epoch`, and `sent` is less than `epoch`, the host has reset the rings:
+//!    write `epoch` to `consumed`, then to `sent`. Otherwise reset them: change the guest's `reset`
+//!    unless it already differs from the header's, wait until the two are equal, then read `epoch`
+//!    and write it to `consumed`, then to `sent`.
+//! 2. **Send.** Fill the slots of the next numbers, with at most 16 requests outstanding, then write
+//!    the last number to `sent` with release ordering, so that the host sees the slots before it.
+//! 3. **Receive.** Poll `written`; the host polls for requests every millisecond while a guest is
+//!    active, and every 16 ms otherwise. While `written` exceeds `consumed` by 1 to 16 and the slot
+//!    for number `consumed` + 1 contains that number, copy the slot, then add 1 to `consumed`. Load
+//!    `written` with acquire ordering before reading the slot. A slot with bit 1 set starts a reply;
+//!    the text of later slots is appended to it; a slot with bit 0 clear ends it. If `epoch` has
+//!    changed, the host has reset the rings, and an unanswered request may or may not have been
+//!    executed.
+//! 4. **Withdraw.** To withdraw unanswered requests, change `reset`. Requests that the host has not
+//!    started to execute are dropped, even if the host is not running. Requests that it has started
+//!    are answered first. Once the header's `reset` equals the guest's, a reply has arrived if its
+//!    slot contains the expected number; otherwise the request was not executed, unless the host was
+//!    killed in between.
 //!
-//! A reply is one line of ASCII text, `OK`, `OK {text}` or `ERR {code} {text}`, see [`Reply`].
+//! A reply is one line of ASCII text: `OK`, `OK {text}` or `ERR {code} {text}`, see [`Reply`].
 //!
 //! Several programs of one guest take turns by a lock of their own, such as `flock` on the device's
 //! file.
 //!
 //! ## What the host does
 //!
-//! It answers requests in order, at most 100 a second in the long run; `reset` and waiting replies do not
-//! count. It writes a reply slot, then `written`, together with `taken` at the
-//! end of a reply; a full reply ring holds up the requests. When it is restarted it goes on with the
-//! header that is there. Requests that are not answered are carried out then, also if they had been
-//! before: on what is registered at that moment. The guest gets one reply to each. `sent` and `consumed` that are out of range are not looked at, and a header
-//! that the guest has overwritten is written again within a second.
+//! The host answers requests in order, at a sustained rate of at most 100 per second; resets and the
+//! delivery of pending replies do not count toward the limit. It writes a reply slot, then `written`;
+//! for the last slot of a reply it updates `taken` in the same write. While the reply ring is full, it
+//! accepts no requests. After a restart, it resumes from the existing header and executes every
+//! unanswered request, even one that it had already executed before the restart, against the
+//! registrations at that moment. The guest gets exactly one reply per request. Out-of-range values of
+//! `sent` and `consumed` are ignored, and a header that the guest has overwritten is restored within a
+//! second.
 //!
 //! ## Counters, at 143360, written by the host
 //!
-//! They are brought up to date once a second for a minute after each change of `watched`, more rarely
-//! where reading the kernel's counters takes long. They need no command and no lock.
+//! The page is updated about once a second for a minute after each change of `watched`, less often if
+//! reading the kernel's counters takes long. Reading it needs no command and no lock.
 //!
 //! | offset in the page | size | field | value |
 //! |---|---|---|---|
@@ -96,7 +101,7 @@
 //! | 8 | 8 | time | when they were read, in nanoseconds since 1970 (CLOCK_REALTIME); 0: not yet |
 //! | 16 | 4 | entries | middleboxes that follow, at most 63 |
 //! | 20 | 4 | left out | middleboxes for which there is no room |
-//! | 64 | 64 each | entries | one a middlebox that the channel is bound to |
+//! | 64 | 64 each | entries | one for each registered middlebox whose MAC the channel is bound to (`mac=`) |
 //!
 //! | offset in the entry | size | field | value |
 //! |---|---|---|---|

@@ -233,7 +233,7 @@ fn a_sender_that_died_in_the_middle_does_not_disturb_the_next() {
 }
 
 #[test]
-fn a_host_that_begins_anew_is_noticed() {
+fn a_reset_by_the_host_is_noticed() {
     let (_dir, path, region) = region();
     drop(HostRing::open(&region).unwrap());
     let guest = Region::open(&path).unwrap();
@@ -246,7 +246,7 @@ fn a_host_that_begins_anew_is_noticed() {
     other.store_u64(GUEST, 77);
     let mut ring = HostRing::open(&region).unwrap().unwrap();
     serve(&mut ring, &region, echo);
-    assert_eq!(sender.join().unwrap(), Err(SendError::BeganAnew));
+    assert_eq!(sender.join().unwrap(), Err(SendError::Reset));
 }
 
 /// A hostile guest: what it does to the region, and what the host must do then.
