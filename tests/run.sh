@@ -99,7 +99,7 @@ uml() {
     local log passed=yes
     log=$(mktemp)
     # This kernel may have no VLAN filtering; that one has.
-    in_guest --test kernel --test oracles --test traffic --test vlans > "$log" 2>&1 &
+    in_guest --test kernel --test oracles --test traffic --test vlans --test vsock > "$log" 2>&1 &
     local guest=$!
     in_guest --test chaos --test firewall --test health --test lab --test lifecycle --test networks --test pools || passed=no
     wait "$guest" || passed=no

@@ -45,7 +45,7 @@ pub(crate) enum DeviceError {
     /// There is none in this VM.
     #[error(
         "no ivshmem device in this VM; give it '-object memory-backend-file,id=nfqd,share=on,mem-path=PATH,size=1M -device \
-         ivshmem-plain,memdev=nfqd', with PATH as --shm of nfqd on the host"
+         ivshmem-plain,memdev=nfqd', with PATH as --shm of nfqd on the host; or a vsock device, with its CID as --vsock"
     )]
     None,
     /// There is none at this address.
@@ -72,6 +72,8 @@ pub(crate) struct Found {
     pub memory: PathBuf,
     /// The addresses of other ivshmem devices, if this one was not asked for by its own.
     pub others: Vec<String>,
+    /// The file of its registers.
+    pub registers: PathBuf,
 }
 
 /// Switches the device on.
@@ -110,7 +112,8 @@ fn find(devices: &Path, device: &Device) -> Result<Found, DeviceError> {
     };
     let enable = path.join("enable");
     fs::write(&enable, "1").map_err(|source| DeviceError::Enable { path: enable, source })?;
-    Ok(Found { address: name_of(&path), memory: path.join("resource2"), others })
+    let (memory, registers) = (path.join("resource2"), path.join("resource0"));
+    Ok(Found { address: name_of(&path), memory, others, registers })
 }
 
 fn name_of(path: &Path) -> String {

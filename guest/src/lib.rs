@@ -5,14 +5,15 @@
 //! by a signal, it withdraws its command and ends by that signal.
 
 mod device;
+mod sender;
 mod words;
 
 use clap::{CommandFactory, Parser};
-use device::Device;
-use nfqd_shmctl::mailbox::guest::{send_locked, send_message};
-use nfqd_shmctl::ring;
-use nfqd_shmctl::sender::{Patience, SendError, lock};
-use nfqd_shmctl::{Command, Region, RegionLock, Reply, split_lines};
+use device::{Device, DeviceError};
+use nfqd_shmctl::sender::{Patience, SendError};
+use nfqd_shmctl::vsock::{self, Connection};
+use nfqd_shmctl::{Command, Region, Register, Reply, split_lines};
+use sender::{Link, Sender};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::cell::OnceCell;
@@ -46,6 +47,17 @@ struct Cli {
     /// A region that is mapped already, instead of the device
     #[arg(long, value_name = "PATH")]
     shm: Option<PathBuf>,
+    /// Vsock instead of a device, which is used by itself if there is no device: to the host, or to
+    /// this CID
+    #[arg(
+        long,
+        value_name = "CID",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "2",
+        conflicts_with_all = ["device", "shm"]
+    )]
+    vsock: Option<u32>,
     /// Seconds to wait until the host takes the command
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     timeout: Duration,
@@ -63,11 +75,6 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
         .filter(|time| *time <= Duration::from_secs(86400))
         .ok_or_else(|| "write a number of seconds, like 5 or 0.5".to_string())
 }
-
-/// The longest text that is written at once: its replies, which repeat it, must fit as well.
-const MAX_TEXT: usize = 1500;
-/// The most commands that are written at once.
-const MAX_COMMANDS: usize = 32;
 
 /// The reason nothing, or not everything, was sent.
 #[derive(Debug, thiserror::Error)]
@@ -91,9 +98,11 @@ impl Failure {
         ExitCode::from(match self {
             Failure::Input(_) => 1,
             Failure::Usage(_)
-            | Failure::Send(SendError::NotAMessage(_) | SendError::TooLong(_)) => 2,
+            | Failure::Send(
+                SendError::NotAMessage(_) | SendError::TooLong(_) | SendError::NoMailbox,
+            ) => 2,
             // Neither rejected nor free to be sent again.
-            Failure::Send(SendError::NotAReply(_) | SendError::Reset) => 4,
+            Failure::Send(SendError::NotAReply(_) | SendError::Reset | SendError::Abandoned) => 4,
             Failure::NoDevice(_) | Failure::Send(_) => 3,
         })
     }
@@ -128,102 +137,17 @@ impl Interruption {
         out
     }
 
+    /// Returns the patience of a sender that gives up at a signal.
+    fn patience(&self, timeout: Duration) -> Patience<'_> {
+        Patience { timeout, interrupted: Some(&*self.flag) }
+    }
+
     /// Ends the program by the signal, if there was one.
     fn finish(&self) {
         if let Ok(signal @ 1..) = i32::try_from(self.signal.load(Ordering::Relaxed)) {
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     }
-}
-
-/// The rings or the mailbox, as they are used.
-struct Sender {
-    region: Region,
-    timeout: Duration,
-    interruption: Interruption,
-    /// Held while several messages belong together: a query for a free number, and the new rule.
-    lock: OnceCell<RegionLock>,
-}
-
-impl Sender {
-    fn patience(&self) -> Patience<'_> {
-        Patience { timeout: self.timeout, interrupted: Some(&*self.interruption.flag) }
-    }
-
-    /// Keeps other senders of this VM out until this one ends.
-    fn lock(&self) -> Result<(), SendError> {
-        if self.lock.get().is_none() {
-            let _ = self.lock.set(lock(&self.region, self.patience())?);
-        }
-        Ok(())
-    }
-
-    fn send(&self, message: &str) -> Result<Vec<Reply>, SendError> {
-        match self.lock.get() {
-            Some(lock) => send_locked(&self.region, lock, message, self.patience()),
-            None => send_message(&self.region, message, self.patience()),
-        }
-    }
-
-    /// Sends commands, several at once, through the rings where the host has them; stops after a
-    /// rejection, as soon as what was sent with it is answered.
-    fn send_commands(&self, commands: &[String]) -> Result<Vec<Reply>, SendError> {
-        let mut replies = Vec::new();
-        let mut rest = commands;
-        if ring::guest::is_there(&self.region) {
-            let sent = self.send_by_ring(commands, &mut replies);
-            return with_carried_out(sent, replies);
-        }
-        while !rest.is_empty() {
-            let mut length = 0;
-            let fit = rest.iter().take(MAX_COMMANDS).take_while(|command| {
-                length += command.len() + 2;
-                length <= MAX_TEXT
-            });
-            let count = fit.count().max(1);
-            let (now, later) = rest.split_at(count.min(rest.len()));
-            let message: String = now.iter().map(|command| format!("@{command}@")).collect();
-            match self.send(&message) {
-                Ok(more) => replies.extend(more),
-                Err(error) => return with_carried_out(Err(error), replies),
-            }
-            if !replies.iter().all(Reply::is_ok) {
-                break;
-            }
-            rest = later;
-        }
-        Ok(replies)
-    }
-
-    fn send_by_ring(&self, commands: &[String], replies: &mut Vec<Reply>) -> Result<(), SendError> {
-        let own;
-        let lock = match self.lock.get() {
-            Some(lock) => lock,
-            None => {
-                own = lock(&self.region, self.patience())?;
-                &own
-            }
-        };
-        for commands in commands.chunks(ring::SLOTS as usize) {
-            let patience = self.patience();
-            ring::guest::send_locked(&self.region, lock, commands, patience, replies)?;
-            if !replies.iter().all(Reply::is_ok) {
-                break;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Returns the replies; after an error, what has been carried out before it is printed.
-fn with_carried_out(
-    sent: Result<(), SendError>,
-    replies: Vec<Reply>,
-) -> Result<Vec<Reply>, SendError> {
-    if sent.is_err() {
-        replies.iter().for_each(|reply| println!("{reply}"));
-    }
-    sent.map(|()| replies)
 }
 
 /// Runs the program with the arguments of the process.
@@ -246,9 +170,8 @@ pub fn main() -> ExitCode {
 
 fn run(cli: &Cli, interruption: &Interruption) -> Result<Vec<Reply>, Failure> {
     let sender = || -> Result<Sender, Failure> {
-        let region = open(cli).map_err(Failure::NoDevice)?;
-        let (timeout, interruption) = (cli.timeout, interruption.clone());
-        Ok(Sender { region, timeout, interruption, lock: OnceCell::new() })
+        let link = open(cli, interruption)?;
+        Ok(Sender::new(link, cli.timeout, interruption.clone()))
     };
     if let Some(message) = &cli.write {
         return Ok(sender()?.send(message)?);
@@ -299,7 +222,7 @@ fn watch(sender: &Sender, query: &[String], interval: Duration) -> Result<Vec<Re
         replies.iter().for_each(|reply| println!("{}", readable(reply)));
         let until = std::time::Instant::now() + interval;
         while std::time::Instant::now() < until {
-            if sender.interruption.flag.load(Ordering::Relaxed) {
+            if sender.is_interrupted() {
                 return Err(Failure::Send(SendError::Interrupted));
             }
             std::thread::sleep(Duration::from_millis(20).min(interval));
@@ -364,20 +287,37 @@ fn json_of(reply: &Reply) -> serde_json::Value {
     }
 }
 
-fn open(cli: &Cli) -> Result<Region, String> {
-    let open = |path: &Path| Region::open(path).map_err(|error| error.to_string());
-    match &cli.shm {
-        Some(path) => open(path),
-        None => {
-            let found = device::memory(&cli.device).map_err(|error| error.to_string())?;
-            if !found.others.is_empty() {
-                eprintln!(
-                    "this VM has several ivshmem devices; using {}, name another with --device: {}",
-                    found.address,
-                    found.others.join(", ")
-                );
-            }
-            open(&found.memory)
-        }
+/// Opens what the arguments name: by default the device of this VM, or vsock if there is none.
+fn open(cli: &Cli, interruption: &Interruption) -> Result<Link, Failure> {
+    let open =
+        |path: &Path| Region::open(path).map_err(|error| Failure::NoDevice(error.to_string()));
+    let connect = |cid| -> Result<Link, Failure> {
+        Ok(Link::Vsock(Connection::open(cid, interruption.patience(cli.timeout))?))
+    };
+    if let Some(cid) = cli.vsock {
+        return connect(cid);
     }
+    if let Some(path) = &cli.shm {
+        return Ok(Link::Region(open(path)?));
+    }
+    let found = match device::memory(&cli.device) {
+        Err(DeviceError::None) if Path::new(vsock::DEVICE).exists() => {
+            return connect(vsock::HOST);
+        }
+        found => found.map_err(|error| Failure::NoDevice(error.to_string()))?,
+    };
+    if !found.others.is_empty() {
+        eprintln!(
+            "this VM has several ivshmem devices; using {}, name another with --device: {}",
+            found.address,
+            found.others.join(", ")
+        );
+    }
+    let region = open(&found.memory)?;
+    // Without it, the host polls.
+    let register = Register::open(&found.registers).ok();
+    Ok(Link::Region(match register {
+        Some(register) => region.with_register(register),
+        None => region,
+    }))
 }

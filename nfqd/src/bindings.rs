@@ -1,6 +1,6 @@
 //! The bindings of all channels together, and what they allow.
 
-use crate::config::ShmSpec;
+use crate::config::ChannelSpec;
 use nfqd_rules::MiddleboxKey;
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeMap;
@@ -8,12 +8,12 @@ use std::net::IpAddr;
 
 /// The channels that each MAC is bound to.
 pub struct Bindings<'a> {
-    channels: BTreeMap<MacAddr, Vec<&'a ShmSpec>>,
+    channels: BTreeMap<MacAddr, Vec<&'a ChannelSpec>>,
 }
 
 impl<'a> Bindings<'a> {
     /// The bindings of channels with these specifications.
-    pub fn new(specs: impl Iterator<Item = &'a ShmSpec>) -> Bindings<'a> {
+    pub fn new(specs: impl Iterator<Item = &'a ChannelSpec>) -> Bindings<'a> {
         let mut out = Bindings { channels: BTreeMap::new() };
         for spec in specs {
             for mac in &spec.macs {
@@ -46,12 +46,12 @@ mod tests {
 
     #[test]
     fn a_mac_that_several_channels_speak_for_may_do_what_any_of_them_may() {
-        let specs: Vec<ShmSpec> = [
+        let specs: Vec<ChannelSpec> = [
             "/a,mac=2:0:0:0:0:1,mac=2:0:0:0:0:2,to=10.0.0.0/24",
             "/b,mac=2:0:0:0:0:2,to=10.1.0.0/24",
             "/c,mac=2:0:0:0:0:3",
         ]
-        .map(|spec| spec.parse().unwrap())
+        .map(|spec| ChannelSpec::shm(spec).unwrap())
         .to_vec();
         let bindings = Bindings::new(specs.iter());
         let mac = |last: u8| MacAddr([2, 0, 0, 0, 0, last]);

@@ -5,7 +5,9 @@ use nfqd_rules::Network;
 use nfqd_rules::nft::options::FastPath;
 use nfqd_shmctl::{AddressRange, MacAddr, Ownership};
 use nix::unistd::{Group, User};
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -22,13 +24,27 @@ pub struct DaemonArgs {
     /// (repeatable) binds it to the MACs it may speak for, ip= (repeatable) to the addresses it may
     /// register, to= (repeatable) to those it may redirect to, bridge= and vlan= to the network it is
     /// on. mac=any says that it may speak for all. owner=, group= and mode= are those of
-    /// a region that nfqd creates [default: nfqd's own, and 0600]
+    /// a region that nfqd creates [default: nfqd's own, and 0600]. middleboxes=, services=, backends=
+    /// and rules= limit what may be registered, rate= the commands per second
     #[arg(
         long,
-        value_name = "PATH[,mac=MAC]...[,ip=ADDRESS[/LENGTH]]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]][,KEY=VALUE]..."
+        value_name = "PATH[,mac=MAC]...[,ip=ADDRESS[/LENGTH]]...[,to=ADDRESS[/LENGTH]]...[,bridge=NAME[,vlan=ID]][,KEY=VALUE]...",
+        value_parser = ChannelSpec::shm
     )]
-    #[serde(default)]
-    pub shm: Vec<ShmSpec>,
+    #[serde(default, deserialize_with = "shm")]
+    pub shm: Vec<ChannelSpec>,
+
+    /// The socket at which nfqd is the server of one VM's ivshmem-doorbell device; repeatable. The keys
+    /// are those of --shm; owner=, group= and mode= are those of the socket
+    #[arg(long, value_name = "PATH[,KEY=VALUE]...", value_parser = ChannelSpec::doorbell)]
+    #[serde(default, deserialize_with = "doorbell")]
+    pub doorbell: Vec<ChannelSpec>,
+
+    /// A VM that sends its commands through vsock, by its CID; repeatable. The keys are those of --shm,
+    /// without owner=, group= and mode=
+    #[arg(long, value_name = "CID[,KEY=VALUE]...", value_parser = ChannelSpec::vsock)]
+    #[serde(default, deserialize_with = "vsock")]
+    pub vsock: Vec<ChannelSpec>,
 
     /// Commands to apply at start, one a line, # comments
     #[arg(long, value_name = "FILE")]
@@ -127,15 +143,26 @@ pub enum ConfigError {
     /// The value of `--queue`.
     #[error("'{0}' is not a range of queues; write N or N-M, like 0-3, with at most 64 numbers")]
     Queues(String),
-    /// A region without a path.
+    /// A channel without a path.
     #[error(
         "there is no path; write PATH[,mac=MAC]...[,ip=ADDRESS]...[,to=ADDRESS]...[,bridge=NAME[,vlan=ID]]"
     )]
     NoPath,
-    /// A word behind the path of a region.
+    /// The path of a doorbell's socket.
     #[error(
-        "'{0}' behind the path is not a binding; write mac=MAC, ip=ADDRESS[/LENGTH], to=ADDRESS[/LENGTH], \
-         bridge=NAME, vlan=ID from 1 to 4094, owner=USER, group=GROUP, or mode=MODE such as 0660"
+        "'{0}' is not a path for a socket; write at most 100 ASCII letters, digits and any of / . _ -"
+    )]
+    SocketPath(String),
+    /// The number of a VM.
+    #[error(
+        "'{0}' is not the CID of a VM; write a number from 3 to 4294967294, or 1 for this host"
+    )]
+    Cid(String),
+    /// A word behind the name of a channel.
+    #[error(
+        "'{0}' behind the name is not a key of a channel; write mac=MAC, ip=ADDRESS[/LENGTH], \
+         to=ADDRESS[/LENGTH], bridge=NAME, vlan=ID from 1 to 4094, middleboxes=, services=, backends=, rules= \
+         or rate=NUMBER, and for a region or a socket owner=USER, group=GROUP or mode=MODE such as 0660"
     )]
     Binding(String),
     /// An owner that does not exist on this host.
@@ -167,10 +194,7 @@ impl FromStr for QueueRange {
 
     fn from_str(text: &str) -> Result<QueueRange, ConfigError> {
         let wrong = || ConfigError::Queues(text.to_string());
-        let number = |text: &str| -> Option<u16> {
-            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-            if digits { text.parse().ok() } else { None }
-        };
+        let number = |text| number(text).and_then(|number| u16::try_from(number).ok());
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let (first, last) = number(first).zip(number(last)).ok_or_else(wrong)?;
         let count = last.checked_sub(first).and_then(|n| n.checked_add(1)).filter(|n| *n <= 64);
@@ -186,13 +210,48 @@ impl TryFrom<String> for QueueRange {
     }
 }
 
-/// The value of `--shm`: a region and the binding of its channel. Without MACs the guest may speak
+/// The way by which a guest's commands arrive.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Transport {
+    /// The region of an ivshmem-plain device, a file.
+    Shm(PathBuf),
+    /// An ivshmem-doorbell device, whose server listens at this path.
+    Doorbell(PathBuf),
+    /// vsock, by the VM's CID.
+    Vsock(u32),
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Transport::Shm(path) | Transport::Doorbell(path) => path.display().fmt(f),
+            Transport::Vsock(cid) => write!(f, "vsock {cid}"),
+        }
+    }
+}
+
+/// What a channel may have registered, and how often it may send. Without a limit of its own, that of the
+/// host applies.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Quotas {
+    /// Middleboxes.
+    pub middleboxes: Option<u32>,
+    /// Services of all its middleboxes.
+    pub services: Option<u32>,
+    /// Backends of all its services.
+    pub backends: Option<u32>,
+    /// Filter rules of all its middleboxes.
+    pub rules: Option<u32>,
+    /// Commands a second in the long run.
+    pub rate: Option<u32>,
+}
+
+/// A channel: how it arrives, and the binding of its guest. Without MACs the guest may speak
 /// for every one, without addresses it may redirect to every one.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
-#[serde(try_from = "String")]
-pub struct ShmSpec {
-    /// The path of the region.
-    pub path: PathBuf,
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ChannelSpec {
+    /// The way by which its commands arrive.
+    pub transport: Transport,
     /// The MACs that the guest may speak for.
     pub macs: Vec<MacAddr>,
     /// Whether the operator has said that it may speak for every MAC.
@@ -203,11 +262,67 @@ pub struct ShmSpec {
     pub to: Vec<AddressRange>,
     /// The network that it is on; wherever its MACs are seen if there is none.
     pub network: Option<Network>,
-    /// The owner and the mode of the region if nfqd makes it.
+    /// The owner and the mode of a region or a socket that nfqd makes.
     pub ownership: Ownership,
+    /// What it may have.
+    pub quotas: Quotas,
 }
 
-impl ShmSpec {
+impl ChannelSpec {
+    /// Parses the value of `--shm`.
+    ///
+    /// # Errors
+    /// If a part is not valid.
+    pub fn shm(text: &str) -> Result<ChannelSpec, ConfigError> {
+        ChannelSpec::parse(text, |path| {
+            Some(path).filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
+            Ok(Transport::Shm(PathBuf::from(path)))
+        })
+    }
+
+    /// Parses the value of `--doorbell`.
+    ///
+    /// # Errors
+    /// If a part is not valid.
+    pub fn doorbell(text: &str) -> Result<ChannelSpec, ConfigError> {
+        // The path is part of the names under which its descriptors are kept.
+        let may = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-".contains(&byte);
+        ChannelSpec::parse(text, |path| match path {
+            "" => Err(ConfigError::NoPath),
+            path if path.len() <= 100 && path.bytes().all(may) => {
+                Ok(Transport::Doorbell(PathBuf::from(path)))
+            }
+            path => Err(ConfigError::SocketPath(path.to_string())),
+        })
+    }
+
+    /// Parses the value of `--vsock`.
+    ///
+    /// # Errors
+    /// If a part is not valid.
+    pub fn vsock(text: &str) -> Result<ChannelSpec, ConfigError> {
+        ChannelSpec::parse(text, |cid| {
+            let wrong = || ConfigError::Cid(cid.to_string());
+            let number = number(cid).ok_or_else(wrong)?;
+            // 0 is the hypervisor, 2 the host, the last one any (vsock(7)).
+            let is_vm = !matches!(number, 0 | 2 | u32::MAX);
+            if is_vm { Ok(Transport::Vsock(number)) } else { Err(wrong()) }
+        })
+    }
+
+    /// Parses a channel as it is named to the running daemon: a path, or `doorbell:PATH` or `vsock:CID`,
+    /// with its keys.
+    ///
+    /// # Errors
+    /// If a part is not valid.
+    pub fn named(text: &str) -> Result<ChannelSpec, ConfigError> {
+        match text.split_once(':') {
+            Some(("doorbell", rest)) => ChannelSpec::doorbell(rest),
+            Some(("vsock", rest)) => ChannelSpec::vsock(rest),
+            _ => ChannelSpec::shm(text),
+        }
+    }
+
     /// Whether the guest may register an address.
     pub fn may_register(&self, ip: IpAddr) -> bool {
         self.ips.is_empty() || self.ips.iter().any(|range| range.contains(ip))
@@ -217,46 +332,49 @@ impl ShmSpec {
     pub fn may_redirect_to(&self, ip: IpAddr) -> bool {
         self.to.is_empty() || self.to.iter().any(|range| range.contains(ip))
     }
-}
 
-impl FromStr for ShmSpec {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<ShmSpec, ConfigError> {
+    fn parse(
+        text: &str,
+        transport: impl FnOnce(&str) -> Result<Transport, ConfigError>,
+    ) -> Result<ChannelSpec, ConfigError> {
         let mut parts = text.split(',');
-        let path = parts.next().filter(|path| !path.is_empty()).ok_or(ConfigError::NoPath)?;
-        let path = PathBuf::from(path);
-        let ownership = Ownership::default();
-        let mut spec = ShmSpec {
-            path,
+        let mut spec = ChannelSpec {
+            transport: transport(parts.next().unwrap_or_default())?,
             macs: vec![],
             any_mac: false,
             ips: vec![],
             to: vec![],
             network: None,
-            ownership,
+            ownership: Ownership::default(),
+            quotas: Quotas::default(),
         };
+        let has_file = !matches!(spec.transport, Transport::Vsock(_));
         let (mut bridge, mut vlan) = (None, None);
         for part in parts {
             let wrong = || ConfigError::Binding(part.to_string());
-            match part.split_once('=') {
-                Some(("mac", "any")) => spec.any_mac = true,
-                Some(("mac", mac)) => spec.macs.push(mac.parse().map_err(|_| wrong())?),
-                Some(("ip", ip)) => spec.ips.push(ip.parse().map_err(|_| wrong())?),
-                Some(("to", to)) => spec.to.push(to.parse().map_err(|_| wrong())?),
-                Some(("bridge", name)) if bridge.is_none() => {
-                    bridge = Some(bridge_name(name).ok_or_else(wrong)?);
+            let (key, value) = part.split_once('=').ok_or_else(wrong)?;
+            match key {
+                "mac" if value == "any" => spec.any_mac = true,
+                "mac" => spec.macs.push(value.parse().map_err(|_| wrong())?),
+                "ip" => spec.ips.push(value.parse().map_err(|_| wrong())?),
+                "to" => spec.to.push(value.parse().map_err(|_| wrong())?),
+                "bridge" if bridge.is_none() => {
+                    bridge = Some(bridge_name(value).ok_or_else(wrong)?);
                 }
-                Some(("vlan", id)) if vlan.is_none() => {
-                    vlan = Some(vlan_id(id).ok_or_else(wrong)?);
+                "vlan" if vlan.is_none() => vlan = Some(vlan_id(value).ok_or_else(wrong)?),
+                "owner" if has_file => spec.ownership.owner = Some(user_id(value)?),
+                "group" if has_file => spec.ownership.group = Some(group_id(value)?),
+                "mode" if has_file => {
+                    spec.ownership.mode = permissions(value).ok_or_else(wrong)?;
                 }
-                Some(("owner", name)) => spec.ownership.owner = Some(user_id(name)?),
-                Some(("group", name)) => spec.ownership.group = Some(group_id(name)?),
-                Some(("mode", mode)) => {
-                    spec.ownership.mode = permissions(mode).ok_or_else(wrong)?;
+                key => {
+                    let quota = spec.quotas.get_mut(key).filter(|quota| quota.is_none());
+                    *quota.ok_or_else(wrong)? = Some(number(value).ok_or_else(wrong)?);
                 }
-                _ => return Err(wrong()),
             }
+        }
+        if spec.quotas.rate == Some(0) {
+            return Err(ConfigError::Binding("rate=0".to_string()));
         }
         if spec.any_mac && !spec.macs.is_empty() {
             return Err(ConfigError::AnyAndOne);
@@ -270,6 +388,44 @@ impl FromStr for ShmSpec {
     }
 }
 
+impl Quotas {
+    fn get_mut(&mut self, key: &str) -> Option<&mut Option<u32>> {
+        match key {
+            "middleboxes" => Some(&mut self.middleboxes),
+            "services" => Some(&mut self.services),
+            "backends" => Some(&mut self.backends),
+            "rules" => Some(&mut self.rules),
+            "rate" => Some(&mut self.rate),
+            _ => None,
+        }
+    }
+}
+
+type Parser = fn(&str) -> Result<ChannelSpec, ConfigError>;
+
+fn list<'de, D: Deserializer<'de>>(file: D, parse: Parser) -> Result<Vec<ChannelSpec>, D::Error> {
+    let texts = Vec::<String>::deserialize(file)?;
+    texts.iter().map(|text| parse(text).map_err(D::Error::custom)).collect()
+}
+
+fn shm<'de, D: Deserializer<'de>>(file: D) -> Result<Vec<ChannelSpec>, D::Error> {
+    list(file, ChannelSpec::shm)
+}
+
+fn doorbell<'de, D: Deserializer<'de>>(file: D) -> Result<Vec<ChannelSpec>, D::Error> {
+    list(file, ChannelSpec::doorbell)
+}
+
+fn vsock<'de, D: Deserializer<'de>>(file: D) -> Result<Vec<ChannelSpec>, D::Error> {
+    list(file, ChannelSpec::vsock)
+}
+
+/// Parses a number of decimal digits.
+fn number(text: &str) -> Option<u32> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    if is_number { text.parse().ok() } else { None }
+}
+
 /// Parses the name of a bridge.
 fn bridge_name(name: &str) -> Option<Network> {
     let network: Network = name.parse().ok()?;
@@ -278,9 +434,7 @@ fn bridge_name(name: &str) -> Option<Network> {
 
 /// Parses the id of a VLAN, from 1 to 4094.
 fn vlan_id(text: &str) -> Option<u16> {
-    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-    let id = if is_number { text.parse().ok() } else { None };
-    id.filter(|id| (1..=4094).contains(id))
+    number(text).and_then(|id| u16::try_from(id).ok()).filter(|id| (1..=4094).contains(id))
 }
 
 /// Returns the number of a user, by name or number.
@@ -304,14 +458,6 @@ fn permissions(text: &str) -> Option<u32> {
     mode.filter(|mode| *mode <= 0o777)
 }
 
-impl TryFrom<String> for ShmSpec {
-    type Error = ConfigError;
-
-    fn try_from(text: String) -> Result<ShmSpec, ConfigError> {
-        text.parse()
-    }
-}
-
 /// The paths of the sockets.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SocketPaths {
@@ -330,8 +476,8 @@ pub struct SocketPaths {
 pub struct Config {
     /// NFQUEUE numbers.
     pub queues: QueueRange,
-    /// The regions.
-    pub shm: Vec<ShmSpec>,
+    /// The channels of the guests.
+    pub channels: Vec<ChannelSpec>,
     /// The file of commands to apply at start.
     pub commands: Option<PathBuf>,
     /// The directory of registrations.
@@ -358,6 +504,7 @@ impl DaemonArgs {
             Some(path) => DaemonArgs::read(path)?,
             None => DaemonArgs::default(),
         };
+        let channels = channels(self, &file);
         let fast_path = match self.fast_path.or(file.fast_path) {
             Some(FastPathChoice::Off) => FastPath::Off,
             _ => FastPath::Full,
@@ -367,7 +514,7 @@ impl DaemonArgs {
         let observe = self.observe.clone().or(file.observe);
         Ok(Config {
             queues: self.queue.or(file.queue).unwrap_or(QueueRange { first: 0, count: 4 }),
-            shm: if self.shm.is_empty() { file.shm } else { self.shm.clone() },
+            channels,
             commands: self.commands.clone().or(file.commands),
             state: state.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE)),
             fast_path,
@@ -383,6 +530,23 @@ impl DaemonArgs {
         let text = std::fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
         toml::from_str(&text).map_err(|source| error(source.to_string()))
     }
+}
+
+/// Returns the channels of the flags and of the file; flags of a kind replace those of the file. Of two
+/// with the same name, the first one counts.
+fn channels(flags: &DaemonArgs, file: &DaemonArgs) -> Vec<ChannelSpec> {
+    let kinds =
+        [(&flags.shm, &file.shm), (&flags.doorbell, &file.doorbell), (&flags.vsock, &file.vsock)];
+    let mut out: Vec<ChannelSpec> = Vec::new();
+    let of_kind = |(flags, file)| if Vec::is_empty(flags) { file } else { flags };
+    for spec in kinds.into_iter().flat_map(of_kind) {
+        if out.iter().any(|its| its.transport == spec.transport) {
+            log::warn!("{} is given twice; the first one counts", spec.transport);
+        } else {
+            out.push(spec.clone());
+        }
+    }
+    out
 }
 
 /// Returns the paths of the sockets. The old path is used beside the default one, and is what
@@ -422,9 +586,9 @@ mod tests {
 
     #[test]
     fn regions_with_their_macs() {
-        let spec: ShmSpec = "/dev/shm/vm1,mac=2:0:0:0:0:1,mac=2:0:0:0:0:2".parse().unwrap();
-        assert_eq!((spec.path, spec.macs.len()), (PathBuf::from("/dev/shm/vm1"), 2));
-        let spec: ShmSpec = "/x,to=10.0.0.0/8,to=2001:db8::1".parse().unwrap();
+        let spec = ChannelSpec::shm("/dev/shm/vm1,mac=2:0:0:0:0:1,mac=2:0:0:0:0:2").unwrap();
+        assert_eq!((spec.transport.to_string().as_str(), spec.macs.len()), ("/dev/shm/vm1", 2));
+        let spec = ChannelSpec::shm("/x,to=10.0.0.0/8,to=2001:db8::1").unwrap();
         let may = |ip: &str| spec.to.iter().any(|to| to.contains(ip.parse().unwrap()));
         assert!(
             may("10.255.0.1")
@@ -433,7 +597,7 @@ mod tests {
                 && !may("2001:db8::2")
                 && !may("::1")
         );
-        let network = |text: &str| text.parse::<ShmSpec>().unwrap().network.map(|n| n.to_string());
+        let network = |text| ChannelSpec::shm(text).unwrap().network.map(|n| n.to_string());
         assert_eq!(network("/x,vlan=100,bridge=br0").as_deref(), Some("br0 vlan 100"));
         assert_eq!((network("/x,bridge=br0").as_deref(), network("/x")), (Some("br0"), None));
         for bad in [
@@ -450,9 +614,37 @@ mod tests {
             "/x,bridge=br0,vlan=0",
             "/x,bridge=br0,vlan=4095",
             "/x,bridge=br0,bridge=br1",
+            "/x,rules=1,rules=2",
+            "/x,rules=-1",
+            "/x,rate=0",
+            "/x,colour=1",
         ] {
-            assert!(bad.parse::<ShmSpec>().is_err(), "{bad}");
+            assert!(ChannelSpec::shm(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn doorbells_and_vsock_have_the_keys_of_regions() {
+        let spec =
+            ChannelSpec::doorbell("/run/vm1.sock,mac=2:0:0:0:0:1,mode=0660,rules=7").unwrap();
+        assert_eq!((spec.ownership.mode, spec.quotas.rules), (0o660, Some(7)));
+        let spec = ChannelSpec::vsock("42,ip=10.0.0.1,rate=9").unwrap();
+        assert_eq!((spec.transport, spec.quotas.rate), (Transport::Vsock(42), Some(9)));
+        for bad in ["", "0", "2", "4294967295", "+3", "a", "3,mode=0660", "3,owner=0"] {
+            assert!(ChannelSpec::vsock(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "/run/a b", "/run/a:b", &format!("/{}", "a".repeat(100))] {
+            assert!(ChannelSpec::doorbell(bad).is_err(), "{bad}");
+        }
+        let named = |text| ChannelSpec::named(text).unwrap().transport;
+        assert_eq!(named("vsock:3,rate=1"), Transport::Vsock(3));
+        assert_eq!(named("doorbell:/a"), Transport::Doorbell(PathBuf::from("/a")));
+        assert_eq!(named("/vsock:3"), Transport::Shm(PathBuf::from("/vsock:3")));
+        let flags = DaemonArgs {
+            shm: vec![ChannelSpec::shm("/a").unwrap(), ChannelSpec::shm("/a,rate=1").unwrap()],
+            ..DaemonArgs::default()
+        };
+        assert_eq!(flags.resolve().unwrap().channels, flags.shm[..1]);
     }
 
     #[test]
@@ -474,7 +666,7 @@ mod tests {
             (config.queues.first, config.queues.count, config.fast_path),
             (4, 2, FastPath::Off)
         );
-        assert_eq!((config.fail, config.shm.len()), (FailChoice::Open, 1));
+        assert_eq!((config.fail, config.channels.len()), (FailChoice::Open, 1));
         std::fs::write(&path, "queue = \"0-3\"\nfastpath = \"off\"\n").unwrap();
         let error = flags.resolve().unwrap_err().to_string();
         assert!(error.contains("fastpath") && error.contains("line 2"), "{error}");

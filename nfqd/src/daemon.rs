@@ -7,7 +7,7 @@ use crate::api::{
 use crate::bindings::Bindings;
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
-use crate::config::{Config, DaemonArgs};
+use crate::config::{Config, DaemonArgs, Transport};
 use crate::engine::Ingress;
 use crate::host_lock::HostLock;
 use crate::observe::control_socket::{ClientId, ControlSocket, Interest, Progress, Socket};
@@ -43,6 +43,7 @@ mod token {
     pub(super) const NFTABLES: u64 = 3;
     pub(super) const WORKER_ENDED: u64 = 4;
     pub(super) const NETWORKS: u64 = 5;
+    pub(super) const CHANNELS: u64 = 6;
     /// The listeners, by their place in `Socket::ALL`.
     pub(super) const LISTENERS: u64 = 16;
     /// The clients, by their number.
@@ -124,6 +125,7 @@ impl Daemon {
         add(self.plane.enforcer.monitor_fd(), token::NFTABLES)?;
         add(self.plane.enforcer.ended_fd(), token::WORKER_ENDED)?;
         add(self.plane.host.as_fd(), token::NETWORKS)?;
+        add(self.plane.resources.as_fd(), token::CHANNELS)?;
         for (socket, fd) in self.control.listeners() {
             add(fd, token::LISTENERS + socket as u64)?;
         }
@@ -154,6 +156,7 @@ impl Daemon {
             for token in self.reactor.wait().map_err(system)? {
                 if !self.dispatch(token)? {
                     self.supervisor.notify("STOPPING=1");
+                    self.plane.suspend_channels();
                     self.plane.enforcer.stop();
                     return Ok(());
                 }
@@ -179,6 +182,7 @@ impl Daemon {
             }
             token::WORKER_ENDED => self.check_workers()?,
             token::NETWORKS => self.plane.follow_networks(),
+            token::CHANNELS => self.plane.follow_channels(Instant::now()),
             token if token >= token::CLIENTS => self.serve((token - token::CLIENTS) as ClientId),
             token => {
                 for socket in Socket::ALL {
@@ -439,9 +443,16 @@ fn line(answer: &Answer) -> Arc<[u8]> {
 
 fn channel_status(channel: &Channel) -> ChannelStatus {
     ChannelStatus {
-        path: channel.spec().path.display().to_string(),
+        path: channel.spec().transport.to_string(),
+        transport: match &channel.spec().transport {
+            Transport::Shm(_) => "shm",
+            Transport::Doorbell(_) => "doorbell",
+            Transport::Vsock(_) => "vsock",
+        }
+        .to_string(),
+        connected: channel.is_connected(),
         macs: channel.spec().macs.iter().map(MacAddr::to_string).collect(),
-        error: channel.error().map(ToString::to_string),
+        error: channel.error(),
         denied: channel.denied(),
     }
 }

@@ -6,6 +6,7 @@
 //! * [`networks`] knows the bridges and VLANs, [`backends`] what is on them.
 //! * [`startup`] takes the [`host_lock`], checks the process [`limits`], takes over the queues that the
 //!   [`supervisor`] has kept, and builds the daemon;
+//!   descriptors that outlive it are in the `descriptor_store`, which is the service manager's or a `holder`;
 //!   [`daemon`] runs it on the [`reactor`], and `reload` reads its configuration again.
 //! * [`api`] is what others ask the daemon, [`observe`] answers, [`cli`] prints.
 //! * [`replay`] runs a capture through the engine, [`trace`] tells what would happen to a packet now.
@@ -21,9 +22,12 @@ pub mod cli;
 pub mod command_path;
 pub mod config;
 pub mod daemon;
+pub mod descriptor_store;
+pub mod descriptors;
 pub mod doctor;
 pub mod enforce;
 pub mod engine;
+pub mod holder;
 pub mod hook;
 pub mod host_lock;
 pub mod limits;

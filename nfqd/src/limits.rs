@@ -1,9 +1,10 @@
 //! The limits of the process: what is too low is said at the start, by its name, and not by whatever
 //! fails first.
 
+use crate::config::{ChannelSpec, Transport};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Descriptors that the daemon needs beside those of queues and regions; 40 of them are for clients of
+/// Descriptors that the daemon needs beside those of queues and channels; 40 of them are for clients of
 /// the control sockets.
 const FILES: u64 = 64;
 /// Descriptors of a queue with its worker.
@@ -46,17 +47,29 @@ pub enum LimitError {
 ///
 /// # Errors
 /// If one is not.
-pub fn check(queues: u16, regions: usize) -> Result<(), LimitError> {
+pub fn check(queues: u16, channels: &[ChannelSpec]) -> Result<(), LimitError> {
     let of = |resource: Resource| {
         let Ok((soft, hard)) = getrlimit(resource) else { return u64::MAX };
         // A process may always raise its soft limit to the hard one.
         if setrlimit(resource, hard, hard).is_ok() { hard } else { soft }
     };
-    suffice(of(Resource::RLIMIT_NOFILE), of(Resource::RLIMIT_AS), queues, regions)
+    let files = channels.iter().map(|spec| files_of(&spec.transport)).sum();
+    suffice(of(Resource::RLIMIT_NOFILE), of(Resource::RLIMIT_AS), queues, files)
 }
 
-fn suffice(files: u64, memory: u64, queues: u16, regions: usize) -> Result<(), LimitError> {
-    let needed = FILES + FILES_OF_QUEUE * u64::from(queues) + regions as u64;
+/// Returns the descriptors of a channel.
+fn files_of(transport: &Transport) -> u64 {
+    match transport {
+        Transport::Shm(_) => 1,
+        // The socket, the connection, the memory, two bells.
+        Transport::Doorbell(_) => 5,
+        // The connections.
+        Transport::Vsock(_) => 8,
+    }
+}
+
+fn suffice(files: u64, memory: u64, queues: u16, of_channels: u64) -> Result<(), LimitError> {
+    let needed = FILES + FILES_OF_QUEUE * u64::from(queues) + of_channels;
     if files < needed {
         return Err(LimitError::Files { limit: files, needed });
     }

@@ -26,6 +26,10 @@ pub enum Readiness {
     Readable,
     /// Room to write.
     Writable,
+    /// Data to read; then it pauses.
+    ReadableOnce,
+    /// Room to write; then it pauses.
+    WritableOnce,
     /// Nothing: the descriptor is left alone.
     Paused,
 }
@@ -35,6 +39,8 @@ impl Readiness {
         match self {
             Readiness::Readable => EpollFlags::EPOLLIN,
             Readiness::Writable => EpollFlags::EPOLLOUT,
+            Readiness::ReadableOnce => EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT,
+            Readiness::WritableOnce => EpollFlags::EPOLLOUT | EpollFlags::EPOLLONESHOT,
             Readiness::Paused => EpollFlags::empty(),
         }
     }
@@ -70,12 +76,31 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses to wait.
     pub fn wait(&self) -> Result<Vec<u64>, Errno> {
+        self.wait_for(EpollTimeout::NONE)
+    }
+
+    /// Returns the tokens of the descriptors that are ready, without waiting.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn ready(&self) -> Result<Vec<u64>, Errno> {
+        self.wait_for(EpollTimeout::ZERO)
+    }
+
+    fn wait_for(&self, timeout: EpollTimeout) -> Result<Vec<u64>, Errno> {
         let mut events = [EpollEvent::empty(); MAX_EVENTS];
-        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+        match self.epoll.wait(&mut events, timeout) {
             Ok(count) => Ok(events.iter().take(count).map(EpollEvent::data).collect()),
             Err(Errno::EINTR) => Ok(Vec::new()),
             Err(errno) => Err(errno),
         }
+    }
+}
+
+impl AsFd for Reactor {
+    /// The descriptor that is ready when one of the set is.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 }
 
@@ -183,6 +208,11 @@ mod tests {
         assert_eq!(reactor.wait().unwrap(), [7]);
         reactor.modify(&far, Readiness::Writable, 9).unwrap();
         assert_eq!(reactor.wait().unwrap(), [9]);
+        reactor.modify(&far, Readiness::WritableOnce, 9).unwrap();
+        let outer = Reactor::new().unwrap();
+        outer.add(&reactor, Readiness::Readable, 1).unwrap();
+        assert_eq!(outer.wait().unwrap(), [1], "a reactor is a descriptor as well");
+        assert_eq!((reactor.ready().unwrap(), reactor.ready().unwrap()), (vec![9], vec![]));
         drop(far);
         let mut signals = SignalFd::new(&[signal_hook::consts::SIGUSR1]).unwrap();
         reactor.add(&signals, Readiness::Readable, 10).unwrap();

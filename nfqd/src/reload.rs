@@ -3,7 +3,7 @@
 use crate::command_path::ControlPlane;
 use crate::command_path::channel::Channel;
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
-use crate::config::{Config, ConfigError, DaemonArgs, ShmSpec};
+use crate::config::{ChannelSpec, Config, ConfigError, DaemonArgs};
 
 /// The reason the configuration stays as it was.
 #[derive(Debug, thiserror::Error)]
@@ -40,21 +40,31 @@ pub(crate) fn reload(
     plane.commit(before).map_err(|_| ReloadError::NotEnforced)?;
     plane.save();
     // The configuration takes precedence, as at the start.
-    let is_other = |spec: &&ShmSpec| new.shm.iter().all(|its| its.path != spec.path);
-    let attached: Vec<ShmSpec> = plane.attached.specs().filter(is_other).cloned().collect();
-    let wanted: Vec<&ShmSpec> = new.shm.iter().chain(&attached).collect();
-    let is_wanted =
-        |channel: &Channel| channel.error().is_none() && wanted.contains(&channel.spec());
-    plane.channels.retain(is_wanted);
+    let is_other =
+        |spec: &&ChannelSpec| new.channels.iter().all(|its| its.transport != spec.transport);
+    let attached: Vec<ChannelSpec> = plane.attached.specs().filter(is_other).cloned().collect();
+    let wanted: Vec<&ChannelSpec> = new.channels.iter().chain(&attached).collect();
+    plane.channels.retain_mut(|channel| {
+        let spec = wanted.iter().find(|its| its.transport == channel.spec().transport);
+        match spec {
+            Some(spec) => channel.rebind(spec),
+            None => {
+                channel.end();
+                false
+            }
+        }
+    });
     for spec in wanted {
         if plane.channels.iter().all(|channel| channel.spec() != spec) {
-            plane.channels.push(Channel::open(spec));
+            plane.channels.push(Channel::open(spec, &plane.resources));
         }
     }
     let reloadable =
-        Config { shm: new.shm.clone(), commands: new.commands.clone(), ..config.clone() };
+        Config { channels: new.channels.clone(), commands: new.commands.clone(), ..config.clone() };
     if reloadable != new {
-        log::warn!("shm and commands are in effect; the rest of the configuration needs a restart");
+        log::warn!(
+            "channels and commands are in effect; the rest of the configuration needs a restart"
+        );
     }
     *config = reloadable;
     plane.warn_about_binding_violations();

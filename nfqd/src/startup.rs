@@ -2,11 +2,12 @@
 
 use crate::backends::{Backends, recovered_macs};
 use crate::command_path::attached::AttachedChannels;
-use crate::command_path::channel::Channel;
+use crate::command_path::channel::{Channel, ChannelResources};
 use crate::command_path::command_file::{CommandFileError, apply_startup_commands};
 use crate::command_path::journal::{Journal, JournalError};
 use crate::command_path::{ControlPlane, has_services};
-use crate::config::{Config, ConfigError, DaemonArgs, FailChoice};
+use crate::config::{ChannelSpec, Config, ConfigError, DaemonArgs, FailChoice};
+use crate::descriptor_store::DescriptorStore;
 use crate::enforce::Enforcer;
 use crate::enforce::queue_path::{QueuePathError, detect_queue_path};
 use crate::engine::EngineState;
@@ -18,7 +19,7 @@ use crate::observe::control_socket::ControlSocket;
 use crate::packet_path::queue::{Queue, QueueError};
 use crate::packet_path::worker::Shared;
 use crate::reactor::SignalFd;
-use crate::supervisor::{Supervisor, take_descriptors};
+use crate::supervisor::Supervisor;
 use nfqd_rules::nft::kernel::{CachedReply, Kernel, KernelError};
 use nfqd_rules::nft::model::Queues;
 use nfqd_rules::nft::options::RulesetOptions;
@@ -30,6 +31,7 @@ use nfqd_shmctl::{Protocol, RegionError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -112,7 +114,7 @@ pub struct Started {
 /// See [`StartError`]. The kernel is as it was before.
 pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let config = args.resolve()?;
-    limits::check(config.queues.count, config.shm.len())?;
+    limits::check(config.queues.count, &config.channels)?;
     let lock = HostLock::take()?;
     let journal = Journal::open(&config.state)?;
     let mut kernel = Kernel::open()?;
@@ -124,11 +126,16 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         log::error!("{error}; this registration is not restored");
     }
     apply_startup_commands(&mut desired, config.commands.as_deref())?;
-    let open = |spec| Channel::open(spec).refuse_mistake();
-    let mut channels = config.shm.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let resources = ChannelResources::new(DescriptorStore::open())
+        .map_err(|errno| StartError::system("channels", errno))?;
+    let resources = Rc::new(resources);
+    let open = |spec| Channel::open(spec, &resources).refuse_mistake();
+    let mut channels = config.channels.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let attached = AttachedChannels::load(&config.state);
-    let others = attached.specs().filter(|spec| config.shm.iter().all(|its| its.path != spec.path));
-    channels.extend(others.map(Channel::open));
+    let is_other =
+        |spec: &&ChannelSpec| config.channels.iter().all(|its| its.transport != spec.transport);
+    let others = attached.specs().filter(is_other);
+    channels.extend(others.map(|spec| Channel::open(spec, &resources)));
     let control = ControlSocket::open(&config.sockets)
         .map_err(|error| StartError::system("control socket", error))?;
     let signals = SignalFd::new(&[SIGTERM, SIGINT, SIGHUP])
@@ -144,10 +151,10 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let shared = Arc::new(shared);
     // Bound before the ruleset sends packets there, so that none passes without a verdict.
     let supervisor = Supervisor::from_environment();
-    let mut kept = take_descriptors();
     let mut bound = Vec::new();
     for number in queues.first..=queues.first + (queues.count - 1) {
-        let adopted = kept.remove(&descriptor_name(number)).and_then(|socket| {
+        let kept = resources.store().take(&descriptor_name(number));
+        let adopted = kept.and_then(|socket| {
             let adopted = Queue::adopt(number, socket, queues.bypass);
             adopted.inspect_err(|error| log::warn!("{error}; the queue is bound anew")).ok()
         });
@@ -173,6 +180,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         .map_err(|error| StartError::system("checks", error))?;
     let mut plane = ControlPlane {
         channels,
+        resources,
         attached,
         desired,
         host,
@@ -195,6 +203,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         plane.enforcer.serve(queue).map_err(|error| StartError::system(&what, error))?;
     }
     plane.save();
+    plane.resources.store().forget_earlier();
     plane.has_new_backend = true;
     Ok(Started { config, plane, control, signals, lock, supervisor })
 }

@@ -3,22 +3,14 @@
 //!
 //! It is told when nfqd is ready and that it is alive, and keeps the sockets of the queues while nfqd is
 //! not running: a queue lives as long as its socket, so packets wait instead of passing by.
-//! This is the only module of the daemon, beside the packet socket, with `unsafe`.
-#![allow(unsafe_code)]
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket,
 };
-use std::collections::BTreeMap;
 use std::env;
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
-
-/// The first descriptor that a service manager passes (`SD_LISTEN_FDS_START`).
-const FIRST_DESCRIPTOR: i32 = 3;
 
 /// The connection to the service manager.
 #[derive(Debug, Default)]
@@ -61,6 +53,16 @@ impl Supervisor {
         self.send(&state, &[descriptor.as_raw_fd()]);
     }
 
+    /// Asks the service manager to close a descriptor that it stores.
+    pub fn remove(&self, name: &str) {
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
+    }
+
+    /// Whether there is a service manager.
+    pub fn is_there(&self) -> bool {
+        self.socket.is_some()
+    }
+
     /// Pings the watchdog if a ping is due and `is_alive` returns true.
     pub fn keep_alive(&mut self, now: Instant, is_alive: impl FnOnce() -> bool) {
         let Some(interval) = self.ping_interval else { return };
@@ -91,39 +93,6 @@ fn address_of(path: &str) -> Option<UnixAddr> {
         None if path.starts_with('/') => UnixAddr::new(path).ok(),
         None => None,
     }
-}
-
-/// Takes the descriptors that the service manager has kept, by name. They are taken once: the environment
-/// no longer names them afterwards.
-pub fn take_descriptors() -> BTreeMap<String, OwnedFd> {
-    static TAKEN: std::sync::Once = std::sync::Once::new();
-    let mut out = BTreeMap::new();
-    TAKEN.call_once(|| {
-        let own = std::process::id().to_string();
-        if env::var("LISTEN_PID").is_ok_and(|pid| pid == own) {
-            let count = env::var("LISTEN_FDS").ok().and_then(|text| text.parse::<i32>().ok());
-            let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
-            let numbers = FIRST_DESCRIPTOR..FIRST_DESCRIPTOR + count.unwrap_or(0).clamp(0, 512);
-            for (number, name) in numbers.zip(names.split(':')) {
-                // SAFETY: needed to own what the service manager has passed; `call_once` sees to it that
-                // no two owners are made, and nothing else in this process refers to the number. One
-                // that is not open fails below, and is forgotten without being closed.
-                let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
-                match set_close_on_exec(&descriptor) {
-                    Ok(()) => drop(out.insert(name.to_string(), descriptor)),
-                    Err(errno) => {
-                        log::warn!("descriptor {number} of the service manager: {errno}");
-                        let _ = std::os::fd::IntoRawFd::into_raw_fd(descriptor);
-                    }
-                }
-            }
-        }
-    });
-    out
-}
-
-fn set_close_on_exec(descriptor: &OwnedFd) -> Result<(), Errno> {
-    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop)
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@
 //! * [`RegionFile`]: the host's side, which reads and writes the file.
 //! * [`mailbox`]: the protocol at offset 0, both ends of it.
 //! * [`ring`]: numbered requests and replies behind it, both ends, and a page of counters.
+//! * [`doorbell`]: the host as the server of a device with a doorbell.
+//! * [`vsock`]: the same requests and replies as lines, where there is no shared memory.
 //! * [`sender`]: the parts that a guest's senders share.
 //!
 //! # Layout of the region
@@ -29,12 +31,14 @@
 //!
 //! [`Display`]: std::fmt::Display
 
+pub mod doorbell;
 pub mod language;
 pub mod mailbox;
 mod region;
 mod region_file;
 pub mod ring;
 pub mod sender;
+pub mod vsock;
 
 pub use language::command::{
     Action, Command, FilterRemoval, FilterUpdate, RuleId, RuleNumber, UnregisterScope,
@@ -52,5 +56,5 @@ pub use language::value::{
     AddressRange, EtherType, Fragment, FragmentMatch, MacAddr, MacMask, NumberRange,
     ParseValueError, Protocol, TcpFlags,
 };
-pub use region::{DEFAULT_SIZE, Region, RegionError, RegionLock};
+pub use region::{DEFAULT_SIZE, Region, RegionError, RegionLock, Register};
 pub use region_file::{Ownership, RegionFile};

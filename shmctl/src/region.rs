@@ -26,12 +26,58 @@ pub(crate) const MIN_SIZE: u64 = 4096;
 pub struct Region {
     map: MmapRaw,
     file: File,
+    register: Option<Register>,
+}
+
+/// The doorbell register of an ivshmem device, in BAR 0 (QEMU, docs/specs/ivshmem-spec.rst).
+#[derive(Debug)]
+pub struct Register {
+    map: MmapRaw,
+}
+
+/// The size of BAR 0, and the offset of the doorbell register in it, in bytes.
+const REGISTERS_SIZE: usize = 256;
+const DOORBELL: usize = 12;
+
+impl Register {
+    /// Maps the registers of a device, its `resource0` in sysfs.
+    ///
+    /// # Errors
+    /// If they cannot be mapped.
+    pub fn open(path: &Path) -> io::Result<Register> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        if file.metadata()?.len() < REGISTERS_SIZE as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Register { map: MmapOptions::new().len(REGISTERS_SIZE).map_raw(&file)? })
+    }
+
+    /// Rings: writes a number, the peer's in the upper half and the vector in the lower. All that was
+    /// written to the memory before is seen by who hears it.
+    pub fn ring(&self, number: u32) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        // SAFETY: needed because the register is a device's; the mapping begins at a page and has
+        // REGISTERS_SIZE bytes, so the number is aligned and inside it.
+        unsafe { self.map.as_mut_ptr().add(DOORBELL).cast::<u32>().write_volatile(number.to_le()) };
+    }
 }
 
 /// A lock of a region's file, see [`Region::try_lock`].
 #[derive(Debug)]
 pub struct RegionLock {
     _lock: Flock<File>,
+}
+
+impl RegionLock {
+    /// Locks a file by a descriptor of its own, without waiting.
+    pub(crate) fn try_new(path: &Path) -> io::Result<Option<RegionLock>> {
+        let own = OpenOptions::new().read(true).open(path)?;
+        match Flock::lock(own, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(RegionLock { _lock: lock })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno.into()),
+        }
+    }
 }
 
 /// The reason a region cannot be used.
@@ -98,7 +144,20 @@ impl Region {
         if about.len() < MIN_SIZE {
             return Err(RegionError::Size { path: path.to_path_buf(), size: about.len() });
         }
-        Ok(Region { map: MmapOptions::new().map_raw(&file).map_err(io)?, file })
+        Ok(Region { map: MmapOptions::new().map_raw(&file).map_err(io)?, file, register: None })
+    }
+
+    /// The region of a device with a doorbell.
+    #[must_use]
+    pub fn with_register(self, register: Register) -> Region {
+        Region { register: Some(register), ..self }
+    }
+
+    /// Rings the host by this number, if the device has a doorbell and the number is not 0.
+    pub(crate) fn ring(&self, number: u32) {
+        if let Some(register) = self.register.as_ref().filter(|_| number != 0) {
+            register.ring(number);
+        }
     }
 
     /// Locks the file against other processes that lock it (`flock`), without waiting. Returns `None` if
@@ -108,14 +167,7 @@ impl Region {
     /// # Errors
     /// If the file cannot be locked.
     pub fn try_lock(&self) -> io::Result<Option<RegionLock>> {
-        let own = OpenOptions::new()
-            .read(true)
-            .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
-        match Flock::lock(own, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(RegionLock { _lock: lock })),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, errno)) => Err(errno.into()),
-        }
+        RegionLock::try_new(Path::new(&format!("/proc/self/fd/{}", self.file.as_raw_fd())))
     }
 
     /// Returns the size in bytes.

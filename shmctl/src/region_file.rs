@@ -5,9 +5,11 @@
 //! the file are the same pages (mm/filemap.c, mm/shmem.c).
 
 use crate::region::{DEFAULT_SIZE, MIN_SIZE, RegionError};
-use nix::fcntl::{OFlag, posix_fallocate};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, posix_fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{File, FileType, OpenOptions, Permissions};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{
     FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown,
 };
@@ -38,8 +40,8 @@ pub struct RegionFile {
     path: PathBuf,
     owner: u32,
     size: u64,
-    /// Device and inode, which tell whether the path still names this file.
-    identity: (u64, u64),
+    /// Device and inode, which tell whether the path still names this file; `None` if it never did.
+    identity: Option<(u64, u64)>,
 }
 
 impl RegionFile {
@@ -90,8 +92,32 @@ impl RegionFile {
             path,
             owner: about.uid(),
             size: about.len(),
-            identity: (about.dev(), about.ino()),
+            identity: Some((about.dev(), about.ino())),
         })
+    }
+
+    /// Makes a region that has no path, [`DEFAULT_SIZE`] long, whose size nobody can change (memfd_create(2)).
+    /// `name` stands for it in errors.
+    ///
+    /// # Errors
+    /// If there is no memory left.
+    pub fn unnamed(name: &Path) -> Result<RegionFile, RegionError> {
+        let io = |source: io::Error| RegionError::Io { path: name.to_path_buf(), source };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create("nfqd", flags).map_err(|errno| io(errno.into()))?);
+        allocate(&file).map_err(io)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| io(errno.into()))?;
+        RegionFile::adopt(name, file.into())
+    }
+
+    /// Takes over the descriptor of a region that has no path.
+    ///
+    /// # Errors
+    /// If it is no region.
+    pub fn adopt(name: &Path, descriptor: OwnedFd) -> Result<RegionFile, RegionError> {
+        let region = RegionFile::check(name, descriptor.into())?;
+        Ok(RegionFile { identity: None, ..region })
     }
 
     /// Returns the number of the user whom the file belongs to.
@@ -115,8 +141,9 @@ impl RegionFile {
     /// If it names none, or another one.
     pub fn check_path(&self) -> Result<(), RegionError> {
         let path = self.path.clone();
+        let Some(identity) = self.identity else { return Ok(()) };
         match std::fs::symlink_metadata(&path) {
-            Ok(about) if (about.dev(), about.ino()) == self.identity => Ok(()),
+            Ok(about) if (about.dev(), about.ino()) == identity => Ok(()),
             Ok(_) => Err(RegionError::Replaced { path }),
             Err(source) => Err(RegionError::Io { path, source }),
         }
@@ -156,6 +183,12 @@ impl RegionFile {
             return RegionError::Size { path, size };
         }
         RegionError::Io { path, source }
+    }
+}
+
+impl AsFd for RegionFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -277,6 +310,22 @@ mod tests {
         std::fs::write(&path, [0; 4096]).unwrap();
         assert!(matches!(host.check_path(), Err(RegionError::Replaced { .. })));
         RegionFile::open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_region_without_a_path_cannot_be_cut() {
+        let name = Path::new("vm");
+        let region = RegionFile::unnamed(name).unwrap();
+        let file = File::from(region.as_fd().try_clone_to_owned().unwrap());
+        for size in [0, 4096, 2 << 20] {
+            assert!(file.set_len(size).is_err(), "{size}");
+        }
+        region.write(7, b"seen").unwrap();
+        let again = RegionFile::adopt(name, file.into()).unwrap();
+        let mut out = [0; 4];
+        again.read(7, &mut out).unwrap();
+        assert_eq!((&out, again.size()), (b"seen", DEFAULT_SIZE as u64));
+        again.check_path().unwrap();
     }
 
     #[test]

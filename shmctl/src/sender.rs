@@ -2,6 +2,7 @@
 
 use crate::language::parse::MAX_COMMAND;
 use crate::region::{Region, RegionLock};
+use nix::errno::Errno;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -40,6 +41,17 @@ pub enum SendError {
          that nfqd runs on the host with this region as --shm"
     )]
     Unanswered,
+    /// The sender was interrupted while a command was under way that cannot be withdrawn.
+    #[error(
+        "interrupted; the command may or may not have taken effect; run 'status' to see what is registered"
+    )]
+    Abandoned,
+    /// A message for the mailbox of a way that has none.
+    #[error("vsock has no mailbox; write the command without -w and without marks")]
+    NoMailbox,
+    /// The connection by vsock.
+    #[error("vsock: {}", vsock_reason(*.0))]
+    Vsock(Errno),
     /// The sender was interrupted, and the command was withdrawn.
     #[error("interrupted; the command was withdrawn")]
     Interrupted,
@@ -54,6 +66,25 @@ pub enum SendError {
         "the command was taken, but '{0}' is not a reply; do the versions of nfqd and nfqd-guest match?"
     )]
     NotAReply(String),
+}
+
+/// Returns what a failure of vsock means, and what to do about it.
+fn vsock_reason(errno: Errno) -> String {
+    let advice = match errno {
+        Errno::EAFNOSUPPORT => {
+            "this kernel has no vsock; load its module vmw_vsock_virtio_transport"
+        }
+        Errno::EACCES => "only root may command the host; run it as root",
+        Errno::ENODEV | Errno::ENETUNREACH => {
+            "this VM has no vsock device; it needs one in its definition"
+        }
+        Errno::ECONNRESET | Errno::ECONNREFUSED => {
+            "nobody listens on the host; check that nfqd runs there with this VM's --vsock CID"
+        }
+        Errno::ETIMEDOUT => "the host does not answer",
+        _ => "check the VM's vsock device and nfqd on the host",
+    };
+    format!("{errno}: {advice}")
 }
 
 /// How long a sender waits.
@@ -118,11 +149,18 @@ pub fn lock<'a>(
     region: &Region,
     patience: impl Into<Patience<'a>>,
 ) -> Result<RegionLock, SendError> {
-    let patience = patience.into();
+    lock_by(|| region.try_lock(), patience.into())
+}
+
+/// Waits for a lock that is tried again and again.
+pub(crate) fn lock_by(
+    try_lock: impl Fn() -> std::io::Result<Option<RegionLock>>,
+    patience: Patience<'_>,
+) -> Result<RegionLock, SendError> {
     let deadline = Instant::now() + patience.timeout;
     let found = RefCell::new(None);
     let is_locked = || {
-        let result = region.try_lock().transpose();
+        let result = try_lock().transpose();
         let is_over = result.is_some();
         found.replace(result);
         is_over

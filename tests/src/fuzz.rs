@@ -136,7 +136,7 @@ pub fn ring(data: &[u8]) {
         (directory, region)
     });
     region.write(0, &vec![0; 147_456]).expect("write");
-    let open = || HostRing::open(region).expect("read").expect("room");
+    let open = || HostRing::open(region, 0).expect("read").expect("room");
     let mut host = open();
     let number = |offset: usize| {
         let mut bytes = [0; 8];

@@ -6,6 +6,36 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+/// The memory that a virtual machine shares with its host.
+pub enum Memory {
+    /// A region file.
+    Plain(PathBuf),
+    /// What the server at this socket gives it.
+    Doorbell(PathBuf),
+}
+
+impl Memory {
+    fn arguments(&self) -> [String; 4] {
+        match self {
+            Memory::Plain(path) => [
+                "-object".to_string(),
+                format!(
+                    "memory-backend-file,id=region,share=on,mem-path={},size=1M",
+                    path.display()
+                ),
+                "-device".to_string(),
+                "ivshmem-plain,memdev=region".to_string(),
+            ],
+            Memory::Doorbell(path) => [
+                "-chardev".to_string(),
+                format!("socket,id=region,path={}", path.display()),
+                "-device".to_string(),
+                "ivshmem-doorbell,chardev=region,vectors=2,master=on".to_string(),
+            ],
+        }
+    }
+}
+
 /// A running virtual machine. It ends with this value, or after five minutes.
 pub struct Vm {
     child: Child,
@@ -21,12 +51,11 @@ pub fn directory() -> Option<PathBuf> {
 }
 
 impl Vm {
-    /// Boots one, with a NIC of this MAC on bridge `br0` and this address, and `region` as its
-    /// shared memory.
+    /// Boots one, with a NIC of this MAC on bridge `br0` and this address, and this memory.
     ///
     /// # Panics
     /// If it does not boot; with what its console said.
-    pub fn boot(files: &Path, region: &Path, mac: &str, address: &str, console: &Path) -> Vm {
+    pub fn boot(files: &Path, memory: &Memory, mac: &str, address: &str, console: &Path) -> Vm {
         run("ip tuntap add dev vm mode tap vnet_hdr");
         run("ip link set vm master br0 up");
         let mut child = Command::new("timeout")
@@ -59,14 +88,7 @@ impl Vm {
             // The first serial port is the console, the second the command channel.
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-chardev", "stdio,id=commands,signal=off", "-serial", "chardev:commands"])
-            .args([
-                "-object",
-                &format!(
-                    "memory-backend-file,id=region,share=on,mem-path={},size=1M",
-                    region.display()
-                ),
-            ])
-            .args(["-device", "ivshmem-plain,memdev=region"])
+            .args(memory.arguments())
             .args(["-netdev", "tap,id=net,ifname=vm,script=no,downscript=no,vhost=off"])
             .args(["-device", &format!("virtio-net-pci,netdev=net,mac={mac},romfile=")])
             .stdin(Stdio::piped())
@@ -111,5 +133,6 @@ impl Drop for Vm {
         let mut rest = Vec::new();
         let _ = self.output.read_to_end(&mut rest);
         let _ = self.child.wait();
+        let _ = Command::new("ip").args(["link", "del", "vm"]).status();
     }
 }

@@ -25,8 +25,11 @@ fn every_example_has_its_test() {
 fn the_configuration_is_read() {
     let config = Some(examples().join("nfqd.toml"));
     let config = DaemonArgs { config, ..DaemonArgs::default() }.resolve().unwrap();
-    assert_eq!((config.queues.count, config.shm.len(), config.fail), (4, 2, FailChoice::Closed));
-    assert!(config.shm.iter().all(|spec| spec.macs.len() == 1 && spec.to.len() == 1));
+    assert_eq!(
+        (config.queues.count, config.channels.len(), config.fail),
+        (4, 2, FailChoice::Closed)
+    );
+    assert!(config.channels.iter().all(|spec| spec.macs.len() == 1 && spec.to.len() == 1));
 }
 
 /// A TCP SYN to the middlebox, from this address to this port.

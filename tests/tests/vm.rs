@@ -7,7 +7,8 @@ use nfqd_tests::netns::in_netns;
 use nfqd_tests::topology::{
     CLIENT_MAC, Server, Topology, VM, VM_MAC, connect, pings, wait_for, who,
 };
-use nfqd_tests::vm::{Vm, directory};
+use nfqd_tests::vm::{Memory, Vm, directory};
+use std::time::{Duration, Instant};
 
 #[test]
 #[ignore = "needs root: tests/run.sh vm"]
@@ -17,7 +18,8 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         let topology = Topology::new(false);
         let daemon = Daemon::start(&[]);
         let console = daemon.region().with_file_name("console");
-        let mut vm = Vm::boot(&files, &daemon.region(), VM_MAC, "10.129.126.15/24", &console);
+        let memory = Memory::Plain(daemon.region());
+        let mut vm = Vm::boot(&files, &memory, VM_MAC, "10.129.126.15/24", &console);
         let server = Server::start(&topology.backend, "backend", 80);
         assert_eq!(vm.run("nc -ll -p 80 -e echo vm > /tmp/nc.log 2>&1 &").0, 0);
         let at_vm = || who(&topology.client, VM, server.port());
@@ -79,5 +81,74 @@ fn a_virtual_machine_hands_its_work_to_the_host() {
         assert!(output.contains("check that nfqd runs on the host"), "{output}");
         let (code, output) = vm.run("nfqd-guest --device 0000:00:1f.0 X 12:13:14:15:16:17");
         assert_eq!(code, 3, "{output}");
+    });
+}
+
+/// The number of commands in a row, from `NFQD_TESTS_COMMANDS`.
+fn commands() -> u32 {
+    let text = std::env::var("NFQD_TESTS_COMMANDS").ok();
+    text.map_or(3000, |text| text.parse().expect("a number"))
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh vm"]
+fn a_virtual_machine_rings_and_goes_on_while_nfqd_is_killed() {
+    let files = directory().expect("NFQD_TESTS_VM, a directory of tests/vm/prepare");
+    in_netns(move || {
+        let _topology = Topology::new(false);
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("vm.sock");
+        let channel = format!("{},mac={VM_MAC},rate=1000000", socket.display());
+        let mut daemon = Daemon::start(&["--doorbell", &channel]);
+        let console = folder.path().join("console");
+        let memory = Memory::Doorbell(socket);
+        let mut vm = Vm::boot(&files, &memory, VM_MAC, "10.129.126.15/24", &console);
+        let connected = |daemon: &Daemon| {
+            let channels = daemon.status().channels;
+            channels.iter().any(|channel| channel.connected == Some(true))
+        };
+        assert!(connected(&daemon), "{}", daemon.log());
+        let must = |vm: &mut Vm, daemon: &Daemon, command: &str, answer: &str| {
+            let (code, output) = vm.run(command);
+            assert_eq!((code, output.trim_end()), (0, answer), "{command}\n{}", daemon.log());
+        };
+        let register = format!("R F {VM_MAC} 10.129.126.15");
+        must(&mut vm, &daemon, &format!("nfqd-guest {register}"), &format!("OK {register}"));
+        must(&mut vm, &daemon, &format!("nfqd-guest -w '@{register}@'"), &format!("OK {register}"));
+
+        // QEMU connects once. What it was given is kept while nfqd is not there.
+        daemon.kill();
+        let (code, output) = vm.run("nfqd-guest --timeout 0.5 Q");
+        assert_eq!(code, 3, "{output}");
+        daemon.restart();
+        assert!(connected(&daemon), "{}", daemon.log());
+        must(&mut vm, &daemon, &format!("nfqd-guest {register}"), &format!("OK {register}"));
+
+        // Each of many commands is acknowledged once and in order, over kills.
+        let count = commands();
+        let script = format!(
+            "for n in $(seq {count}); do echo \"A {VM_MAC} #2 T 2 d $((n % 65535 + 1))\"; done > /tmp/commands; \
+             (nfqd-guest --timeout 60 -f /tmp/commands > /tmp/replies 2>&1; echo $? > /tmp/code) &"
+        );
+        assert_eq!(vm.run(&script).0, 0);
+        let mut kills = 0;
+        let deadline = Instant::now() + Duration::from_secs(280);
+        while vm.run("test -e /tmp/code").0 != 0 {
+            assert!(Instant::now() < deadline, "{}", daemon.log());
+            daemon.kill();
+            daemon.restart();
+            kills += 1;
+            std::thread::sleep(Duration::from_millis(700));
+        }
+        let check = "cat /tmp/code; sed 's/^/OK /' /tmp/commands | cmp - /tmp/replies && wc -l < /tmp/replies";
+        let (_, output) = vm.run(check);
+        assert_eq!(output, format!("0\n{count}\n"), "{}", vm.run("tail -3 /tmp/replies").1);
+        assert!(kills > 1, "{kills}");
+
+        // The next VM has a memory of its own.
+        drop(vm);
+        wait_for("the VM is gone", || !connected(&daemon));
+        let mut vm = Vm::boot(&files, &memory, VM_MAC, "10.129.126.15/24", &console);
+        must(&mut vm, &daemon, &format!("nfqd-guest {register}"), &format!("OK {register}"));
     });
 }

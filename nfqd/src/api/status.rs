@@ -208,11 +208,17 @@ impl BackendState {
 /// A shared memory region.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ChannelStatus {
-    /// The path.
+    /// The path, or `vsock` and the CID.
     pub path: String,
+    /// The way by which commands arrive: shm, doorbell or vsock.
+    #[serde(default)]
+    pub transport: String,
+    /// Whether a VM is connected; `None` if that cannot be seen.
+    #[serde(default)]
+    pub connected: Option<bool>,
     /// The MACs that the guest may speak for; none means every one.
     pub macs: Vec<String>,
-    /// The reason the region is not read any more.
+    /// The reason the channel is not read.
     pub error: Option<String>,
     /// Commands that its binding did not allow.
     #[serde(default)]

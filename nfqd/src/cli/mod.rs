@@ -17,7 +17,7 @@ use crate::config::{
 use crate::daemon::Daemon;
 use crate::host_lock::HostLock;
 use crate::startup::StartError;
-use crate::{api, doctor, hook, replay, serve};
+use crate::{api, doctor, holder, hook, replay, serve};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use nfqd_rules::nft::build;
 use nfqd_rules::nft::kernel::Kernel;
@@ -153,6 +153,9 @@ enum Job {
         /// The directory
         directory: PathBuf,
     },
+    /// Keep the descriptors of a daemon while it is not running; the daemon starts it
+    #[command(hide = true)]
+    Hold,
     /// Remove the ruleset that a daemon has left
     Flush,
 }
@@ -245,6 +248,7 @@ pub fn main() -> ExitCode {
         Some(Job::Explain { command }) => explain(&command.join(" ")),
         Some(Job::Serve { listen, socket }) => serve::serve(listen, &socket)
             .map_err(|error| Failure::System(format!("{listen}: {error}"))),
+        Some(Job::Hold) => holder::run().map_err(|error| Failure::System(error.to_string())),
         Some(Job::Hook { caller }) => {
             run_hook(&caller);
             Ok(())

@@ -34,7 +34,12 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             0 => String::new(),
             count => format!(", {count} commands denied"),
         };
-        writeln!(out, "channel {}: may speak for {macs}{denied}{error}", channel.path)?;
+        let connected = match channel.connected {
+            None => "",
+            Some(true) => ", connected",
+            Some(false) => ", no VM connected",
+        };
+        writeln!(out, "channel {}: may speak for {macs}{connected}{denied}{error}", channel.path)?;
     }
     for middlebox in &status.middleboxes {
         let network = middlebox.network.as_ref().map(|name| format!(" on {name}"));
@@ -195,6 +200,8 @@ mod tests {
         let status = Status {
             channels: vec![ChannelStatus {
                 path: "/r".to_string(),
+                transport: "shm".to_string(),
+                connected: None,
                 macs: vec![],
                 error: Some("cut".to_string()),
                 denied: 2,

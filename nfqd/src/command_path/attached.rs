@@ -1,7 +1,7 @@
 //! Channels that were attached to the running daemon, beside those of its configuration. They are kept
-//! in a file beside the registrations, one `--shm` value a line, so that they outlive a restart.
+//! in a file beside the registrations, one a line as `attach` names them, so that they outlive a restart.
 
-use crate::config::{ConfigError, ShmSpec};
+use crate::config::{ChannelSpec, ConfigError, Transport};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 /// The directory of channels whose names are no paths.
 const SHARED_MEMORY: &str = "/dev/shm";
 
-/// The attached channels, by the paths of their regions.
+/// The attached channels, by the ways by which they arrive.
 #[derive(Debug)]
 pub struct AttachedChannels {
     file: PathBuf,
-    specs: BTreeMap<PathBuf, (String, ShmSpec)>,
+    specs: BTreeMap<Transport, (String, ChannelSpec)>,
     /// Lines that are not valid, at the moment or in this version. They are kept.
     invalid: Vec<String>,
     /// Whether the file could not be read, so that it must not be replaced.
@@ -27,15 +27,15 @@ pub enum AttachError {
     /// The specification is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// There is a channel with the same region.
+    /// There is a channel of the same name.
     #[error("{0} is a channel already, with other keys; detach it first")]
-    Taken(PathBuf),
+    Taken(Transport),
     /// There is no such channel.
     #[error("{0} is not an attached channel; 'nfqd status' shows the channels")]
-    Unknown(PathBuf),
+    Unknown(Transport),
     /// The channel has other keys than the request.
     #[error("{0} is attached with other keys; it stays")]
-    OtherKeys(PathBuf),
+    OtherKeys(Transport),
     /// The region cannot be used.
     #[error("{0}")]
     Region(String),
@@ -68,8 +68,8 @@ impl AttachedChannels {
             log::error!("{}: {error}; attached channels are not read", file.display());
         }
         for line in text.unwrap_or_default().lines().filter(|line| !line.is_empty()) {
-            match line.parse::<ShmSpec>() {
-                Ok(spec) => drop(specs.insert(spec.path.clone(), (line.to_string(), spec))),
+            match ChannelSpec::named(line) {
+                Ok(spec) => drop(specs.insert(spec.transport.clone(), (line.to_string(), spec))),
                 Err(error) => {
                     log::error!("{}: {line}: {error}; not attached", file.display());
                     invalid.push(line.to_string());
@@ -80,27 +80,28 @@ impl AttachedChannels {
     }
 
     /// Returns the specifications.
-    pub fn specs(&self) -> impl Iterator<Item = &ShmSpec> {
+    pub fn specs(&self) -> impl Iterator<Item = &ChannelSpec> {
         self.specs.values().map(|(_, spec)| spec)
     }
 
-    /// Whether a region is that of an attached channel.
-    pub fn contains(&self, path: &Path) -> bool {
-        self.specs.contains_key(path)
+    /// Whether there is an attached channel of this name.
+    pub fn contains(&self, transport: &Transport) -> bool {
+        self.specs.contains_key(transport)
     }
 
-    /// Parses a channel as `attach` names it: `NAME[,KEY=VALUE]…`.
+    /// Parses a channel as `attach` names it: `NAME[,KEY=VALUE]…`, where the name is that of a region, or
+    /// `doorbell:PATH` or `vsock:CID`. Returns the text by which it is kept as well.
     ///
     /// # Errors
     /// If it is not valid.
-    pub fn parse(text: &str) -> Result<(String, ShmSpec), AttachError> {
+    pub fn parse(text: &str) -> Result<(String, ChannelSpec), AttachError> {
         let (name, keys) = text.split_once(',').map_or((text, None), |(a, b)| (a, Some(b)));
-        let path = path_of(name);
-        let text = match keys {
-            Some(keys) => format!("{},{keys}", path.display()),
-            None => path.display().to_string(),
+        let name = match name.split_once(':') {
+            Some(("doorbell" | "vsock", _)) => name.to_string(),
+            _ => path_of(name).display().to_string(),
         };
-        let spec = text.parse()?;
+        let text = keys.map_or(name.clone(), |keys| format!("{name},{keys}"));
+        let spec = ChannelSpec::named(&text)?;
         Ok((text, spec))
     }
 
@@ -108,12 +109,12 @@ impl AttachedChannels {
     ///
     /// # Errors
     /// If it cannot be saved; it is not added then.
-    pub fn add(&mut self, text: String, spec: ShmSpec) -> Result<(), AttachError> {
-        let path = spec.path.clone();
-        let before = self.specs.insert(path.clone(), (text, spec));
+    pub fn add(&mut self, text: String, spec: ChannelSpec) -> Result<(), AttachError> {
+        let transport = spec.transport.clone();
+        let before = self.specs.insert(transport.clone(), (text, spec));
         self.save().inspect_err(|_| {
-            self.specs.remove(&path);
-            self.specs.extend(before.map(|before| (path.clone(), before)));
+            self.specs.remove(&transport);
+            self.specs.extend(before.map(|before| (transport.clone(), before)));
         })
     }
 
@@ -121,10 +122,10 @@ impl AttachedChannels {
     ///
     /// # Errors
     /// If there is none, or that cannot be saved; it stays then.
-    pub fn remove(&mut self, path: &Path) -> Result<(), AttachError> {
-        let unknown = || AttachError::Unknown(path.to_path_buf());
-        let before = self.specs.remove(path).ok_or_else(unknown)?;
-        self.save().inspect_err(|_| drop(self.specs.insert(path.to_path_buf(), before.clone())))
+    pub fn remove(&mut self, transport: &Transport) -> Result<(), AttachError> {
+        let unknown = || AttachError::Unknown(transport.clone());
+        let before = self.specs.remove(transport).ok_or_else(unknown)?;
+        self.save().inspect_err(|_| drop(self.specs.insert(transport.clone(), before.clone())))
     }
 
     /// Writes the file anew, so that it is whole at any time.
@@ -153,25 +154,29 @@ mod tests {
 
     #[test]
     fn attached_channels_outlive_a_restart() {
+        let shm = |path: &str| Transport::Shm(PathBuf::from(path));
         let dir = tempfile::tempdir().unwrap();
         let mut channels = AttachedChannels::load(dir.path());
         let (text, spec) = AttachedChannels::parse("vm1,mac=2:0:0:0:0:1").unwrap();
-        assert_eq!((spec.path.as_path(), spec.macs.len()), (Path::new("/dev/shm/vm1"), 1));
+        assert_eq!((&spec.transport, spec.macs.len()), (&shm("/dev/shm/vm1"), 1));
         channels.add(text, spec.clone()).unwrap();
         let (text, other) = AttachedChannels::parse("/run/vm2").unwrap();
         channels.add(text, other.clone()).unwrap();
+        let (text, vsock) = AttachedChannels::parse("vsock:3,mac=2:0:0:0:0:3").unwrap();
+        channels.add(text, vsock.clone()).unwrap();
         let mut again = AttachedChannels::load(dir.path());
-        assert_eq!(again.specs().collect::<Vec<_>>(), [&spec, &other]);
-        again.remove(&path_of("vm1")).unwrap();
-        assert!(matches!(again.remove(&path_of("vm1")), Err(AttachError::Unknown(_))));
-        assert!(AttachedChannels::load(dir.path()).contains(Path::new("/run/vm2")));
+        assert_eq!(again.specs().collect::<Vec<_>>(), [&spec, &other, &vsock]);
+        again.remove(&Transport::Vsock(3)).unwrap();
+        again.remove(&shm("/dev/shm/vm1")).unwrap();
+        assert!(matches!(again.remove(&shm("/dev/shm/vm1")), Err(AttachError::Unknown(_))));
+        assert!(AttachedChannels::load(dir.path()).contains(&shm("/run/vm2")));
         assert!(AttachedChannels::parse("vm1,mac=x").is_err());
         // An invalid line is kept, and a file that cannot be read is not replaced.
         let file = dir.path().join("channels");
         let odd = "/run/vm3,owner=nobody-of-this-name";
         fs::write(&file, format!("{odd}\n/run/vm2\n")).unwrap();
         let mut again = AttachedChannels::load(dir.path());
-        again.remove(Path::new("/run/vm2")).unwrap();
+        again.remove(&shm("/run/vm2")).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), format!("{odd}\n"));
         fs::write(&file, b"/run/vm2\n\xff").unwrap();
         let mut unread = AttachedChannels::load(dir.path());
@@ -181,8 +186,6 @@ mod tests {
         let mut again = AttachedChannels::load(dir.path());
         // Nothing is half done if it cannot be saved.
         drop(dir);
-        assert!(
-            again.remove(Path::new("/run/vm2")).is_err() && again.contains(Path::new("/run/vm2"))
-        );
+        assert!(again.remove(&shm("/run/vm2")).is_err() && again.contains(&shm("/run/vm2")));
     }
 }

@@ -1,5 +1,5 @@
 //! The path of a command: [`channel`] takes it from shared memory, [`authorise`] checks what the
-//! channel may ask for, `transaction` applies it to the policy, has it enforced and saves it in the
+//! channel may ask for and `quotas` how much, `transaction` applies it to the policy, has it enforced and saves it in the
 //! [`journal`]; the reply goes back. `query` answers `Q`, [`counter_pages`] tells a guest its counters, [`command_file`] applies files, [`attached`] keeps
 //! the channels that were added while the daemon ran.
 
@@ -10,25 +10,31 @@ pub mod command_file;
 pub mod counter_pages;
 pub mod journal;
 mod query;
+mod quotas;
 mod transaction;
 
 use crate::backends::{Backends, HostView};
 use crate::bindings::Bindings;
+use crate::config::Transport;
 use crate::enforce::Enforcer;
 use crate::networks::HostNetworks;
 use attached::{AttachError, AttachedChannels};
-use channel::Channel;
+use channel::{Channel, ChannelResources, VsockClient};
 use counter_pages::CounterPages;
 use journal::{Journal, JournalError};
 use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
+use nfqd_shmctl::ErrorCode;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// The control plane: everything that commands change, and the means to enforce and save it.
 pub struct ControlPlane {
     /// The channels of the guests.
     pub channels: Vec<Channel>,
+    /// What the channels share.
+    pub resources: Rc<ChannelResources>,
     /// The channels that were attached to the running daemon.
     pub attached: AttachedChannels,
     /// The desired state.
@@ -77,6 +83,7 @@ impl ControlPlane {
     /// Does what is due once a second: observes backends, repairs the kernel's tables, and saves
     /// what could not be saved.
     pub fn tick(&mut self) {
+        self.resources.store().follow();
         self.channels.iter_mut().for_each(Channel::follow);
         if self.host.is_stale() {
             self.follow_networks();
@@ -100,6 +107,50 @@ impl ControlPlane {
             Ok(()) if self.unsaved.is_none() => {}
             Ok(()) => self.save(),
             lost => self.record_saved(lost),
+        }
+    }
+
+    /// Handles what has happened to the links of channels: rings, connections, lines.
+    pub fn follow_channels(&mut self, now: Instant) {
+        let events = match self.resources.events() {
+            Ok(events) => events,
+            Err(errno) => {
+                log::error!("channels cannot be waited for: {errno}");
+                return;
+            }
+        };
+        for event in events {
+            if event.is_vsock_connection() {
+                self.accept_by_vsock();
+            } else if let Some(channel) = self.channels.iter_mut().find(|its| its.has(event)) {
+                channel.handle(event, now);
+            }
+        }
+        self.poll_channels(now);
+    }
+
+    /// Ends what belongs to this process alone, before it exits.
+    pub fn suspend_channels(&mut self) {
+        self.channels.iter_mut().for_each(Channel::suspend);
+        // Who has a doorbell and is connected goes on with the next nfqd.
+        if self.channels.iter().all(|channel| channel.is_connected() != Some(true)) {
+            self.resources.store().release();
+        }
+    }
+
+    fn accept_by_vsock(&mut self) {
+        let Some(stream) = self.resources.accept_by_vsock() else { return };
+        let Ok(client) = VsockClient::new(stream) else { return };
+        let transport = Transport::Vsock(client.cid);
+        match self.channels.iter_mut().find(|channel| channel.spec().transport == transport) {
+            Some(channel) => channel.accept(client),
+            None => {
+                let cid = client.cid;
+                log::debug!("vsock: a VM with CID {cid}, which has no channel, was refused");
+                let reason =
+                    format!("this VM, CID {cid}, has no channel; start nfqd with --vsock {cid}");
+                client.refuse(ErrorCode::Denied, &reason);
+            }
         }
     }
 
@@ -155,16 +206,16 @@ impl ControlPlane {
     /// If it is not valid, or its region cannot be used; nothing is changed then.
     pub fn attach(&mut self, text: &str) -> Result<(), AttachError> {
         let (text, spec) = AttachedChannels::parse(text)?;
-        let there = self.channels.iter().find(|channel| channel.spec().path == spec.path);
+        let there = self.channels.iter().find(|its| its.spec().transport == spec.transport);
         match there.map(Channel::spec) {
             Some(its) if *its == spec => return Ok(()),
-            Some(_) => return Err(AttachError::Taken(spec.path)),
+            Some(_) => return Err(AttachError::Taken(spec.transport)),
             None => {}
         }
-        let channel = Channel::open(&spec).refuse_mistake();
+        let channel = Channel::open(&spec, &self.resources).refuse_mistake();
         let channel = channel.map_err(|error| AttachError::Region(error.to_string()))?;
         self.attached.add(text, spec)?;
-        log::info!("{}: attached", channel.spec().path.display());
+        log::info!("{}: attached", channel.spec().transport);
         self.channels.push(channel);
         self.warn_about_binding_violations();
         Ok(())
@@ -176,19 +227,19 @@ impl ControlPlane {
     /// # Errors
     /// If there is none of this name, or it has other keys.
     pub fn detach(&mut self, text: &str) -> Result<(), AttachError> {
-        let (name, keys) = text.split_once(',').map_or((text, None), |(a, b)| (a, Some(b)));
-        let path = attached::path_of(name);
-        let spec = self.attached.specs().find(|spec| spec.path == path).cloned();
-        let spec = spec.ok_or_else(|| AttachError::Unknown(path.clone()))?;
-        if keys.is_some() && AttachedChannels::parse(text)?.1 != spec {
-            return Err(AttachError::OtherKeys(path));
+        let asked = AttachedChannels::parse(text)?.1;
+        let transport = asked.transport.clone();
+        let spec = self.attached.specs().find(|spec| spec.transport == transport).cloned();
+        let spec = spec.ok_or_else(|| AttachError::Unknown(transport.clone()))?;
+        if text.contains(',') && asked != spec {
+            return Err(AttachError::OtherKeys(transport));
         }
-        self.attached.remove(&path)?;
+        self.attached.remove(&transport)?;
         let ended = self.channels.iter_mut().filter(|channel| *channel.spec() == spec);
-        ended.for_each(Channel::remove_ring);
+        ended.for_each(Channel::end);
         // One of the configuration with the same region stays.
         self.channels.retain(|channel| *channel.spec() != spec);
-        log::info!("{}: detached", path.display());
+        log::info!("{transport}: detached");
         Ok(())
     }
 

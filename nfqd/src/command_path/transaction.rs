@@ -2,6 +2,7 @@
 
 use super::authorise::authorise;
 use super::channel::{Channel, Message};
+use super::quotas::check_quotas;
 use super::{ControlPlane, has_services};
 use crate::backends::HostView;
 use crate::bindings::Bindings;
@@ -120,10 +121,16 @@ impl ControlPlane {
         let line = line.map_err(|error| Reply::error(ErrorCode::Syntax, &error.to_string()))?;
         let parsed = ParsedCommand::parse(line)?;
         authorise(&self.channels, channel, &self.desired, network, &parsed)?;
+        let before = self.desired.policy.clone();
         self.desired
             .policy
             .apply(network, &parsed.command)
             .map_err(|error| error.locate(&parsed))?;
+        if let Some(spec) = self.channels.get(channel).map(Channel::spec) {
+            let policy = &mut self.desired.policy;
+            let checked = check_quotas(spec, network, (&before, policy), &parsed);
+            checked.inspect_err(|_| *policy = before)?;
+        }
         Ok(parsed.command)
     }
 

@@ -306,12 +306,17 @@ fn examine_daemon(out: &mut Findings, status: &Status) {
     }
     for channel in &status.channels {
         if channel.error.is_none() {
-            out.add("regions", channel.path.clone(), examine_region(Path::new(&channel.path)));
+            let result = match channel.connected {
+                None => examine_region(Path::new(&channel.path)),
+                Some(true) => Ok("a VM is connected".to_string()),
+                Some(false) => Ok("no VM is connected".to_string()),
+            };
+            out.add("channels", channel.path.clone(), result);
         }
         if channel.macs.is_empty() {
-            let fix = "add mac=MAC to its --shm";
+            let fix = "add mac=MAC to its option";
             let fault = warn("its guest may speak for every middlebox", fix);
-            out.add("regions", channel.path.clone(), Err(fault));
+            out.add("channels", channel.path.clone(), Err(fault));
         }
     }
     let state = Path::new(&status.state);
@@ -331,9 +336,10 @@ fn remedy(what: &str) -> (Grade, Option<&'static str>) {
         "NOT ENFORCED" => (Grade::Fail, Some("journalctl -u nfqd; sudo systemctl restart nfqd")),
         "NOT STEERED" => (Grade::Fail, Some("sudo br-netfilter.sh up")),
         "NOT SERVED" => (Grade::Fail, Some("sudo systemctl restart nfqd")),
-        "NOT READ" => {
-            (Grade::Fail, Some("ls -l PATH; start the VM, or add owner=USER to its --shm"))
-        }
+        "NOT READ" => (
+            Grade::Fail,
+            Some("ls -l PATH; start the VM, or add owner=USER to its --shm; modprobe vhost_vsock"),
+        ),
         "NOT SAVED" => (Grade::Fail, Some("df DIR; ls -ld DIR")),
         "NOT RESTORED" => {
             (Grade::Warn, Some("look at the file, register what is missing, and remove it"))

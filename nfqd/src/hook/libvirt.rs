@@ -3,7 +3,7 @@
 //! domain's XML to its standard input (<https://libvirt.org/hooks.html>). libvirt would not start the
 //! domain if it failed.
 
-use super::{Moment, follow, is_separator};
+use super::{METADATA_KEYS, Moment, follow, is_separator};
 use nix::unistd::User;
 use roxmltree::{Document, Node};
 use std::collections::BTreeSet;
@@ -23,20 +23,22 @@ pub enum DomainError {
     #[error("the domain's XML: {0}")]
     Xml(String),
     /// The metadata name shared memory that the domain does not have.
-    #[error("the metadata refers to shmem '{0}', but the domain has no such ivshmem-plain device")]
-    NoSuchMemory(String),
-    /// The metadata ask for a channel, and the domain has no shared memory.
     #[error(
-        "the metadata ask for a channel, but the domain has no shmem device of the model ivshmem-plain"
+        "the metadata refers to shmem '{0}', but the domain has no such ivshmem-plain device, nor an \
+         ivshmem-doorbell device with the path of its server"
+    )]
+    NoSuchMemory(String),
+    /// The metadata ask for a channel, and the domain has no device for one.
+    #[error(
+        "the metadata ask for a channel, but the domain has no shmem device of the model ivshmem-plain or \
+         ivshmem-doorbell, and no vsock device with a CID"
     )]
     NoMemory,
     /// The domain has several shared memories, and the metadata name none.
-    #[error(
-        "the domain has several shmem devices of the model ivshmem-plain; name one with shmem= in the metadata"
-    )]
+    #[error("the domain has several shmem devices; name one with shmem= in the metadata")]
     Several,
     /// A value contains what separates values.
-    #[error("'{0}' in the domain's XML contains a comma or a blank")]
+    #[error("'{0}' in the domain's XML contains a comma, a blank, or a colon in a name")]
     Value(String),
     /// The domain has no network interface on a bridge.
     #[error("the domain has no network interface whose MAC its channel could speak for")]
@@ -52,25 +54,32 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
     let document = Document::parse(xml).map_err(|error| DomainError::Xml(error.to_string()))?;
     let all = || document.descendants();
     let metadata = all().find(|node| node.has_tag_name((NAMESPACE, "channel")));
-    let memories: Vec<&str> = all()
-        .filter(|node| node.has_tag_name("shmem"))
-        .filter(|node| {
-            child(*node, "model").and_then(|m| m.attribute("type")) == Some("ivshmem-plain")
-        })
-        .filter_map(|node| node.attribute("name"))
-        .collect();
-    let memory = match (metadata.map(|node| node.attribute("shmem")), memories.as_slice()) {
-        (Some(Some(name)), _) if memories.contains(&name) => name,
-        (Some(Some(name)), _) => return Err(DomainError::NoSuchMemory(name.to_string())),
-        (Some(None), [only]) => only,
-        (Some(None), []) => return Err(DomainError::NoMemory),
+    let memories: Vec<(&str, String)> =
+        all().filter(|node| node.has_tag_name("shmem")).filter_map(memory).collect();
+    let by_vsock = || {
+        let cid = all().find(|node| node.has_tag_name("vsock")).and_then(|v| child(v, "cid"));
+        cid.and_then(|cid| cid.attribute("address")).map(|cid| format!("vsock:{cid}"))
+    };
+    let named = |wanted: &str| memories.iter().find(|(name, _)| *name == wanted);
+    let channel = match (metadata.map(|node| node.attribute("shmem")), memories.as_slice()) {
+        (Some(Some(name)), _) => match named(name) {
+            Some((_, channel)) => channel.clone(),
+            None => return Err(DomainError::NoSuchMemory(name.to_string())),
+        },
+        (Some(None), [(_, channel)]) => channel.clone(),
+        (Some(None), []) => by_vsock().ok_or(DomainError::NoMemory)?,
         (Some(None), _) => return Err(DomainError::Several),
-        (None, _) => match memories.iter().find(|name| name.starts_with(PREFIX)) {
-            Some(name) => name,
+        (None, _) => match memories.iter().find(|(name, _)| name.starts_with(PREFIX)) {
+            Some((_, channel)) => channel.clone(),
             None => return Ok(None),
         },
     };
-    let mut keys = vec![memory.to_string()];
+    let has_file = !channel.starts_with("vsock:");
+    // A name with a colon would be another kind of channel.
+    if let Some((name, _)) = memories.iter().find(|(name, _)| name.contains(':')) {
+        return Err(DomainError::Value((*name).to_string()));
+    }
+    let mut keys = vec![channel];
     let mut networks = BTreeSet::new();
     for interface in all().filter(|node| node.has_tag_name("interface")) {
         let mac = child(interface, "mac").and_then(|mac| mac.attribute("address"));
@@ -95,7 +104,7 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
     }
     for binding in metadata.into_iter().flat_map(|node| node.children()) {
         let name = binding.tag_name();
-        if name.namespace() == Some(NAMESPACE) && ["to", "ip"].contains(&name.name()) {
+        if name.namespace() == Some(NAMESPACE) && METADATA_KEYS.contains(&name.name()) {
             let value = binding.text().unwrap_or_default().trim();
             keys.push(format!("{}={value}", name.name()));
         }
@@ -103,8 +112,22 @@ pub fn channel_of(xml: &str, group: Option<u32>) -> Result<Option<String>, Domai
     if let Some(key) = keys.iter().find(|key| key.contains(is_separator)) {
         return Err(DomainError::Value(key.clone()));
     }
-    keys.extend(group.map(|group| format!("group={group},mode=0660")));
+    keys.extend(group.filter(|_| has_file).map(|group| format!("group={group},mode=0660")));
     Ok(Some(keys.join(",")))
+}
+
+/// Returns the name of a shared memory, and its channel as `nfqd attach` names it; `None` for a model that
+/// is no channel.
+fn memory<'a>(shmem: Node<'a, '_>) -> Option<(&'a str, String)> {
+    let name = shmem.attribute("name")?;
+    match child(shmem, "model")?.attribute("type")? {
+        "ivshmem-plain" => Some((name, name.to_string())),
+        "ivshmem-doorbell" => {
+            let path = child(shmem, "server")?.attribute("path")?;
+            Some((name, format!("doorbell:{path}")))
+        }
+        _ => None,
+    }
 }
 
 fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
@@ -160,6 +183,31 @@ mod tests {
             channel_of(&two, None).unwrap().unwrap(),
             "vm1,mac=12:13:14:15:16:17,mac=52:54:00:00:00:01,ip=10.129.126.15,to=10.129.126.0/24"
         );
+    }
+
+    #[test]
+    fn a_doorbell_and_vsock_are_channels_as_well() {
+        let doorbell = DOMAIN.replace(
+            "<model type='ivshmem-plain'/><size unit='M'>1</size>",
+            "<model type='ivshmem-doorbell'/><server path='/run/nfqd/doorbell/vm1.sock'/>",
+        );
+        let channel = channel_of(&doorbell, Some(107)).unwrap().unwrap();
+        assert!(channel.starts_with("doorbell:/run/nfqd/doorbell/vm1.sock,mac="), "{channel}");
+        assert!(channel.ends_with(",group=107,mode=0660"), "{channel}");
+        let vsock = DOMAIN
+            .replace(" shmem=\"vm1\"", "")
+            .replace("<shmem name='vm1'>", "<vsock><cid address='42'/></vsock><shmem name='a'>")
+            .replace("ivshmem-plain", "ivshmem")
+            .replace("<nfqd:ip>10.129.126.15</nfqd:ip>", "<nfqd:rules>9</nfqd:rules>");
+        assert_eq!(
+            channel_of(&vsock, Some(107)).unwrap().unwrap(),
+            "vsock:42,mac=12:13:14:15:16:17,bridge=kvmbr0,vlan=100,rules=9,to=10.129.126.0/24"
+        );
+        let colon = DOMAIN.replace(
+            "name='other'><model type='ivshmem-doorbell'",
+            "name='vsock:7'><model type='ivshmem-plain'",
+        );
+        assert_eq!(channel_of(&colon, None), Err(DomainError::Value("vsock:7".to_string())));
     }
 
     #[test]

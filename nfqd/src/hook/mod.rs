@@ -10,6 +10,10 @@ use std::fmt::Display;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
+/// The keys of a channel that a VM's definition may give.
+const METADATA_KEYS: [&str; 7] =
+    ["ip", "to", "middleboxes", "services", "backends", "rules", "rate"];
+
 /// The moment of a VM's life at which a hook is called.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Moment {

@@ -2,7 +2,7 @@
 //! detaches it when the VM has stopped. Proxmox calls it with the VM's number and a phase (qm(1),
 //! "Hookscripts"); the VM's configuration is a file.
 
-use super::{Moment, complain, follow, is_separator};
+use super::{METADATA_KEYS, Moment, complain, follow, is_separator};
 use nfqd_shmctl::MacAddr;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -27,7 +27,8 @@ pub enum VmError {
     NoInterface,
     /// A word of the notes is no key of a channel.
     #[error(
-        "'{0}' in the notes is not a key of a channel; write ip=ADDRESS or to=ADDRESS after 'nfqd:'"
+        "'{0}' in the notes is not a key of a channel; write ip=ADDRESS, to=ADDRESS, middleboxes=, services=, backends=, rules= or \
+         rate=NUMBER after 'nfqd:'"
     )]
     Note(String),
     /// A value contains what separates values.
@@ -84,7 +85,8 @@ pub fn channel_of(
         return Err(VmError::NoInterface);
     }
     for word in notes.iter().flat_map(|note| note.split_whitespace()) {
-        if !["ip=", "to="].iter().any(|key| word.starts_with(key)) {
+        let key = word.split_once('=').map(|(key, _)| key);
+        if key.is_none_or(|key| !METADATA_KEYS.contains(&key)) {
             return Err(VmError::Note(word.to_string()));
         }
         keys.push(word.to_string());

@@ -447,6 +447,8 @@ mod tests {
             }],
             channels: vec![ChannelStatus {
                 path: "/dev/shm/\"odd\\name\n".to_string(),
+                transport: "shm".to_string(),
+                connected: None,
                 macs: vec![],
                 error: None,
                 denied: 1,

@@ -155,7 +155,12 @@ fn tables(status: &Status, rates: &mut Rates) -> Table {
     let fill = format!("{} of {} flows, {} evicted", flows.count, flows.capacity, flows.evicted);
     table.row("flows", "ok", &["flow table".to_string()], &[fill]);
     for (at, channel) in status.channels.iter().enumerate() {
-        let state = channel.error.clone().unwrap_or_else(|| "read".to_string());
+        let state = match (&channel.error, channel.connected) {
+            (Some(error), _) => error.clone(),
+            (None, None) => "read".to_string(),
+            (None, Some(true)) => "connected".to_string(),
+            (None, Some(false)) => "no VM connected".to_string(),
+        };
         let class = if channel.error.is_some() { "bad" } else { "ok" };
         table.row(&format!("c-{at}"), class, std::slice::from_ref(&channel.path), &[state]);
     }
@@ -241,6 +246,8 @@ mod tests {
         let status = Status {
             channels: vec![ChannelStatus {
                 path: "/dev/shm/<script>alert('1')</script>".to_string(),
+                transport: "shm".to_string(),
+                connected: None,
                 macs: vec![],
                 error: Some("<img src=x onerror=\"alert(1)\">".to_string()),
                 denied: 0,

@@ -3,6 +3,7 @@
 use super::{COMMAND_SIZE, MARK, REPLY_OFFSET, REPLY_SIZE};
 use crate::language::reply::Reply;
 use crate::region::{Region, RegionLock};
+use crate::ring::guest::ring_doorbell;
 use crate::sender::{GaveUp, Patience, SendError, lock};
 use std::time::{Duration, Instant};
 
@@ -69,6 +70,7 @@ pub fn send_locked<'a>(
     region.store(0, 0);
     region.write(1, &rest);
     region.store(0, MARK);
+    ring_doorbell(region);
     let close = bytes.len() - 1;
     let is_taken = || [0, close].iter().all(|&at| region.load(at) != MARK);
     let Err(reason) = patience.wait_for(deadline, is_taken) else { return replies(region) };

@@ -1,9 +1,9 @@
 //! The guest's end of the rings.
 
 use super::{
-    CONSUMED, COUNTERS, COUNTERS_SIZE, CounterPage, FIRST, GUEST, GuestSection, HEADER, MORE,
-    PROGRESS, Progress, REPLIES, REQUESTS, SENT, SIZE, SLOT_HEADER, SLOT_SIZE, SLOT_TEXT, SLOTS,
-    SlotHeader, WATCHED, fixed_header, slot,
+    CONSUMED, COUNTERS, COUNTERS_SIZE, CounterPage, DOORBELL, FIRST, GUEST, GuestSection, HEADER,
+    MORE, PROGRESS, Progress, REPLIES, REQUESTS, SENT, SIZE, SLOT_HEADER, SLOT_SIZE, SLOT_TEXT,
+    SLOTS, SlotHeader, WATCHED, fixed_header, slot,
 };
 use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
@@ -22,6 +22,15 @@ pub fn is_there(region: &Region) -> bool {
     let mut fixed = [0; PROGRESS - HEADER];
     region.read(HEADER, &mut fixed);
     fixed == fixed_header()
+}
+
+/// Rings the host, if the region has a doorbell.
+pub(crate) fn ring_doorbell(region: &Region) {
+    if is_there(region) {
+        let mut number = [0; 4];
+        region.read(DOORBELL, &mut number);
+        region.ring(u32::from_le_bytes(number));
+    }
 }
 
 /// Sends commands, as many at once as the ring holds, and adds their replies to `replies` in the
@@ -111,6 +120,7 @@ impl Exchange<'_> {
         let reset = self.own().reset;
         if self.host().reset == reset {
             self.region.store_u64(GUEST, reset.wrapping_add(1));
+            ring_doorbell(self.region);
         }
     }
 
@@ -126,6 +136,7 @@ impl Exchange<'_> {
         if !(is_settled && is_new && own.sent < host.epoch) {
             let reset = if is_settled { own.reset.wrapping_add(1) } else { own.reset };
             self.region.store_u64(GUEST, reset);
+            ring_doorbell(self.region);
             let is_followed = || self.host().reset == reset;
             let waited = self.patience.wait_for(self.deadline, is_followed);
             waited.map_err(|reason| reason.error(self.patience.timeout))?;
@@ -146,6 +157,7 @@ impl Exchange<'_> {
             self.region.write(slot, &header.with_text(command.as_bytes()));
         }
         self.region.store_u64(SENT, last);
+        ring_doorbell(self.region);
         for number in before + 1..=last {
             let text = self.receive(epoch, number)?;
             let reply = text.parse();
@@ -187,6 +199,7 @@ impl Exchange<'_> {
             if header.flags & MORE == 0 {
                 return Ok(String::from_utf8_lossy(&text).into_owned());
             }
+            ring_doorbell(self.region);
         }
     }
 }

@@ -1,11 +1,11 @@
 //! The host's end of the rings.
 
 use super::{
-    CONSUMED, COUNTERS, CounterPage, FIRST, GUEST, GuestSection, HEADER, MAGIC, MORE, PROGRESS,
-    Progress, REPLIES, REQUESTS, RequestError, SIZE, SLOT_HEADER, SLOT_TEXT, SLOTS, SlotHeader,
-    fixed_header, slot, u64_at,
+    CONSUMED, COUNTERS, CounterPage, DOORBELL, FIRST, GUEST, GuestSection, HEADER, MAGIC, MORE,
+    PROGRESS, Progress, REPLIES, REQUESTS, RequestError, SIZE, SLOT_HEADER, SLOT_TEXT, SLOTS,
+    SlotHeader, command_text, fixed_header, slot, u64_at,
 };
-use crate::language::parse::{MAX_COMMAND, is_command_text};
+use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::RegionError;
 use crate::region_file::RegionFile;
@@ -25,6 +25,8 @@ pub struct HostRing {
     sent: u64,
     /// The guest's `watched`, and when it changed.
     watched: (u64, Option<Instant>),
+    /// What the guest writes to ring; 0 if it cannot.
+    doorbell: u32,
 }
 
 /// A request taken out of the ring, which is to be answered.
@@ -45,11 +47,11 @@ struct Part {
 
 impl HostRing {
     /// Opens the rings of a region: goes on with those that are there, or makes new ones. Returns `None`
-    /// if the region has no room for them.
+    /// if the region has no room for them. `doorbell` is what the guest writes to ring, or 0.
     ///
     /// # Errors
     /// If the region cannot be read or written.
-    pub fn open(region: &RegionFile) -> Result<Option<HostRing>, RegionError> {
+    pub fn open(region: &RegionFile, doorbell: u32) -> Result<Option<HostRing>, RegionError> {
         if region.size() < SIZE {
             return Ok(None);
         }
@@ -65,10 +67,12 @@ impl HostRing {
             waiting: VecDeque::new(),
             sent: 0,
             watched: (guest.watched, None),
+            doorbell,
         };
         if fixed == fixed_header() && is_sound(&found) {
             ring.progress = found;
             ring.consumed = found.written.saturating_sub(SLOTS).max(found.epoch);
+            region.write(DOORBELL, &doorbell.to_le_bytes())?;
         } else {
             ring.reset(region, guest.reset)?;
             ring.write_header(region)?;
@@ -91,10 +95,11 @@ impl HostRing {
     /// # Errors
     /// If the region cannot be read or written.
     pub fn repair(&self, region: &RegionFile) -> Result<(), RegionError> {
-        let mut found = [0; PROGRESS - HEADER + Progress::SIZE];
+        let mut found = [0; DOORBELL - HEADER + 4];
         region.read(HEADER, &mut found)?;
         let mut expected = fixed_header().to_vec();
         expected.extend(self.progress.bytes());
+        expected.extend(self.doorbell.to_le_bytes());
         if found.as_slice() == expected { Ok(()) } else { self.write_header(region) }
     }
 
@@ -104,6 +109,7 @@ impl HostRing {
         let fixed = fixed_header();
         region.write(HEADER + MAGIC.len(), fixed.get(MAGIC.len()..).unwrap_or_default())?;
         region.write(PROGRESS, &self.progress.bytes())?;
+        region.write(DOORBELL, &self.doorbell.to_le_bytes())?;
         region.write(HEADER, MAGIC)
     }
 
@@ -139,6 +145,16 @@ impl HostRing {
             return self.reset(region, guest.reset);
         }
         self.write_waiting(region, guest.consumed)
+    }
+
+    /// Returns a number that differs after each change that the guest waits for: a reply, a new epoch.
+    pub fn version(&self) -> u64 {
+        self.progress.written
+    }
+
+    /// Whether replies wait for room in the ring.
+    pub fn is_blocked(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// Whether the guest has looked at the counters in the last minute.
@@ -185,12 +201,7 @@ impl HostRing {
                 Err(RequestError::Number { expected: number, found: header.number })
             }
             None => Err(RequestError::Length(header.length)),
-            Some(text) => match text.iter().position(|&byte| !is_command_text(byte)) {
-                Some(at) => {
-                    Err(RequestError::NotText { byte: text.get(at).copied().unwrap_or(0), at })
-                }
-                None => Ok(text.iter().map(|&byte| char::from(byte)).collect()),
-            },
+            Some(text) => command_text(text),
         };
         Ok(RingRequest { text, number })
     }

@@ -26,6 +26,7 @@
 //! | 4144 | 8 | taken | the number of the last request answered |
 //! | 4152 | 8 | written | the number of the last reply slot written |
 //! | 4160 | 8 | reset | the guest's `reset` value that the host last acted on |
+//! | 4168 | 4 | doorbell | what the guest writes to ring the host; 0 if the device has no doorbell |
 //!
 //! ## Guest's section, at 8192, written by the guest
 //!
@@ -75,6 +76,17 @@
 //!    killed in between.
 //!
 //! A reply is one line of ASCII text: `OK`, `OK {text}` or `ERR {code} {text}`, see [`Reply`].
+//!
+//! ## Doorbells
+//!
+//! If `doorbell` is not 0, the region is that of an ivshmem-doorbell device, and the guest rings the host
+//! by writing it, as one aligned number of 4 bytes, to offset 12 of the device's BAR 0: after each change
+//! of `reset` and of `sent`, after a message in the mailbox, and after a change of `consumed` if more of
+//! a reply follows. The host then looks at once; without a ring it looks every 256 ms. A ring that
+//! brings nothing new is answered by a pause of up to 16 ms.
+//!
+//! The host rings the guest, by vector 0 of the device, after each reply and each reset. A guest that
+//! takes no interrupts polls.
 //!
 //! Several programs of one guest take turns by a lock of their own, such as `flock` on the device's
 //! file.
@@ -128,7 +140,7 @@ mod tests;
 
 pub use counters::{CounterPage, MiddleboxCounters};
 
-use crate::language::parse::MAX_COMMAND;
+use crate::language::parse::{MAX_COMMAND, is_command_text};
 
 /// The size of a region with rings, in bytes, at least.
 pub const SIZE: u64 = 147_456;
@@ -140,6 +152,8 @@ const VERSION: u32 = 1;
 const HEADER: usize = 4096;
 /// Where the header's counters begin: epoch, taken, written, reset.
 const PROGRESS: usize = HEADER + 40;
+/// Where the header's number to ring by is.
+const DOORBELL: usize = PROGRESS + Progress::SIZE;
 const GUEST: usize = 8192;
 const SENT: usize = GUEST + 8;
 const CONSUMED: usize = GUEST + 16;
@@ -182,6 +196,17 @@ pub enum RequestError {
         /// The place of the byte in the text, from 0.
         at: usize,
     },
+}
+
+/// Returns the text of a command, which is ASCII.
+///
+/// # Errors
+/// The first byte that is not.
+pub fn command_text(bytes: &[u8]) -> Result<String, RequestError> {
+    match bytes.iter().enumerate().find(|(_, byte)| !is_command_text(**byte)) {
+        Some((at, byte)) => Err(RequestError::NotText { byte: *byte, at }),
+        None => Ok(bytes.iter().map(|&byte| char::from(byte)).collect()),
+    }
 }
 
 /// The part of the header that stays the same.

@@ -57,7 +57,7 @@ impl Host {
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 let region = RegionFile::open(&path).unwrap();
-                let mut ring = HostRing::open(&region).unwrap().unwrap();
+                let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
                 for _ in 0..lifetime {
                     serve(&mut ring, &region, &answer);
                     if stopped.load(Ordering::Relaxed) {
@@ -93,7 +93,7 @@ fn texts(numbers: std::ops::Range<usize>) -> Vec<String> {
 #[test]
 fn each_of_many_commands_is_acknowledged_once_and_in_order_over_restarts() {
     let (_dir, path, region) = region();
-    drop(HostRing::open(&region).unwrap());
+    drop(HostRing::open(&region, 0).unwrap());
     let _host = Host::start(path.clone(), 7, echo);
     let guest = Region::open(&path).unwrap();
     for (from, to) in [(0, 1), (1, 17), (17, 50), (50, 5000)] {
@@ -106,7 +106,7 @@ fn each_of_many_commands_is_acknowledged_once_and_in_order_over_restarts() {
 #[test]
 fn a_long_reply_arrives_whole() {
     let (_dir, path, region) = region();
-    drop(HostRing::open(&region).unwrap());
+    drop(HostRing::open(&region, 0).unwrap());
     let long = "rule ".repeat(200_000);
     let reply = Reply::ok(&long);
     let _host = Host::start(path.clone(), usize::MAX, {
@@ -122,7 +122,7 @@ fn a_long_reply_arrives_whole() {
 #[test]
 fn a_long_reply_begins_again_after_a_restart_in_its_middle() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let epoch = guest.load_u64(PROGRESS);
     let sender = std::thread::spawn(move || send(&guest, &["Q".to_string()], PATIENCE));
@@ -142,7 +142,7 @@ fn a_long_reply_begins_again_after_a_restart_in_its_middle() {
 fn replies_that_are_none_end_the_exchange_and_withdraw_the_rest() {
     for (request, text) in [(1, &b"nonsense"[..]), (2, &b"OK"[..])] {
         let (_dir, path, region) = region();
-        drop(HostRing::open(&region).unwrap());
+        drop(HostRing::open(&region, 0).unwrap());
         let guest = Region::open(&path).unwrap();
         let (epoch, reset) = (guest.load_u64(PROGRESS), guest.load_u64(GUEST));
         let sender = std::thread::spawn(move || send(&guest, &texts(0..3), PATIENCE));
@@ -162,7 +162,7 @@ fn replies_that_are_none_end_the_exchange_and_withdraw_the_rest() {
 #[test]
 fn what_nobody_takes_is_withdrawn() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let error = send(&guest, &texts(0..3), Duration::from_millis(20)).unwrap_err();
     assert_eq!(error, SendError::Unanswered);
@@ -179,7 +179,7 @@ fn what_nobody_takes_is_withdrawn() {
     // The host comes back: nothing of it is carried out, now or after a restart.
     for _ in 0..3 {
         assert_eq!(serve(&mut ring, &region, |text| panic!("{text} was withdrawn")), 0);
-        ring = HostRing::open(&region).unwrap().unwrap();
+        ring = HostRing::open(&region, 0).unwrap().unwrap();
     }
     let _host = Host::start(path, usize::MAX, echo);
     assert_eq!(send(&guest, &texts(9..10), PATIENCE).unwrap(), [Reply::ok("X 9")]);
@@ -188,7 +188,7 @@ fn what_nobody_takes_is_withdrawn() {
 #[test]
 fn what_the_host_has_begun_is_answered_before_a_withdrawal_is_followed() {
     let (_dir, path, region) = region();
-    drop(HostRing::open(&region).unwrap());
+    drop(HostRing::open(&region, 0).unwrap());
     let slow = |text: &str| {
         std::thread::sleep(Duration::from_millis(300));
         Reply::ok(text)
@@ -204,7 +204,7 @@ fn what_the_host_has_begun_is_answered_before_a_withdrawal_is_followed() {
 #[test]
 fn rings_that_were_removed_are_not_there() {
     let (_dir, path, region) = region();
-    let ring = HostRing::open(&region).unwrap().unwrap();
+    let ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     assert!(is_there(&guest));
     ring.remove(&region).unwrap();
@@ -214,7 +214,7 @@ fn rings_that_were_removed_are_not_there() {
 #[test]
 fn a_sender_that_died_in_the_middle_does_not_disturb_the_next() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let epoch = guest.load_u64(PROGRESS);
     // The sender had written slots, then `sent`: each a moment to die.
@@ -235,7 +235,7 @@ fn a_sender_that_died_in_the_middle_does_not_disturb_the_next() {
 #[test]
 fn a_reset_by_the_host_is_noticed() {
     let (_dir, path, region) = region();
-    drop(HostRing::open(&region).unwrap());
+    drop(HostRing::open(&region, 0).unwrap());
     let guest = Region::open(&path).unwrap();
     let sender = std::thread::spawn(move || send(&guest, &texts(0..1), PATIENCE));
     let other = Region::open(&path).unwrap();
@@ -244,7 +244,7 @@ fn a_reset_by_the_host_is_noticed() {
     }
     // The guest's own other program changes `reset`.
     other.store_u64(GUEST, 77);
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     serve(&mut ring, &region, echo);
     assert_eq!(sender.join().unwrap(), Err(SendError::Reset));
 }
@@ -510,7 +510,7 @@ fn a_hostile_guest_gets_errors_or_nothing() {
     assert_eq!(cases.len(), 40);
     for (name, attack, expected) in cases {
         let (_dir, path, region) = region();
-        let mut ring = HostRing::open(&region).unwrap().unwrap();
+        let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
         let guest = Region::open(&path).unwrap();
         let epoch = guest.load_u64(PROGRESS);
         guest.store_u64(CONSUMED, epoch);
@@ -561,7 +561,7 @@ fn scribble(guest: &Region, stop: &AtomicBool, mut state: u64) {
 #[test]
 fn two_writers_that_rewrite_all_while_it_is_read_stop_only_their_own_channel() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let stop = AtomicBool::new(false);
     let guests = [Region::open(&path).unwrap(), Region::open(&path).unwrap()];
     let mut taken = 0;
@@ -594,7 +594,7 @@ fn two_writers_that_rewrite_all_while_it_is_read_stop_only_their_own_channel() {
 #[test]
 fn a_guest_that_never_reads_costs_one_long_reply() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let epoch = guest.load_u64(PROGRESS);
     for number in epoch + 1..=epoch + SLOTS {
@@ -618,23 +618,23 @@ fn a_guest_that_never_reads_costs_one_long_reply() {
 #[test]
 fn a_small_region_has_no_rings_and_a_cut_one_is_an_error() {
     let (_dir, path, region) = region();
-    let mut ring = HostRing::open(&region).unwrap().unwrap();
+    let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(SIZE - 1).unwrap();
     let smaller = RegionFile::open(&path).unwrap();
-    assert!(HostRing::open(&smaller).unwrap().is_none());
+    assert!(HostRing::open(&smaller, 0).unwrap().is_none());
     assert!(!is_there(&Region::open(&path).unwrap()));
     file.set_len(GUEST as u64 + 5).unwrap();
     assert!(ring.follow(&region, Instant::now()).is_err());
     file.set_len(4096).unwrap();
     assert!(ring.follow(&region, Instant::now()).is_err() && ring.repair(&region).is_err());
-    assert!(HostRing::open(&region).is_err());
+    assert!(HostRing::open(&region, 0).is_err());
 }
 
 #[test]
 fn the_counters_are_read_without_asking() {
     let (_dir, path, region) = region();
-    let ring = HostRing::open(&region).unwrap().unwrap();
+    let ring = HostRing::open(&region, 0).unwrap().unwrap();
     let guest = Region::open(&path).unwrap();
     let middlebox = |last| MiddleboxCounters {
         mac: MacAddr([2, 0, 0, 0, 0, last]),
@@ -661,7 +661,7 @@ fn the_counters_are_read_without_asking() {
     let now = Instant::now();
     ring.follow(&region, now).unwrap();
     assert!(ring.is_watched(now) && !ring.is_watched(now + Duration::from_secs(61)));
-    let mut again = HostRing::open(&region).unwrap().unwrap();
+    let mut again = HostRing::open(&region, 0).unwrap().unwrap();
     again.follow(&region, now).unwrap();
     assert!(!again.is_watched(now));
     assert_eq!(counters(&guest).map(|page| (page.time, page.middleboxes)), Some((0, Vec::new())));
@@ -681,7 +681,7 @@ proptest! {
     ) {
         let (_dir, path, region) = region();
         let guest = Region::open(&path).unwrap();
-        let mut ring = HostRing::open(&region).unwrap().unwrap();
+        let mut ring = HostRing::open(&region, 0).unwrap().unwrap();
         let epoch = guest.load_u64(PROGRESS);
         for (at, bytes) in &writes {
             guest.write(*at, bytes);
@@ -692,7 +692,7 @@ proptest! {
             guest.store_u64(GUEST + 8 * field, epoch.wrapping_add(ahead).wrapping_sub(8));
             prop_assert!(serve(&mut ring, &region, echo) <= SLOTS as usize);
         }
-        let mut again = HostRing::open(&region).unwrap().unwrap();
+        let mut again = HostRing::open(&region, 0).unwrap().unwrap();
         prop_assert!(serve(&mut again, &region, echo) <= SLOTS as usize);
     }
 }

@@ -1,0 +1,161 @@
+//! What the links of all channels share: the reactor that their descriptors wake, the store of
+//! descriptors that outlive the daemon, and the socket at which VMs connect by vsock.
+
+use crate::descriptor_store::DescriptorStore;
+use crate::reactor::{Reactor, Readiness};
+use nfqd_shmctl::vsock::PORT;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket,
+};
+use std::cell::{Cell, RefCell, RefMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// The number of a channel, which no other one has while the daemon runs; 0 stands for the socket at which VMs
+/// connect by vsock.
+pub(super) type ChannelId = u32;
+
+/// What the links of all channels share.
+pub struct ChannelResources {
+    reactor: Reactor,
+    store: RefCell<DescriptorStore>,
+    last_id: Cell<ChannelId>,
+    /// The socket at which VMs connect by vsock, or why there is none.
+    vsock: RefCell<Result<OwnedFd, Errno>>,
+}
+
+/// An event of a channel: its number, and what of it is ready.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ChannelEvent {
+    /// The channel.
+    pub(super) channel: ChannelId,
+    /// What of it is ready, as the link has numbered it.
+    pub(super) source: u32,
+}
+
+impl ChannelResources {
+    /// The resources of a daemon that has no channels yet.
+    ///
+    /// # Errors
+    /// If there are no more descriptors.
+    pub fn new(store: DescriptorStore) -> Result<ChannelResources, Errno> {
+        Ok(ChannelResources {
+            reactor: Reactor::new()?,
+            store: RefCell::new(store),
+            last_id: Cell::new(0),
+            // The reason until it is asked for.
+            vsock: RefCell::new(Err(Errno::ENOTCONN)),
+        })
+    }
+
+    /// Returns a number for a channel.
+    pub(super) fn next_id(&self) -> ChannelId {
+        self.last_id.set(self.last_id.get() + 1);
+        self.last_id.get()
+    }
+
+    /// Has a descriptor wake a channel, as soon as it is ready and whenever it is rearmed.
+    ///
+    /// # Errors
+    /// If there is no memory left.
+    pub(super) fn add(
+        &self,
+        fd: BorrowedFd<'_>,
+        readiness: Readiness,
+        event: ChannelEvent,
+    ) -> Result<(), Errno> {
+        self.reactor.add(fd, readiness, event.token())
+    }
+
+    /// Changes what a descriptor is waited for.
+    ///
+    /// # Errors
+    /// If it was not added.
+    pub(super) fn modify(
+        &self,
+        fd: BorrowedFd<'_>,
+        readiness: Readiness,
+        event: ChannelEvent,
+    ) -> Result<(), Errno> {
+        self.reactor.modify(fd, readiness, event.token())
+    }
+
+    /// Returns the events that have happened.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn events(&self) -> Result<Vec<ChannelEvent>, Errno> {
+        let tokens = self.reactor.ready()?;
+        Ok(tokens.into_iter().map(ChannelEvent::from_token).collect())
+    }
+
+    /// Returns the store of descriptors.
+    pub fn store(&self) -> RefMut<'_, DescriptorStore> {
+        self.store.borrow_mut()
+    }
+
+    /// Listens for VMs that connect by vsock, unless that is so already.
+    pub(super) fn listen_by_vsock(&self) {
+        let mut vsock = self.vsock.borrow_mut();
+        if vsock.is_ok() {
+            return;
+        }
+        let before = vsock.as_ref().err().copied();
+        *vsock = listen_at(PORT).and_then(|listener| {
+            self.add(
+                listener.as_fd(),
+                Readiness::Readable,
+                ChannelEvent { channel: 0, source: 0 },
+            )?;
+            Ok(listener)
+        });
+        if let Err(errno) = *vsock
+            && before != Some(errno)
+        {
+            log::error!("vsock: {errno}; load the module vhost_vsock");
+        }
+    }
+
+    /// Returns why there is no socket at which VMs connect by vsock.
+    pub(super) fn vsock_error(&self) -> Option<Errno> {
+        self.vsock.borrow().as_ref().err().copied()
+    }
+
+    /// Accepts a VM that has connected by vsock; returns the connection.
+    pub fn accept_by_vsock(&self) -> Option<OwnedFd> {
+        let vsock = self.vsock.borrow();
+        let accepted = crate::descriptors::accept(vsock.as_ref().ok()?.as_fd());
+        accepted.inspect_err(|errno| log::debug!("vsock: {errno}")).ok()
+    }
+}
+
+impl AsFd for ChannelResources {
+    /// The descriptor that is ready when an event has happened.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reactor.as_fd()
+    }
+}
+
+impl ChannelEvent {
+    fn token(self) -> u64 {
+        u64::from(self.channel) << 32 | u64::from(self.source)
+    }
+
+    fn from_token(token: u64) -> ChannelEvent {
+        ChannelEvent { channel: (token >> 32) as u32, source: token as u32 }
+    }
+
+    /// Whether a VM connects by vsock.
+    pub fn is_vsock_connection(self) -> bool {
+        self.channel == 0
+    }
+}
+
+fn listen_at(port: u32) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
+    // VMADDR_CID_ANY
+    bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, port))?;
+    listen(&listener, Backlog::new(64)?)?;
+    Ok(listener)
+}

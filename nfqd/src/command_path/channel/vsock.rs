@@ -1,0 +1,283 @@
+//! The link of a VM that sends its commands through vsock (vsock(7)): a line is a command, a line is its
+//! reply. The VM is known by its CID, which it cannot forge.
+
+use super::message::{LineRequest, Message};
+use super::resources::{ChannelEvent, ChannelId, ChannelResources};
+use crate::reactor::Readiness;
+use nfqd_shmctl::mailbox::MAX_MESSAGES;
+use nfqd_shmctl::ring::{RequestError, command_text};
+use nfqd_shmctl::{ErrorCode, MAX_COMMAND, Reply};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, VsockAddr, getpeername, send};
+use nix::unistd::read;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
+
+/// The most connections of a VM.
+const MAX_CONNECTIONS: usize = 8;
+/// The first port that any user of a VM may connect from (vsock's `LAST_RESERVED_PORT`).
+const FIRST_USER_PORT: u32 = 1024;
+/// Bytes that are read at once.
+const READ_SIZE: usize = 8192;
+
+/// The connections of one VM.
+pub(super) struct VsockLink {
+    id: ChannelId,
+    resources: Rc<ChannelResources>,
+    connections: BTreeMap<u32, Connection>,
+    last_connection: u32,
+}
+
+struct Connection {
+    stream: OwnedFd,
+    input: Vec<u8>,
+    /// Bytes of a line that is too long, which are not kept.
+    discarded: usize,
+    output: Vec<u8>,
+    /// Bytes of the output that have been sent.
+    sent: usize,
+    /// Lines whose replies are not written yet.
+    unanswered: usize,
+    /// Whether the VM sends no more.
+    is_finished: bool,
+    /// What the reactor waits for.
+    readiness: Readiness,
+}
+
+/// A VM that has connected.
+pub struct VsockClient {
+    stream: OwnedFd,
+    /// Its CID.
+    pub cid: u32,
+    port: u32,
+}
+
+impl VsockClient {
+    /// The VM behind a connection.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn new(stream: OwnedFd) -> Result<VsockClient, Errno> {
+        let peer: VsockAddr = getpeername(stream.as_raw_fd())?;
+        Ok(VsockClient { stream, cid: peer.cid(), port: peer.port() })
+    }
+
+    /// Refuses it: sends the reason and closes the connection.
+    pub fn refuse(self, code: ErrorCode, reason: &str) {
+        let line = format!("{}\n", Reply::error(code, reason));
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        // If it does not take it, it is closed without.
+        let _ = send(self.stream.as_raw_fd(), line.as_bytes(), flags);
+    }
+}
+
+impl VsockLink {
+    /// A link that waits for its VM.
+    pub(super) fn open(id: ChannelId, resources: Rc<ChannelResources>) -> VsockLink {
+        resources.listen_by_vsock();
+        VsockLink { id, resources, connections: BTreeMap::new(), last_connection: 0 }
+    }
+
+    /// Does what is due once a second.
+    pub(super) fn follow(&self) {
+        self.resources.listen_by_vsock();
+    }
+
+    /// Returns why VMs cannot connect.
+    pub(super) fn error(&self) -> Option<Errno> {
+        self.resources.vsock_error()
+    }
+
+    /// Whether the VM has a connection.
+    pub(super) fn is_connected(&self) -> bool {
+        !self.connections.is_empty()
+    }
+
+    fn event(&self, connection: u32) -> ChannelEvent {
+        ChannelEvent { channel: self.id, source: connection }
+    }
+
+    /// Takes a connection of the VM.
+    pub(super) fn accept(&mut self, client: VsockClient) {
+        if client.port >= FIRST_USER_PORT {
+            client.refuse(
+                ErrorCode::Denied,
+                "connect from a port below 1024, which only root of the VM may use",
+            );
+            return;
+        }
+        if self.connections.len() >= MAX_CONNECTIONS {
+            let reason = format!("more than {MAX_CONNECTIONS} connections; close one");
+            client.refuse(ErrorCode::Quota, &reason);
+            return;
+        }
+        self.last_connection = self.last_connection.wrapping_add(1);
+        let event = self.event(self.last_connection);
+        let readiness = Readiness::ReadableOnce;
+        if let Err(errno) = self.resources.add(client.stream.as_fd(), readiness, event) {
+            log::debug!("vsock: {errno}");
+            return;
+        }
+        let connection = Connection {
+            stream: client.stream,
+            input: Vec::new(),
+            discarded: 0,
+            output: Vec::new(),
+            sent: 0,
+            unanswered: 0,
+            is_finished: false,
+            readiness,
+        };
+        self.connections.insert(self.last_connection, connection);
+    }
+
+    /// Handles an event: reads and writes what can be. Returns whether there is a command.
+    pub(super) fn handle(&mut self, event: ChannelEvent) -> bool {
+        let Some(connection) = self.connections.get_mut(&event.source) else { return false };
+        connection.readiness = Readiness::Paused;
+        let is_there = connection.flush().and_then(|()| connection.receive()).is_ok();
+        let has_line = is_there && connection.has_line();
+        if !is_there {
+            self.connections.remove(&event.source);
+        }
+        has_line
+    }
+
+    /// Returns commands that have been read, of each connection in turn.
+    pub(super) fn take(&mut self) -> Vec<Message> {
+        let mut messages = Vec::new();
+        loop {
+            let before = messages.len();
+            for (number, connection) in &mut self.connections {
+                // Its replies take memory until it has read them.
+                if !connection.output.is_empty() || messages.len() >= MAX_MESSAGES {
+                    continue;
+                }
+                let Some(text) = connection.line() else { continue };
+                connection.unanswered += 1;
+                messages.push(Message::Line(LineRequest { text, connection: *number }));
+            }
+            if messages.len() == before {
+                return messages;
+            }
+        }
+    }
+
+    /// Sends the replies to commands.
+    pub(super) fn reply(&mut self, answered: Vec<(Message, Reply)>) {
+        for (message, reply) in answered {
+            let Message::Line(request) = message else { continue };
+            let Some(connection) = self.connections.get_mut(&request.connection) else { continue };
+            connection.unanswered = connection.unanswered.saturating_sub(1);
+            connection.output.extend(reply.to_string().bytes());
+            connection.output.push(b'\n');
+        }
+        self.connections.retain(|_, connection| connection.flush().is_ok());
+    }
+
+    /// Waits for more, of every connection that may send. Closes those that are finished.
+    pub(super) fn arm(&mut self) {
+        self.connections.retain(|_, connection| !connection.is_over());
+        for (number, connection) in &mut self.connections {
+            let wanted = connection.wants();
+            // An event pauses a connection by itself.
+            if wanted != connection.readiness && wanted != Readiness::Paused {
+                let event = ChannelEvent { channel: self.id, source: *number };
+                // One that cannot be waited for is closed with the VM's end.
+                if self.resources.modify(connection.stream.as_fd(), wanted, event).is_ok() {
+                    connection.readiness = wanted;
+                }
+            }
+        }
+    }
+
+    /// Whether commands that have been read wait.
+    pub(super) fn has_line(&self) -> bool {
+        let is_ready =
+            |connection: &Connection| connection.output.is_empty() && connection.has_line();
+        self.connections.values().any(is_ready)
+    }
+}
+
+impl Connection {
+    /// Reads what has come, unless there are commands or replies already.
+    fn receive(&mut self) -> Result<(), Errno> {
+        if self.is_finished || self.has_line() || !self.output.is_empty() {
+            return Ok(());
+        }
+        let mut bytes = [0; READ_SIZE];
+        match read(&self.stream, &mut bytes) {
+            Ok(0) => self.is_finished = true,
+            Ok(length) => self.push(bytes.get(..length).unwrap_or_default()),
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        Ok(())
+    }
+
+    /// Adds bytes to the input; of a line that is too long, no more than its length is kept.
+    fn push(&mut self, bytes: &[u8]) {
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let open = self.input.rsplit(|byte| *byte == b'\n').next().map_or(0, <[u8]>::len);
+            let room = (MAX_COMMAND + 1).saturating_sub(open);
+            let (text, end) = match part.split_last() {
+                Some((b'\n', text)) => (text, true),
+                _ => (part, false),
+            };
+            let kept = text.len().min(room);
+            self.input.extend(text.iter().take(kept));
+            self.discarded += text.len() - kept;
+            if end {
+                self.input.push(b'\n');
+            }
+        }
+    }
+
+    fn has_line(&self) -> bool {
+        self.input.contains(&b'\n')
+    }
+
+    /// Takes the first line out of the input.
+    fn line(&mut self) -> Option<Result<String, RequestError>> {
+        let end = self.input.iter().position(|byte| *byte == b'\n')?;
+        let line: Vec<u8> = self.input.drain(..=end).collect();
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.len() > MAX_COMMAND {
+            let length = line.len() + std::mem::take(&mut self.discarded);
+            return Some(Err(RequestError::Length(length as u32)));
+        }
+        Some(command_text(line))
+    }
+
+    /// Sends as much of the output as the VM takes.
+    fn flush(&mut self) -> Result<(), Errno> {
+        while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            match send(self.stream.as_raw_fd(), rest, flags) {
+                Ok(length) => self.sent += length,
+                Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+                Err(errno) => return Err(errno),
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Returns what the reactor is to wait for.
+    fn wants(&self) -> Readiness {
+        match () {
+            () if !self.output.is_empty() => Readiness::WritableOnce,
+            // It is read when its commands have been taken.
+            () if self.has_line() || self.is_finished => Readiness::Paused,
+            () => Readiness::ReadableOnce,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let is_idle = self.output.is_empty() && self.unanswered == 0 && !self.has_line();
+        self.is_finished && is_idle
+    }
+}
