@@ -8,6 +8,7 @@
 pub mod captures;
 pub mod counting;
 pub mod daemon;
+pub mod doorbell;
 pub mod echo;
 pub mod fixture;
 pub mod frames;

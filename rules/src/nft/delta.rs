@@ -12,6 +12,7 @@ use super::table::base_table;
 use crate::desired::Desired;
 use crate::network::{MiddleboxKey, NetworkId};
 use crate::slots::Slots;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub struct Installed {
     /// The number of middleboxes that use each set and chain that comes and goes, and each network,
     /// by its prefix.
     users: HashMap<String, usize>,
+    /// The parts of networks, by their prefixes, as far as a change has needed them.
+    network_parts: RefCell<HashMap<String, Arc<Table>>>,
 }
 
 /// A change of the ruleset, in steps, so that packets which both ends treat alike are treated so
@@ -96,7 +99,8 @@ impl Installed {
             }
         });
         let shared = base_table().sets;
-        (Installed { options: *options, shared, users }, ruleset)
+        let network_parts = RefCell::default();
+        (Installed { options: *options, shared, users, network_parts }, ruleset)
     }
 
     /// Returns the change from the standing state to the desired one.
@@ -122,8 +126,8 @@ impl Installed {
             };
             count(&after.parts, usize::saturating_add);
             count(&before.parts, usize::saturating_sub);
-            let old = self.table(&before, &after, &used_before);
-            let new = self.table(&after, &before, &users);
+            let old = self.table((&before, &used_before), (&after, &users));
+            let new = self.table((&after, &users), (&before, &used_before));
             steps.push(Step { old, new });
             before = after;
         }
@@ -186,16 +190,28 @@ impl Installed {
         stages
     }
 
-    /// Returns the part of the ruleset that a step touches, at one end of it; `other` is the other
-    /// end.
+    /// Returns the part of a network.
+    fn network_part(&self, network: NetworkId, prefix: &str) -> Arc<Table> {
+        let mut parts = self.network_parts.borrow_mut();
+        let made = || Arc::new(network_part(network, prefix, &self.options));
+        parts.entry(prefix.to_string()).or_insert_with(made).clone()
+    }
+
+    /// Returns the part of the ruleset that a step touches, at one end of it, with the users of names
+    /// there; `other` is the other end. What is the same at both ends is left out, but for the sets in which
+    /// elements differ.
     fn table(
         &self,
-        stage: &Stage<'_>,
-        other: &Stage<'_>,
-        users: &BTreeMap<String, usize>,
+        (stage, users): (&Stage<'_>, &BTreeMap<String, usize>),
+        (other, other_users): (&Stage<'_>, &BTreeMap<String, usize>),
     ) -> Table {
         let mut table = Table::new(Family::Bridge);
-        let used = |name: &str| users.get(name).is_some_and(|count| *count != 0);
+        let is_in = |users: &BTreeMap<String, usize>, name: &str| {
+            users.get(name).is_some_and(|count| *count != 0)
+        };
+        let used = |name: &str| is_in(users, name);
+        let touched: BTreeSet<&String> =
+            stage.parts.iter().chain(&other.parts).flat_map(|part| part.elements.keys()).collect();
         // Parts that stay for the sake of unchanged middleboxes are the same before and after.
         for part in &other.parts {
             let kept = part.sets.iter().filter(|(name, _)| used(name));
@@ -203,11 +219,20 @@ impl Installed {
             let kept = part.chains.iter().filter(|(name, _)| used(name));
             table.chains.extend(kept.map(|(name, chain)| (name.clone(), chain.clone())));
         }
-        table.sets.extend(self.shared.iter().map(|(name, set)| (name.clone(), set.clone())));
+        let of = |sets: &BTreeMap<String, Set>| -> Vec<(String, Set)> {
+            let named = |name: &&String| Some(((*name).clone(), sets.get(*name)?.clone()));
+            touched.iter().filter_map(named).collect()
+        };
+        table.sets.extend(of(&self.shared));
         let networks: BTreeMap<&str, NetworkId> =
             other.networks().into_iter().chain(stage.networks()).collect();
         for (&prefix, &network) in networks.iter().filter(|(prefix, _)| used(prefix)) {
-            table.merge(network_part(network, prefix, &self.options));
+            let part = self.network_part(network, prefix);
+            if is_in(other_users, prefix) {
+                table.sets.extend(of(&part.sets));
+            } else {
+                table.merge(Table::clone(&part));
+            }
         }
         stage.parts.iter().for_each(|part| table.add(part.clone()));
         if let Some(dispatch) = &stage.dispatch {

@@ -4,11 +4,17 @@
 //! this one.
 
 use crate::print;
+use nfqd_shmctl::doorbell::Bell;
 use nfqd_shmctl::mailbox::guest::send_command;
 use nfqd_shmctl::{Region, Reply, ring, sender};
 use nfqd_tests::daemon::{NFQD, program};
+use nfqd_tests::doorbell::DoorbellClient;
 use nfqd_tests::netns::{in_netns, run as shell};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
 use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,13 +49,16 @@ impl Drop for Peer {
 }
 
 impl Peer {
-    fn start(nfqd: &Path, regions: usize) -> Peer {
+    fn start(nfqd: &Path, regions: usize, doorbells: usize) -> Peer {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
         let mut command = Command::new(nfqd);
         command.arg("--state").arg(at("state")).arg("--control").arg(at("control"));
         for number in 0..regions {
             command.arg("--shm").arg(region(directory.path(), number));
+        }
+        for number in 0..doorbells {
+            command.arg("--doorbell").arg(doorbell(directory.path(), number));
         }
         let log = File::create(at("log")).expect("a log");
         let child = command.stdin(Stdio::null()).stderr(log).spawn().expect("nfqd");
@@ -91,6 +100,10 @@ impl Peer {
         let (after, seconds) = (self.usage(), start.elapsed().as_secs_f64());
         ((after.0 - before.0) / seconds * 100.0, (after.1 - before.1) / seconds)
     }
+}
+
+fn doorbell(directory: &Path, number: usize) -> PathBuf {
+    directory.join(format!("bell{number}"))
 }
 
 fn region(directory: &Path, number: usize) -> PathBuf {
@@ -182,7 +195,7 @@ fn measure_idle() {
         let mut results = vec![(Vec::new(), Vec::new()); contestants.len()];
         for _ in 0..ROUNDS {
             for ((_, path), (cpu, wakeups)) in contestants.iter().zip(&mut results) {
-                let (share, rate) = Peer::start(path, regions).idle();
+                let (share, rate) = Peer::start(path, regions, 0).idle();
                 cpu.push(share);
                 wakeups.push(rate);
             }
@@ -196,7 +209,7 @@ fn measure_idle() {
 
 fn measure_latency() {
     for (name, path) in contestants() {
-        let peer = Peer::start(&path, 2);
+        let peer = Peer::start(&path, 2, 0);
         let (guest, other) = (peer.region(0), peer.region(1));
         let ways = [Some(MAILBOX), ring::guest::is_there(&guest).then_some(RING)];
         for way in ways.into_iter().flatten() {
@@ -220,6 +233,120 @@ fn measure_latency() {
         }
     }
     print_percentiles("a process of nft every 12 ms", &mut nft_latencies());
+}
+
+/// Runs it and prints what came out.
+pub(crate) fn enforcement() {
+    in_bridge_netns(measure_enforcement);
+}
+
+/// The time from a guest's write until the kernel has the change, by each way of a command, and by a
+/// process of nft that adds a rule.
+fn measure_enforcement() {
+    let peer = Peer::start(&program(NFQD), 1, 1);
+    let plain = peer.region(0);
+    let vm = DoorbellClient::connect(&doorbell(peer.directory.path(), 0));
+    for pause in [TALK_PAUSE, PAUSE] {
+        let count = if pause == PAUSE { AFTER_PAUSE } else { TALKING };
+        for (name, guest, bell, way) in [
+            ("doorbell", &vm.memory, Some(&vm.host), RING),
+            ("ring of a plain region", &plain, None, RING),
+            ("mailbox of a plain region", &plain, None, MAILBOX),
+        ] {
+            let send = |command: &str| {
+                let replies = way.1(guest, command);
+                assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
+            };
+            send("R F 2:0:0:0:0:1 10.0.0.1");
+            let change = |number: usize| send(&format!("A 2:0:0:0:0:1 T 2 d {}", 1000 + number));
+            let mut times = until_enforced(count, pause, bell.map(|bell| (guest, bell)), change);
+            print_percentiles(&format!("{name}, every {pause:?}, until enforced"), &mut times);
+        }
+        shell("nft add table bridge peer");
+        shell("nft add chain bridge peer rules");
+        let by_nft = |number: usize| {
+            shell(&format!("nft add rule bridge peer rules tcp dport {} drop", 1000 + number));
+        };
+        let mut times = until_enforced(count, pause, None, by_nft);
+        print_percentiles(
+            &format!("a process of nft, every {pause:?}, until enforced"),
+            &mut times,
+        );
+        shell("nft delete table bridge peer");
+    }
+}
+
+/// Makes changes with a pause before each; returns the milliseconds until each was in the kernel. Rings the
+/// bell for a guest, as soon as its request is complete.
+fn until_enforced(
+    count: usize,
+    pause: Duration,
+    doorbell: Option<(&Region, &Bell)>,
+    change: impl Fn(usize) + Sync,
+) -> Vec<f64> {
+    /// `sent` in the guest's section, by the layout's documentation.
+    const SENT: usize = 8200;
+    let generation = Generation::open();
+    let sent = || doorbell.map_or(0, |(guest, _)| guest.load_u64(SENT));
+    let one = |number: usize| {
+        std::thread::sleep(pause);
+        let (before, mut sent_before) = (generation.get(), sent());
+        std::thread::scope(|scope| {
+            // Its start costs time, which is not the command's.
+            let (ready, go) = std::sync::mpsc::channel();
+            let (started, start) = std::sync::mpsc::channel();
+            let change = &change;
+            scope.spawn(move || {
+                ready.send(()).expect("the bench");
+                go_on(&started);
+                change(number);
+            });
+            go.recv().expect("the sender");
+            let start = start.recv().expect("the sender");
+            while generation.get() == before {
+                let now = sent();
+                if now != sent_before {
+                    sent_before = now;
+                    doorbell.iter().for_each(|(_, bell)| bell.ring());
+                }
+            }
+            Instant::now().saturating_duration_since(start).as_secs_f64() * 1e3
+        })
+    };
+    (0..count).map(one).collect()
+}
+
+/// Tells when a change begins.
+fn go_on(started: &std::sync::mpsc::Sender<Instant>) {
+    started.send(Instant::now()).expect("the bench");
+}
+
+/// The generation of nftables' rulesets, which increases when a change takes effect
+/// (net/netfilter/nf_tables_api.c, `nf_tables_getgen`).
+struct Generation(OwnedFd);
+
+impl Generation {
+    fn open() -> Generation {
+        let protocol = SockProtocol::NetlinkNetFilter;
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let opened = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol);
+        Generation(opened.expect("a netlink socket"))
+    }
+
+    fn get(&self) -> u32 {
+        // NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN; NLM_F_REQUEST.
+        const GETGEN: u16 = 10 << 8 | 16;
+        let mut request = 20_u32.to_ne_bytes().to_vec();
+        request.extend(GETGEN.to_ne_bytes());
+        request.extend(1_u16.to_ne_bytes());
+        request.resize(20, 0);
+        let flags = MsgFlags::empty();
+        send(self.0.as_raw_fd(), &request, flags).expect("nftables");
+        let mut answer = [0; 256];
+        recv(self.0.as_raw_fd(), &mut answer, flags).expect("nftables");
+        // The first attribute, behind both headers and its own.
+        u32::from_be_bytes([answer[24], answer[25], answer[26], answer[27]])
+    }
 }
 
 /// Adds a rule by a process of nft each time; returns the latencies in milliseconds.

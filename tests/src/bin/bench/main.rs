@@ -47,6 +47,7 @@ const ALL: &[(&str, fn())] = &[
     ("classifier", classifier::run),
     ("idle", control::idle),
     ("latency", control::latency),
+    ("enforcement", control::enforcement),
     #[cfg(feature = "peers")]
     ("peers", peers::run),
 ];
