@@ -102,7 +102,9 @@ impl Failure {
                 SendError::NotAMessage(_) | SendError::TooLong(_) | SendError::NoMailbox,
             ) => 2,
             // Neither rejected nor free to be sent again.
-            Failure::Send(SendError::NotAReply(_) | SendError::Reset | SendError::Abandoned) => 4,
+            Failure::Send(
+                SendError::NotAReply(_) | SendError::Reset | SendError::Unconfirmed(_),
+            ) => 4,
             Failure::NoDevice(_) | Failure::Send(_) => 3,
         })
     }

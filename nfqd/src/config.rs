@@ -290,7 +290,8 @@ impl ChannelSpec {
         ChannelSpec::parse(text, |path| match path {
             "" => Err(ConfigError::NoPath),
             path if path.len() <= 100 && path.bytes().all(may) => {
-                Ok(Transport::Doorbell(PathBuf::from(path)))
+                // One path has one spelling here.
+                Ok(Transport::Doorbell(Path::new(path).components().collect()))
             }
             path => Err(ConfigError::SocketPath(path.to_string())),
         })

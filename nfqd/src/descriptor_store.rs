@@ -12,8 +12,10 @@ pub struct DescriptorStore {
     keeper: Keeper,
     /// Those of an earlier nfqd that have not been taken yet.
     earlier: Descriptors,
-    /// Whether a holder has ended, with all that it had.
-    has_lost: bool,
+    /// The number of holders that have ended, with all that they had.
+    losses: u32,
+    /// The reason there is no holder, if it has been logged.
+    logged: Option<String>,
 }
 
 enum Keeper {
@@ -31,28 +33,31 @@ impl DescriptorStore {
     pub fn open() -> DescriptorStore {
         let supervisor = Supervisor::from_environment();
         let mut earlier = take_inherited();
-        if supervisor.is_there() {
+        // systemd 254 and later say how many descriptors they keep.
+        let keeps = std::env::var("FDSTORE").map_or(true, |most| most != "0");
+        if supervisor.is_there() && keeps {
             return DescriptorStore {
                 keeper: Keeper::ServiceManager(supervisor),
                 earlier,
-                has_lost: false,
+                losses: 0,
+                logged: None,
             };
         }
         let Ok(holder) = Holder::connect() else {
-            return DescriptorStore { keeper: Keeper::Nobody, earlier, has_lost: false };
+            return DescriptorStore { keeper: Keeper::Nobody, earlier, losses: 0, logged: None };
         };
         match holder.take() {
             Ok(taken) => earlier.extend(taken),
             Err(errno) => log::warn!("holder of descriptors: {errno}"),
         }
-        DescriptorStore { keeper: Keeper::Holder(holder), earlier, has_lost: false }
+        DescriptorStore { keeper: Keeper::Holder(holder), earlier, losses: 0, logged: None }
     }
 
     /// A store that keeps nothing.
     #[cfg(test)]
     pub fn none() -> DescriptorStore {
         let (keeper, earlier) = (Keeper::None, Descriptors::new());
-        DescriptorStore { keeper, earlier, has_lost: false }
+        DescriptorStore { keeper, earlier, losses: 0, logged: None }
     }
 
     /// Takes a descriptor of an earlier nfqd.
@@ -60,13 +65,21 @@ impl DescriptorStore {
         self.earlier.remove(name)
     }
 
-    /// Keeps a descriptor under a name. If that fails, it is logged: it is lost when nfqd ends.
-    pub fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>) {
+    /// Keeps a descriptor under a name. Returns false if that failed: it is lost when nfqd ends, unless
+    /// it is stored again.
+    pub fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> bool {
         if let Keeper::Nobody = self.keeper {
             match Holder::start() {
-                Ok(holder) => self.keeper = Keeper::Holder(holder),
+                Ok(holder) => (self.keeper, self.logged) = (Keeper::Holder(holder), None),
                 Err(error) => {
-                    log::warn!("no holder of descriptors: {error}; {name} is lost when nfqd ends");
+                    let reason = error.to_string();
+                    if self.logged.as_ref() != Some(&reason) {
+                        log::warn!(
+                            "no holder of descriptors: {reason}; VMs' doorbells are lost if nfqd ends"
+                        );
+                    }
+                    self.logged = Some(reason);
+                    return false;
                 }
             }
         }
@@ -74,10 +87,11 @@ impl DescriptorStore {
             Keeper::ServiceManager(supervisor) => supervisor.store(name, descriptor),
             Keeper::Holder(holder) => {
                 let stored = holder.store(name, descriptor);
-                self.check(stored);
+                return self.check(stored);
             }
             _ => {}
         }
+        true
     }
 
     /// Closes a descriptor that is kept.
@@ -92,25 +106,28 @@ impl DescriptorStore {
         }
     }
 
-    fn check(&mut self, result: Result<(), Errno>) {
+    /// Notes a holder that has ended; another one is started when there is something to keep. Returns
+    /// whether it has not.
+    fn check(&mut self, result: Result<(), Errno>) -> bool {
         if let Err(errno) = result {
             log::warn!("holder of descriptors: {errno}; another one is started");
-            (self.keeper, self.has_lost) = (Keeper::Nobody, true);
+            (self.keeper, self.losses) = (Keeper::Nobody, self.losses + 1);
         }
+        result.is_ok()
     }
 
     /// Looks after the holder, once a second.
     pub fn follow(&mut self) {
-        self.has_lost = false;
         if let Keeper::Holder(holder) = &self.keeper {
             let alive = holder.check();
             self.check(alive);
         }
     }
 
-    /// Whether what was kept has to be stored again, because its holder has ended.
-    pub fn has_lost(&self) -> bool {
-        self.has_lost
+    /// Returns a number that differs when what was kept has to be stored again, because its holder has
+    /// ended.
+    pub fn losses(&self) -> u32 {
+        self.losses
     }
 
     /// Whether a service manager keeps the descriptors.

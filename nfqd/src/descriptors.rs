@@ -39,7 +39,8 @@ pub fn take_inherited() -> Descriptors {
                 // that is not open fails below, and is forgotten without being closed.
                 let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
                 match fcntl(&descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
-                    Ok(_) => drop(out.insert(name.to_string(), descriptor)),
+                    // Of several, the last one that was stored comes first.
+                    Ok(_) => drop(out.entry(name.to_string()).or_insert(descriptor)),
                     Err(errno) => {
                         log::warn!("descriptor {number} of the service manager: {errno}");
                         let _ = descriptor.into_raw_fd();

@@ -1,32 +1,37 @@
 //! The holder: a small process that keeps descriptors while nfqd is not running, where no service manager
 //! does.
 //!
-//! nfqd starts it when it first has something to keep, and finds it at an abstract Unix socket, which
-//! belongs to the network namespace (unix(7)). It ends when it is told to, or a minute after nfqd if no VM
+//! nfqd starts it when it first has something to keep, and finds it at a socket in `/run/nfqd` that is named by
+//! the network namespace and that only root can connect to. It ends when it is told to, or a minute after nfqd if no VM
 //! is connected any more.
 //!
 //! A message is a word and a name. `STORE NAME` comes with the descriptor, `REMOVE NAME` closes it,
 //! `TAKE` is answered by a message for each descriptor and by `END`, `RELEASE` ends the holder.
 
 use crate::descriptors::{Descriptors, accept, receive, send};
+use crate::host_lock::path_of_namespace;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::sockopt::{ReceiveTimeout, SendTimeout};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
-    listen, recv, socket,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, listen, recv,
+    setsockopt, socket,
 };
-use nix::unistd::{close, geteuid};
-use std::fs;
+use nix::sys::time::TimeVal;
+use nix::unistd::close;
+use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The abstract name, with the version of the protocol.
-const NAME: &[u8] = b"nfqd-holder-1";
+/// The extension of the socket's path, with the version of the protocol.
+const EXTENSION: &str = "holder1";
+/// The time that either side may take for a message.
+const TIMEOUT: TimeVal = TimeVal::new(2, 0);
 /// The time that a holder without a VM waits for nfqd to come back.
 const ABSENCE: Duration = Duration::from_secs(60);
 /// The time that a holder takes to start, at most.
@@ -42,18 +47,17 @@ pub const LISTENER: &str = "listener@";
 #[derive(Debug)]
 pub struct Holder {
     connection: OwnedFd,
+    /// The process, if this nfqd has started it.
+    child: Option<Child>,
 }
 
 impl Holder {
     /// Connects to the holder of this network namespace, if there is one.
     ///
     /// # Errors
-    /// If there is none, or another user has taken its name.
+    /// If there is none.
     pub fn connect() -> io::Result<Holder> {
-        let connection = new_socket()?;
-        connect(connection.as_raw_fd(), &address()?)?;
-        check_peer(connection.as_fd())?;
-        Ok(Holder { connection })
+        Ok(Holder { connection: new_connection()?, child: None })
     }
 
     /// Starts a holder and connects to it.
@@ -68,11 +72,14 @@ impl Holder {
         let mut child = command.process_group(0).spawn()?;
         let deadline = Instant::now() + START_TIME;
         loop {
-            match Holder::connect() {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                other => return other,
+            if let Ok(connection) = new_connection() {
+                return Ok(Holder { connection, child: Some(child) });
             }
-            if Instant::now() >= deadline || child.try_wait()?.is_some() {
+            if let Some(status) = child.try_wait()? {
+                return Err(io::Error::other(format!("it has ended, {status}")));
+            }
+            if Instant::now() >= deadline {
+                let _ = child.kill().and_then(|()| child.wait());
                 return Err(io::Error::other("it has not started"));
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -105,7 +112,8 @@ impl Holder {
         loop {
             match message(self.connection.as_fd())? {
                 Some((name, Some(descriptor))) => drop(out.insert(name, descriptor)),
-                Some(_) => return Ok(out),
+                Some((text, None)) if text == "END" => return Ok(out),
+                Some((name, None)) => log::warn!("holder of descriptors: {name} is lost"),
                 None => return Err(Errno::EPIPE),
             }
         }
@@ -130,22 +138,29 @@ impl Holder {
     }
 }
 
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // One that has ended leaves nothing behind.
+        let _ = self.child.as_mut().map(Child::try_wait);
+    }
+}
+
 fn address() -> io::Result<UnixAddr> {
-    Ok(UnixAddr::new_abstract(NAME)?)
+    Ok(UnixAddr::new(&path_of_namespace(EXTENSION)?)?)
+}
+
+/// Connects to the holder.
+fn new_connection() -> io::Result<OwnedFd> {
+    let connection = new_socket()?;
+    setsockopt(&connection, SendTimeout, &TIMEOUT)?;
+    setsockopt(&connection, ReceiveTimeout, &TIMEOUT)?;
+    connect(connection.as_raw_fd(), &address()?)?;
+    Ok(connection)
 }
 
 fn new_socket() -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     Ok(socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?)
-}
-
-/// Checks that the other side belongs to root or to this user: anybody can take an abstract name.
-fn check_peer(connection: BorrowedFd<'_>) -> io::Result<()> {
-    let user = getsockopt(&connection, PeerCredentials)?.uid();
-    if user == 0 || user == geteuid().as_raw() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!("its name is taken by a process of user {user}")))
 }
 
 /// Receives a message, and the descriptor that came with it; `None` if the other side is gone.
@@ -188,12 +203,17 @@ struct Kept {
 /// If its name is taken, or the system refuses.
 pub fn run() -> io::Result<()> {
     close_inherited()?;
+    let path = path_of_namespace(EXTENSION)?;
+    // nfqd has found nobody there, and is the only one in this namespace.
+    let _ = fs::remove_file(&path);
     let listener = new_socket()?;
+    // Nobody can connect before it listens.
     bind(listener.as_raw_fd(), &address()?)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     listen(&listener, Backlog::new(4)?)?;
     let mut kept = Kept { descriptors: Descriptors::new(), daemon: None, since: Instant::now() };
     while kept.step(&listener)? {}
-    Ok(())
+    fs::remove_file(&path)
 }
 
 impl Kept {
@@ -212,12 +232,16 @@ impl Kept {
         poll(&mut fds, PollTimeout::from(1000_u16))?;
         let mut ready =
             fds.iter().map(|fd| fd.any().unwrap_or(false)).collect::<Vec<_>>().into_iter();
-        if ready.next() == Some(true) {
+        let has_client = ready.next() == Some(true);
+        if self.daemon.is_some() && ready.next() == Some(true) {
+            return Ok(self.serve());
+        }
+        if has_client {
             self.accept(listener);
             return Ok(true);
         }
         if self.daemon.is_some() {
-            return Ok(ready.next() != Some(true) || self.serve());
+            return Ok(true);
         }
         // A VM sends nothing, so its connection is ready when it has ended.
         for (name, _) in vms.iter().zip(ready).filter(|(_, is_ready)| *is_ready) {
@@ -232,8 +256,8 @@ impl Kept {
     fn accept(&mut self, listener: &OwnedFd) {
         // The lock of the namespace is nfqd's: who comes now has taken its place.
         if let Ok(connection) = accept(listener.as_fd())
-            && check_peer(connection.as_fd()).is_ok()
             && set_blocking(connection.as_fd()).is_ok()
+            && setsockopt(&connection, SendTimeout, &TIMEOUT).is_ok()
         {
             self.daemon = Some(connection);
         }

@@ -9,6 +9,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// The network namespace of this process.
+const NAMESPACE: &str = "/proc/self/ns/net";
 /// The directory of the locks.
 const DIRECTORY: &str = "/run/nfqd";
 
@@ -39,19 +41,23 @@ pub struct HostLock {
     _file: Flock<File>,
 }
 
+/// Returns the path of a file that belongs to this network namespace, where only root can be in the way.
+pub(crate) fn path_of_namespace(extension: &str) -> io::Result<PathBuf> {
+    let inode = fs::metadata(NAMESPACE)?.ino();
+    Ok(Path::new(DIRECTORY).join(format!("netns-{inode}.{extension}")))
+}
+
 impl HostLock {
     /// Takes the lock.
     ///
     /// # Errors
     /// If another nfqd has it, or the file cannot be made.
     pub fn take() -> Result<HostLock, HostLockError> {
-        let namespace = Path::new("/proc/self/ns/net");
         let io = |path: &Path, source| HostLockError::Io { path: path.to_path_buf(), source };
-        let inode = fs::metadata(namespace).map_err(|error| io(namespace, error))?.ino();
         let directory = Path::new(DIRECTORY);
         let made = DirBuilder::new().mode(0o755).recursive(true).create(directory);
         made.map_err(|error| io(directory, error))?;
-        let path = directory.join(format!("netns-{inode}.lock"));
+        let path = path_of_namespace("lock").map_err(|error| io(Path::new(NAMESPACE), error))?;
         // Whoever can open it can lock it.
         let file = File::options().create(true).read(true).append(true).mode(0o600).open(&path);
         let file = file.map_err(|error| io(&path, error))?;

@@ -47,13 +47,16 @@ pub enum LimitError {
 ///
 /// # Errors
 /// If one is not.
-pub fn check(queues: u16, channels: &[ChannelSpec]) -> Result<(), LimitError> {
+pub fn check<'a>(
+    queues: u16,
+    channels: impl Iterator<Item = &'a ChannelSpec>,
+) -> Result<(), LimitError> {
     let of = |resource: Resource| {
         let Ok((soft, hard)) = getrlimit(resource) else { return u64::MAX };
         // A process may always raise its soft limit to the hard one.
         if setrlimit(resource, hard, hard).is_ok() { hard } else { soft }
     };
-    let files = channels.iter().map(|spec| files_of(&spec.transport)).sum();
+    let files = channels.map(|spec| files_of(&spec.transport)).sum();
     suffice(of(Resource::RLIMIT_NOFILE), of(Resource::RLIMIT_AS), queues, files)
 }
 

@@ -63,6 +63,12 @@ impl Reactor {
         self.epoll.add(fd, EpollEvent::new(readiness.flags(), token))
     }
 
+    /// Removes a descriptor, which may stay open elsewhere: in another process, or as a duplicate.
+    pub fn remove(&self, fd: impl AsFd) {
+        // One that was not added is not there.
+        let _ = self.epoll.delete(fd);
+    }
+
     /// Changes what a descriptor is waited for.
     ///
     /// # Errors

@@ -114,7 +114,8 @@ pub struct Started {
 /// See [`StartError`]. The kernel is as it was before.
 pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let config = args.resolve()?;
-    limits::check(config.queues.count, &config.channels)?;
+    let attached = AttachedChannels::load(&config.state);
+    limits::check(config.queues.count, config.channels.iter().chain(attached.specs()))?;
     let lock = HostLock::take()?;
     let journal = Journal::open(&config.state)?;
     let mut kernel = Kernel::open()?;
@@ -131,7 +132,6 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let resources = Rc::new(resources);
     let open = |spec| Channel::open(spec, &resources).refuse_mistake();
     let mut channels = config.channels.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    let attached = AttachedChannels::load(&config.state);
     let is_other =
         |spec: &&ChannelSpec| config.channels.iter().all(|its| its.transport != spec.transport);
     let others = attached.specs().filter(is_other);
@@ -203,7 +203,9 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
         plane.enforcer.serve(queue).map_err(|error| StartError::system(&what, error))?;
     }
     plane.save();
-    plane.resources.store().forget_earlier();
+    if plane.attached.is_complete() {
+        plane.resources.store().forget_earlier();
+    }
     plane.has_new_backend = true;
     Ok(Started { config, plane, control, signals, lock, supervisor })
 }

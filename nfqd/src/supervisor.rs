@@ -46,8 +46,11 @@ impl Supervisor {
         self.send(state, &[]);
     }
 
-    /// Asks the service manager to store a descriptor under a name until the next start.
+    /// Asks the service manager to store a descriptor under a name until the next start, in place of an
+    /// earlier one.
     pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) {
+        // It would keep both.
+        self.remove(name);
         // Lost messages show as an error of a netlink socket, which is no reason to close it.
         let state = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
         self.send(&state, &[descriptor.as_raw_fd()]);

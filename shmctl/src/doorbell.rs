@@ -8,6 +8,7 @@
 //! The guest rings by a write of [`RING`] to its register, see [`Register`](crate::Register).
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{read, write};
@@ -42,14 +43,30 @@ impl Bell {
     }
 
     /// Rings. A bell that has been rung and not been heard stays rung.
-    pub fn ring(&self) {
+    ///
+    /// # Errors
+    /// If the other side has made the bell block.
+    pub fn ring(&self) -> Result<(), Errno> {
+        self.check()?;
         // It fails if it has been rung 2^64 - 2 times.
         let _ = write(&self.0, &1_u64.to_ne_bytes());
+        Ok(())
     }
 
     /// Returns whether the bell has been rung since the last call.
-    pub fn take_ring(&self) -> bool {
-        read(&self.0, &mut [0; 8]).is_ok()
+    ///
+    /// # Errors
+    /// If the other side has made the bell block.
+    pub fn take_ring(&self) -> Result<bool, Errno> {
+        self.check()?;
+        Ok(read(&self.0, &mut [0; 8]).is_ok())
+    }
+
+    /// Checks that the bell does not block. Both sides share its flags, and a process that has taken over
+    /// the other side could let this one wait for ever.
+    fn check(&self) -> Result<(), Errno> {
+        let flags = OFlag::from_bits_retain(fcntl(&self.0, FcntlArg::F_GETFL)?);
+        if flags.contains(OFlag::O_NONBLOCK) { Ok(()) } else { Err(Errno::EDEADLK) }
     }
 }
 
@@ -105,10 +122,13 @@ mod tests {
     #[test]
     fn a_bell_is_heard_once_however_often_it_was_rung() {
         let bell = Bell::new().unwrap();
-        assert!(!bell.take_ring());
-        bell.ring();
-        bell.ring();
-        assert!(bell.take_ring() && !bell.take_ring());
+        assert!(!bell.take_ring().unwrap());
+        bell.ring().unwrap();
+        bell.ring().unwrap();
+        assert!(bell.take_ring().unwrap() && !bell.take_ring().unwrap());
+        // The other side makes it block.
+        fcntl(&bell.0, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        assert_eq!((bell.take_ring(), bell.ring()), (Err(Errno::EDEADLK), Err(Errno::EDEADLK)));
     }
 
     #[test]

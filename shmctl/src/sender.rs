@@ -41,11 +41,11 @@ pub enum SendError {
          that nfqd runs on the host with this region as --shm"
     )]
     Unanswered,
-    /// The sender was interrupted while a command was under way that cannot be withdrawn.
+    /// There is no reply to a command that cannot be withdrawn; with the reason.
     #[error(
-        "interrupted; the command may or may not have taken effect; run 'status' to see what is registered"
+        "{0}; the command may or may not have taken effect; run 'status' to see what is registered"
     )]
-    Abandoned,
+    Unconfirmed(String),
     /// A message for the mailbox of a way that has none.
     #[error("vsock has no mailbox; write the command without -w and without marks")]
     NoMailbox,

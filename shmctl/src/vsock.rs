@@ -4,7 +4,7 @@
 use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::RegionLock;
-use crate::sender::{Patience, SendError, lock_by};
+use crate::sender::{GaveUp, Patience, SendError, lock_by};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SocketError;
@@ -59,7 +59,8 @@ impl Connection {
         match connect(connection.stream.as_raw_fd(), &VsockAddr::new(cid, PORT)) {
             Ok(()) => {}
             Err(Errno::EINPROGRESS | Errno::EAGAIN) => {
-                connection.wait_for(PollFlags::POLLOUT, patience, deadline)?;
+                let waited = connection.wait_for(PollFlags::POLLOUT, patience, deadline);
+                waited.map_err(|reason| reason.error(patience.timeout))?;
                 match getsockopt(&connection.stream, SocketError) {
                     Ok(0) => {}
                     Ok(number) => return Err(failed(Errno::from_raw(number))),
@@ -77,20 +78,18 @@ impl Connection {
         flags: PollFlags,
         patience: Patience<'_>,
         deadline: Instant,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), GaveUp> {
         loop {
-            // In pieces, because a signal may come just before the call.
+            // In pieces, because a signal may come just before the call. An error shows at the next call.
             let mut fds = [PollFd::new(self.stream.as_fd(), flags)];
-            match poll(&mut fds, PollTimeout::from(50_u8)) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(errno) => return Err(SendError::Vsock(errno)),
+            if poll(&mut fds, PollTimeout::from(50_u8)) != Ok(0) {
+                return Ok(());
             }
             if patience.interrupted.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
-                return Err(SendError::Abandoned);
+                return Err(GaveUp::Interrupted);
             }
             if Instant::now() >= deadline {
-                return Err(SendError::Unanswered);
+                return Err(GaveUp::Timeout);
             }
         }
     }
@@ -120,8 +119,7 @@ impl Connection {
         let patience = patience.into();
         for command in commands {
             let deadline = Instant::now() + patience.timeout;
-            self.write(&format!("{command}\n"), patience, deadline)?;
-            let text = self.read_line(patience, deadline)?;
+            let text = self.exchange(command, patience, deadline)?;
             let start = || text.chars().take(80).flat_map(char::escape_default).collect();
             let reply: Reply = text.parse().map_err(|_| SendError::NotAReply(start()))?;
             let is_ok = reply.is_ok();
@@ -133,24 +131,35 @@ impl Connection {
         Ok(())
     }
 
-    fn write(
+    /// Sends a command and returns the line that answers it. From the first byte on, the host may carry it out.
+    fn exchange(
         &self,
-        text: &str,
+        command: &str,
         patience: Patience<'_>,
         deadline: Instant,
-    ) -> Result<(), SendError> {
-        let mut rest = text.as_bytes();
+    ) -> Result<String, SendError> {
+        let unconfirmed = |reason: String| SendError::Unconfirmed(reason);
+        let gave_up = |reason: GaveUp| match reason {
+            GaveUp::Timeout => {
+                format!("no reply from the host within {} s", patience.timeout.as_secs_f32())
+            }
+            GaveUp::Interrupted => "interrupted".to_string(),
+        };
+        let line = format!("{command}\n");
+        let mut rest = line.as_bytes();
         while !rest.is_empty() {
             match send(self.stream.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL) {
                 Ok(length) => rest = rest.get(length..).unwrap_or_default(),
-                Err(Errno::EAGAIN) => self.wait_for(PollFlags::POLLOUT, patience, deadline)?,
-                Err(errno) => return Err(SendError::Vsock(errno)),
+                Err(Errno::EAGAIN) => {
+                    let waited = self.wait_for(PollFlags::POLLOUT, patience, deadline);
+                    waited.map_err(|reason| unconfirmed(gave_up(reason)))?;
+                }
+                Err(Errno::EINTR) => {}
+                // A host that has refused the connection has said why.
+                Err(Errno::EPIPE | Errno::ECONNRESET) => break,
+                Err(errno) => return Err(unconfirmed(format!("vsock: {errno}"))),
             }
         }
-        Ok(())
-    }
-
-    fn read_line(&self, patience: Patience<'_>, deadline: Instant) -> Result<String, SendError> {
         loop {
             let mut input = self.input.borrow_mut();
             if let Some(end) = input.iter().position(|byte| *byte == b'\n') {
@@ -159,16 +168,20 @@ impl Connection {
             }
             let mut bytes = [0; 4096];
             match recv(self.stream.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
-                Ok(0) => return Err(SendError::Reset),
+                Ok(0) | Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) => {
+                    return Err(unconfirmed("the host has ended the connection".to_string()));
+                }
                 Ok(length) if input.len() + length <= MAX_REPLY => {
                     input.extend(bytes.get(..length).unwrap_or_default());
                 }
                 Ok(_) => return Err(SendError::NotAReply("a line without an end".to_string())),
                 Err(Errno::EAGAIN) => {
                     drop(input);
-                    self.wait_for(PollFlags::POLLIN, patience, deadline)?;
+                    let waited = self.wait_for(PollFlags::POLLIN, patience, deadline);
+                    waited.map_err(|reason| unconfirmed(gave_up(reason)))?;
                 }
-                Err(errno) => return Err(SendError::Vsock(errno)),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(unconfirmed(format!("vsock: {errno}"))),
             }
         }
     }

@@ -79,6 +79,11 @@ impl AttachedChannels {
         AttachedChannels { file, specs, invalid, is_unread }
     }
 
+    /// Whether all that was attached is known: the file was read, and every line is valid.
+    pub fn is_complete(&self) -> bool {
+        !self.is_unread && self.invalid.is_empty()
+    }
+
     /// Returns the specifications.
     pub fn specs(&self) -> impl Iterator<Item = &ChannelSpec> {
         self.specs.values().map(|(_, spec)| spec)

@@ -57,6 +57,9 @@ pub struct ControlPlane {
     pub counter_pages: CounterPages,
 }
 
+/// The most VMs that are accepted by vsock in a row.
+const MAX_ACCEPTED: u32 = 16;
+
 /// Whether a middlebox has services.
 pub fn has_services(policy: &Policy, key: MiddleboxKey) -> bool {
     policy.get(key).is_some_and(|middlebox| !middlebox.services().is_empty())
@@ -121,7 +124,8 @@ impl ControlPlane {
         };
         for event in events {
             if event.is_vsock_connection() {
-                self.accept_by_vsock();
+                // A few at a time: others wait as well.
+                (0..MAX_ACCEPTED).all(|_| self.accept_by_vsock(now));
             } else if let Some(channel) = self.channels.iter_mut().find(|its| its.has(event)) {
                 channel.handle(event, now);
             }
@@ -138,12 +142,13 @@ impl ControlPlane {
         }
     }
 
-    fn accept_by_vsock(&mut self) {
-        let Some(stream) = self.resources.accept_by_vsock() else { return };
-        let Ok(client) = VsockClient::new(stream) else { return };
+    /// Accepts a VM that has connected by vsock. Returns whether there was one.
+    fn accept_by_vsock(&mut self, now: Instant) -> bool {
+        let Some(stream) = self.resources.accept_by_vsock() else { return false };
+        let Ok(client) = VsockClient::new(stream) else { return true };
         let transport = Transport::Vsock(client.cid);
         match self.channels.iter_mut().find(|channel| channel.spec().transport == transport) {
-            Some(channel) => channel.accept(client),
+            Some(channel) => channel.accept(client, now),
             None => {
                 let cid = client.cid;
                 log::debug!("vsock: a VM with CID {cid}, which has no channel, was refused");
@@ -152,6 +157,7 @@ impl ControlPlane {
                 client.refuse(ErrorCode::Denied, &reason);
             }
         }
+        true
     }
 
     /// Gives slots anew, because observations have changed; the kernel follows at the next tick.
@@ -214,7 +220,18 @@ impl ControlPlane {
         }
         let channel = Channel::open(&spec, &self.resources).refuse_mistake();
         let channel = channel.map_err(|error| AttachError::Region(error.to_string()))?;
-        self.attached.add(text, spec)?;
+        let mut channel = channel;
+        let added = match channel.error() {
+            // A VM would not start without its server. A region, or vsock, may come later.
+            Some(error) if matches!(spec.transport, Transport::Doorbell(_)) => {
+                Err(AttachError::Region(error))
+            }
+            _ => self.attached.add(text, spec),
+        };
+        if let Err(error) = added {
+            channel.end();
+            return Err(error);
+        }
         log::info!("{}: attached", channel.spec().transport);
         self.channels.push(channel);
         self.warn_about_binding_violations();

@@ -12,12 +12,14 @@ use crate::reactor::Readiness;
 use nfqd_shmctl::doorbell::{Bell, RING, welcome};
 use nfqd_shmctl::{Ownership, RegionError, RegionFile};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
+};
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, lchown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -34,6 +36,8 @@ const HOST_BELL: &str = "host-bell@";
 const GUEST_BELL: &str = "guest-bell@";
 /// Refused clients that are logged in a second.
 const LOGGED_PER_SECOND: u32 = 1;
+/// Clients that are given a memory in a second.
+const WELCOMED_PER_SECOND: u32 = 3;
 
 /// The reason no VM can connect, or the one that has is not served.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +73,9 @@ pub(super) struct DoorbellLink {
     vm: Option<ConnectedVm>,
     error: Option<DoorbellError>,
     log_limiter: RateLimiter,
+    welcome_limiter: RateLimiter,
+    /// The store's losses as of when all that is there was stored; `None` if it is not.
+    stored: Option<u32>,
 }
 
 struct Listener {
@@ -106,6 +113,8 @@ impl DoorbellLink {
             vm: None,
             error: None,
             log_limiter: RateLimiter::new(LOGGED_PER_SECOND),
+            welcome_limiter: RateLimiter::new(WELCOMED_PER_SECOND),
+            stored: None,
         };
         link.adopt_listener();
         link.adopt_vm();
@@ -124,14 +133,18 @@ impl DoorbellLink {
     fn adopt_listener(&mut self) {
         let taken = self.resources.store().take(&self.name(LISTENER));
         let Some((socket, identity)) = taken.zip(identity_of(&self.path)) else { return };
-        self.set_listener(Listener { socket: UnixListener::from(socket), identity });
+        // The owner may have been changed while nfqd was away.
+        match give(&self.path, self.ownership) {
+            Ok(()) => self.set_listener(Listener { socket: UnixListener::from(socket), identity }),
+            Err(error) => self.fail_to_listen(error),
+        }
     }
 
     fn set_listener(&mut self, listener: Listener) {
         let fd = listener.socket.as_fd();
         let added = self.resources.add(fd, Readiness::Readable, self.event(source::LISTENER));
         match added {
-            Ok(()) => (self.listener, self.error) = (Some(listener), None),
+            Ok(()) => (self.listener, self.error, self.stored) = (Some(listener), None, None),
             Err(errno) => self.fail_to_listen(errno.into()),
         }
     }
@@ -140,6 +153,8 @@ impl DoorbellLink {
         let names = [VM, MEMORY, HOST_BELL, GUEST_BELL].map(|start| self.name(start));
         let taken = names.map(|name| self.resources.store().take(&name));
         let [Some(connection), Some(memory), Some(host_bell), Some(guest_bell)] = taken else {
+            // What is there of it is of no use.
+            self.forget_vm();
             return;
         };
         let memory = RegionFile::adopt(&self.path, memory)
@@ -173,7 +188,7 @@ impl DoorbellLink {
                 resources.add(connection, Readiness::Readable, self.event(source::CONNECTION))
             });
         added.map_err(|source| DoorbellError::Welcome { path: self.path.clone(), source })?;
-        self.vm = Some(vm);
+        (self.vm, self.stored) = (Some(vm), None);
         Ok(())
     }
 
@@ -184,12 +199,13 @@ impl DoorbellLink {
                 return;
             }
             log::warn!("{}: its socket was removed; listening anew", self.path.display());
+            self.resources.remove(listener.socket.as_fd());
+            self.resources.store().remove(&self.name(LISTENER));
             self.listener = None;
         }
         match listen_at(&self.path, self.ownership) {
             Ok(socket) => {
                 let Some(identity) = identity_of(&self.path) else { return };
-                self.resources.store().store(&self.name(LISTENER), socket.as_fd());
                 self.set_listener(Listener { socket, identity });
             }
             Err(error) => self.fail_to_listen(error),
@@ -205,29 +221,49 @@ impl DoorbellLink {
         self.error = Some(error);
     }
 
-    /// Does what is due once a second. Returns whether anything is new.
+    /// Does what is due once a second.
     pub(super) fn follow(&mut self) {
         self.listen();
+        if let Some(listener) = &self.listener {
+            // It was paused if there were no descriptors.
+            let (fd, event) = (listener.socket.as_fd(), self.event(source::LISTENER));
+            let _ = self.resources.modify(fd, Readiness::Readable, event);
+        }
         let repaired = self.vm.as_ref().map_or(Ok(()), |vm| vm.memory.repair());
         if let Err(error) = repaired {
             self.close(error);
         }
-        if self.resources.store().has_lost() {
-            self.store_vm();
-        }
+        self.store();
     }
 
-    fn store_vm(&self) {
+    /// Has what is there kept, unless that is so already.
+    fn store(&mut self) {
         let mut store = self.resources.store();
-        if let Some(listener) = &self.listener {
-            store.store(&self.name(LISTENER), listener.socket.as_fd());
+        let losses = store.losses();
+        if self.stored == Some(losses) {
+            return;
         }
-        let Some(vm) = &self.vm else { return };
-        // The connection last: without it, the rest is not taken over.
-        store.store(&self.name(MEMORY), vm.memory.region().as_fd());
-        store.store(&self.name(HOST_BELL), vm.host_bell.as_fd());
-        store.store(&self.name(GUEST_BELL), vm.guest_bell.as_fd());
-        store.store(&self.name(VM), vm.connection.as_fd());
+        let mut all = Vec::new();
+        all.extend(self.listener.iter().map(|listener| (LISTENER, listener.socket.as_fd())));
+        if let Some(vm) = &self.vm {
+            all.push((MEMORY, vm.memory.region().as_fd()));
+            all.push((HOST_BELL, vm.host_bell.as_fd()));
+            all.push((GUEST_BELL, vm.guest_bell.as_fd()));
+            // The connection last: without it, the rest is not taken over.
+            all.push((VM, vm.connection.as_fd()));
+        }
+        let is_stored = all.into_iter().all(|(start, fd)| store.store(&self.name(start), fd));
+        self.stored = is_stored.then_some(losses);
+    }
+
+    /// Gives the socket another owner and mode.
+    pub(super) fn set_ownership(&mut self, ownership: Ownership) {
+        self.ownership = ownership;
+        if self.listener.is_some()
+            && let Err(error) = give(&self.path, ownership)
+        {
+            log::error!("{}: {error}; the socket keeps its owner and mode", self.path.display());
+        }
     }
 
     /// Handles an event. Returns whether the guest has rung.
@@ -238,7 +274,11 @@ impl DoorbellLink {
             _ => {
                 let Some(vm) = &mut self.vm else { return false };
                 vm.is_armed = false;
-                return vm.host_bell.take_ring();
+                let rung = vm.host_bell.take_ring();
+                return rung.unwrap_or_else(|errno| {
+                    self.break_with_vm(errno);
+                    false
+                });
             }
         }
         false
@@ -251,8 +291,21 @@ impl DoorbellLink {
         }
     }
 
+    /// Ends the connection to a VM that does not keep to the protocol.
+    fn break_with_vm(&mut self, errno: Errno) {
+        let path = self.path.display();
+        log::error!(
+            "{path}: its VM could have nfqd wait for its bell ({errno}); it is not served any more"
+        );
+        self.forget_vm();
+    }
+
     fn forget_vm(&mut self) {
-        self.vm = None;
+        if let Some(vm) = self.vm.take() {
+            // They stay open in the store, and in QEMU.
+            self.resources.remove(vm.connection.as_fd());
+            self.resources.remove(vm.host_bell.as_fd());
+        }
         for start in [VM, MEMORY, HOST_BELL, GUEST_BELL] {
             self.resources.store().remove(&self.name(start));
         }
@@ -260,29 +313,29 @@ impl DoorbellLink {
 
     fn accept(&mut self, second: u32) {
         let Some(listener) = &self.listener else { return };
-        let connection: OwnedFd = match listener.socket.accept() {
-            Ok((stream, _)) => stream.into(),
-            Err(error) => {
-                log::debug!("{}: {error}", self.path.display());
-                return;
-            }
-        };
+        let (fd, event) = (listener.socket.as_fd(), self.event(source::LISTENER));
+        let Some(connection) = self.resources.accept(fd, event) else { return };
         self.check_vm();
-        if self.vm.is_some() {
+        let refusal = if self.vm.is_some() {
+            Some("one is connected; give each VM a --doorbell of its own")
+        } else if !self.welcome_limiter.has_room(second) {
+            Some("VMs connect too often")
+        } else {
+            None
+        };
+        if let Some(reason) = refusal {
             if self.log_limiter.has_room(second) {
                 self.log_limiter.count();
-                log::warn!(
-                    "{}: another VM was refused, because one is connected; give each VM a --doorbell of its own",
-                    self.path.display()
-                );
+                log::warn!("{}: a VM was refused: {reason}", self.path.display());
             }
             return;
         }
+        self.welcome_limiter.count();
         match self.welcome(connection) {
             Ok(()) => {
                 log::info!("{}: its VM has connected", self.path.display());
                 self.error = None;
-                self.store_vm();
+                self.store();
             }
             Err(error) => {
                 log::error!("{error}");
@@ -328,9 +381,9 @@ impl DoorbellLink {
     pub(super) fn ring_guest(&mut self) {
         if let Some(vm) = &mut self.vm {
             let version = vm.memory.version();
-            if vm.version != version {
-                vm.version = version;
-                vm.guest_bell.ring();
+            let is_new = std::mem::replace(&mut vm.version, version) != version;
+            if let Some(Err(errno)) = is_new.then(|| vm.guest_bell.ring()) {
+                self.break_with_vm(errno);
             }
         }
     }
@@ -370,6 +423,7 @@ impl DoorbellLink {
     pub(super) fn end(&mut self) {
         self.forget_vm();
         self.resources.store().remove(&self.name(LISTENER));
+        self.listener.iter().for_each(|listener| self.resources.remove(listener.socket.as_fd()));
         if let Some(listener) = self.listener.take()
             && identity_of(&self.path) == Some(listener.identity)
         {
@@ -395,7 +449,7 @@ fn identity_of(path: &Path) -> Option<(u64, u64)> {
 fn listen_at(path: &Path, ownership: Ownership) -> io::Result<UnixListener> {
     match fs::symlink_metadata(path) {
         Ok(about) if about.file_type().is_socket() => {
-            if UnixStream::connect(path).is_ok() {
+            if is_listened_at(path)? {
                 return Err(io::Error::other("another program listens there"));
             }
             fs::remove_file(path)?;
@@ -411,14 +465,28 @@ fn listen_at(path: &Path, ownership: Ownership) -> io::Result<UnixListener> {
         Err(error) => return Err(error),
     }
     let listener = UnixListener::bind(path)?;
-    listener.set_nonblocking(true)?;
-    let made = lchown(path, ownership.owner, ownership.group)
-        .and_then(|()| fs::set_permissions(path, Permissions::from_mode(ownership.mode)));
+    let made = listener.set_nonblocking(true).and_then(|()| give(path, ownership));
     if let Err(error) = made {
         let _ = fs::remove_file(path);
         return Err(error);
     }
     Ok(listener)
+}
+
+/// Gives a socket its owner and mode.
+fn give(path: &Path, ownership: Ownership) -> io::Result<()> {
+    lchown(path, ownership.owner, ownership.group)?;
+    fs::set_permissions(path, Permissions::from_mode(ownership.mode))
+}
+
+/// Whether a program listens at a socket. It is not waited for.
+fn is_listened_at(path: &Path) -> io::Result<bool> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
+        Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(false),
+        _ => Ok(true),
+    }
 }
 
 #[cfg(test)]
@@ -430,6 +498,7 @@ mod tests {
     use crate::descriptors::receive;
     use nfqd_shmctl::{Region, Reply};
     use std::io::Write;
+    use std::os::unix::net::UnixStream;
     use std::time::{Duration, Instant};
 
     struct Fixture {
@@ -519,13 +588,19 @@ mod tests {
         let later = start + Duration::from_millis(1000);
         vm.memory.write(1, b"Q@");
         vm.memory.store(0, b'@');
-        vm.host.ring();
-        assert_eq!((fixture.step(later), vm.own.take_ring()), (vec!["Q".to_string()], true));
+        vm.host.ring().unwrap();
+        assert_eq!(
+            (fixture.step(later), vm.own.take_ring().unwrap()),
+            (vec!["Q".to_string()], true)
+        );
         // Without a ring, it is found all the same.
         vm.memory.store(0, b'@');
         vm.memory.store(2, b'@');
         let found = later + Duration::from_secs(1);
-        assert_eq!((fixture.step(found), vm.own.take_ring()), (vec!["Q".to_string()], true));
+        assert_eq!(
+            (fixture.step(found), vm.own.take_ring().unwrap()),
+            (vec!["Q".to_string()], true)
+        );
     }
 
     #[test]
@@ -535,7 +610,7 @@ mod tests {
         let start = Instant::now() + Duration::from_secs(1);
         let mut looks = 0;
         for step in 0..10_000_u32 {
-            vm.host.ring();
+            vm.host.ring().unwrap();
             let now = start + step * Duration::from_micros(10);
             let before = fixture.channel.next_poll();
             fixture.step(now);

@@ -11,6 +11,7 @@ mod vsock;
 
 pub use doorbell::DoorbellError;
 pub use message::{BadMessage, LineRequest, Message};
+use resources::vsock_advice;
 pub use resources::{ChannelEvent, ChannelResources};
 pub use vsock::VsockClient;
 
@@ -99,6 +100,9 @@ impl Channel {
             return region.error().is_none() && self.spec == *spec;
         }
         if self.spec != *spec {
+            if let Link::Doorbell(doorbell) = &mut self.link {
+                doorbell.set_ownership(spec.ownership);
+            }
             self.spec = spec.clone();
             self.budget = Budget::new(spec.quotas.rate, self.budget.counted());
         }
@@ -125,9 +129,7 @@ impl Channel {
         match &self.link {
             Link::Region(region) => region.error().map(ToString::to_string),
             Link::Doorbell(doorbell) => doorbell.error().map(ToString::to_string),
-            Link::Vsock(vsock) => {
-                vsock.error().map(|errno| format!("{errno}; load the module vhost_vsock"))
-            }
+            Link::Vsock(vsock) => vsock.error().map(vsock_advice),
         }
     }
 
@@ -161,9 +163,8 @@ impl Channel {
             Link::Region(_) => false,
             Link::Doorbell(doorbell) => doorbell.handle(event, second_of(now)),
             Link::Vsock(vsock) => {
-                let has_line = vsock.handle(event);
-                vsock.arm();
-                has_line
+                vsock.handle(event);
+                true
             }
         };
         if !has_memory && self.memory().is_some() {
@@ -175,8 +176,14 @@ impl Channel {
         }
     }
 
-    /// Takes a connection of a VM with the CID of this channel.
-    pub fn accept(&mut self, client: VsockClient) {
+    /// Takes a connection of a VM with the CID of this channel. It counts as a command.
+    pub fn accept(&mut self, client: VsockClient, now: Instant) {
+        self.budget.refill(now);
+        if self.budget.wait() != Duration::ZERO {
+            client.refuse(ErrorCode::Quota, "too many commands and connections; try again later");
+            return;
+        }
+        self.budget.spend(1);
         if let Link::Vsock(vsock) = &mut self.link {
             vsock.accept(client);
         }
@@ -209,7 +216,7 @@ impl Channel {
     /// Returns when the channel is to be polled next; `None` if there is nothing to poll.
     pub fn next_poll(&self) -> Option<Instant> {
         let has_something = match &self.link {
-            Link::Vsock(vsock) => vsock.has_line(),
+            Link::Vsock(vsock) => vsock.is_waiting(),
             _ => self.memory().is_some(),
         };
         has_something.then(|| self.schedule.next())
@@ -239,7 +246,13 @@ impl Channel {
                 doorbell.ring_guest();
                 may_ring && doorbell.arm()
             }
-            _ => false,
+            Link::Vsock(vsock) => {
+                if may_ring {
+                    vsock.arm();
+                }
+                false
+            }
+            Link::Region(_) => false,
         };
         // Withdrawals and replies that wait for room are not what the budget is for.
         let memory = self.memory();
@@ -293,7 +306,10 @@ impl Channel {
     pub fn reply(&mut self, answered: Vec<(Message, Reply)>) {
         if let Link::Vsock(vsock) = &mut self.link {
             vsock.reply(answered);
-            vsock.arm();
+            // The rest of what it has sent is taken at the next poll.
+            if self.budget.wait() == Duration::ZERO {
+                vsock.arm();
+            }
             return;
         }
         let written = self.memory_mut().map_or(Ok(()), |memory| memory.reply(answered));

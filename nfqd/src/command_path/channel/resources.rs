@@ -33,6 +33,9 @@ pub struct ChannelEvent {
     pub(super) source: u32,
 }
 
+/// The event of the socket at which VMs connect by vsock.
+const LISTENER: ChannelEvent = ChannelEvent { channel: 0, source: 0 };
+
 impl ChannelResources {
     /// The resources of a daemon that has no channels yet.
     ///
@@ -43,8 +46,8 @@ impl ChannelResources {
             reactor: Reactor::new()?,
             store: RefCell::new(store),
             last_id: Cell::new(0),
-            // The reason until it is asked for.
-            vsock: RefCell::new(Err(Errno::ENOTCONN)),
+            // Until it is asked for.
+            vsock: RefCell::new(Err(Errno::EAGAIN)),
         })
     }
 
@@ -65,6 +68,11 @@ impl ChannelResources {
         event: ChannelEvent,
     ) -> Result<(), Errno> {
         self.reactor.add(fd, readiness, event.token())
+    }
+
+    /// Waits for a descriptor no more, before it is closed here: it may stay open in the store, or in a VM.
+    pub(super) fn remove(&self, fd: BorrowedFd<'_>) {
+        self.reactor.remove(fd);
     }
 
     /// Changes what a descriptor is waited for.
@@ -97,22 +105,20 @@ impl ChannelResources {
     /// Listens for VMs that connect by vsock, unless that is so already.
     pub(super) fn listen_by_vsock(&self) {
         let mut vsock = self.vsock.borrow_mut();
-        if vsock.is_ok() {
+        if let Ok(listener) = &*vsock {
+            // It was paused if there were no descriptors.
+            let _ = self.modify(listener.as_fd(), Readiness::Readable, LISTENER);
             return;
         }
         let before = vsock.as_ref().err().copied();
         *vsock = listen_at(PORT).and_then(|listener| {
-            self.add(
-                listener.as_fd(),
-                Readiness::Readable,
-                ChannelEvent { channel: 0, source: 0 },
-            )?;
+            self.add(listener.as_fd(), Readiness::Readable, LISTENER)?;
             Ok(listener)
         });
         if let Err(errno) = *vsock
             && before != Some(errno)
         {
-            log::error!("vsock: {errno}; load the module vhost_vsock");
+            log::error!("{}", vsock_advice(errno));
         }
     }
 
@@ -124,8 +130,18 @@ impl ChannelResources {
     /// Accepts a VM that has connected by vsock; returns the connection.
     pub fn accept_by_vsock(&self) -> Option<OwnedFd> {
         let vsock = self.vsock.borrow();
-        let accepted = crate::descriptors::accept(vsock.as_ref().ok()?.as_fd());
-        accepted.inspect_err(|errno| log::debug!("vsock: {errno}")).ok()
+        self.accept(vsock.as_ref().ok()?.as_fd(), LISTENER)
+    }
+
+    /// Accepts a connection. Without descriptors, the listener pauses until it is rearmed.
+    pub(super) fn accept(&self, listener: BorrowedFd<'_>, event: ChannelEvent) -> Option<OwnedFd> {
+        use Errno::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
+        let accepted = crate::descriptors::accept(listener);
+        if let Err(errno @ (EMFILE | ENFILE | ENOBUFS | ENOMEM)) = accepted {
+            log::warn!("a VM cannot connect: {errno}; it waits");
+            let _ = self.modify(listener, Readiness::Paused, event);
+        }
+        accepted.ok()
     }
 }
 
@@ -151,11 +167,21 @@ impl ChannelEvent {
     }
 }
 
+/// Returns what a failure to listen by vsock means, and what to do about it.
+pub(super) fn vsock_advice(errno: Errno) -> String {
+    let advice = match errno {
+        Errno::EAFNOSUPPORT | Errno::ENODEV => "load the module vhost_vsock",
+        Errno::EADDRINUSE => "another program listens at its port; only one nfqd of a host can",
+        _ => "nfqd may not listen by vsock; look at its sandbox, such as RestrictAddressFamilies=",
+    };
+    format!("vsock: {errno}; {advice}")
+}
+
 fn listen_at(port: u32) -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
     // VMADDR_CID_ANY
     bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, port))?;
-    listen(&listener, Backlog::new(64)?)?;
+    listen(&listener, Backlog::new(4096)?)?;
     Ok(listener)
 }

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 const RATE: u32 = 100;
 /// The commands that a channel may send at once, in seconds of its rate.
 const BURST_SECONDS: f64 = 5.0;
-/// A command that takes more CPU time than this counts as several. With [`RATE`], a channel gets a
-/// tenth of a core.
-const COMMAND_TIME: Duration = Duration::from_millis(1);
+/// The share of a core that a channel gets at [`RATE`] or less.
+const CPU_SHARE: f64 = 0.1;
+/// A command may take this CPU time, in seconds, however high the rate is; one that takes more counts as
+/// several.
+const MIN_COMMAND_TIME: f64 = 0.001;
 
 /// The commands that a channel may still send, which are refilled over time.
 pub(super) struct Budget {
@@ -46,9 +48,9 @@ impl Budget {
 
     /// Charges the CPU time that the host has spent on commands beyond their share.
     pub(super) fn charge(&mut self, commands: usize, spent: Duration) {
-        let share = COMMAND_TIME.as_secs_f64() * commands as f64;
-        let excess = (spent.as_secs_f64() - share).max(0.0);
-        self.commands -= excess / COMMAND_TIME.as_secs_f64();
+        let command_time = (CPU_SHARE / self.rate).max(MIN_COMMAND_TIME);
+        let excess = (spent.as_secs_f64() - command_time * commands as f64).max(0.0);
+        self.commands -= excess / command_time;
     }
 
     /// Returns how long the channel has to wait. All messages of one write are answered by one
@@ -169,6 +171,11 @@ mod tests {
         assert!((before - budget.commands).abs() < 1e-9, "ten in less than their share");
         budget.charge(1, Duration::from_millis(26));
         assert!((before - budget.commands - 25.0).abs() < 1e-6);
+        // A low rate is no smaller share of a core.
+        let mut seldom = Budget::new(Some(1), Instant::now());
+        let before = seldom.commands;
+        seldom.charge(1, Duration::from_millis(100));
+        assert!((before - seldom.commands).abs() < 1e-9);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use nfqd_shmctl::{ErrorCode, MAX_COMMAND, Reply};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, VsockAddr, getpeername, send};
 use nix::unistd::read;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
@@ -18,6 +18,8 @@ use std::rc::Rc;
 const MAX_CONNECTIONS: usize = 8;
 /// The first port that any user of a VM may connect from (vsock's `LAST_RESERVED_PORT`).
 const FIRST_USER_PORT: u32 = 1024;
+/// The longest line that is read to its end, in bytes.
+const MAX_LINE: usize = 1 << 18;
 /// Bytes that are read at once.
 const READ_SIZE: usize = 8192;
 
@@ -31,9 +33,12 @@ pub(super) struct VsockLink {
 
 struct Connection {
     stream: OwnedFd,
-    input: Vec<u8>,
-    /// Bytes of a line that is too long, which are not kept.
-    discarded: usize,
+    /// The last line, which has no end yet; of one that is too long, no more than its beginning.
+    line: Vec<u8>,
+    /// The length of the last line.
+    length: usize,
+    /// Complete lines.
+    lines: VecDeque<Result<String, RequestError>>,
     output: Vec<u8>,
     /// Bytes of the output that have been sent.
     sent: usize,
@@ -121,8 +126,9 @@ impl VsockLink {
         }
         let connection = Connection {
             stream: client.stream,
-            input: Vec::new(),
-            discarded: 0,
+            line: Vec::new(),
+            length: 0,
+            lines: VecDeque::new(),
             output: Vec::new(),
             sent: 0,
             unanswered: 0,
@@ -132,30 +138,34 @@ impl VsockLink {
         self.connections.insert(self.last_connection, connection);
     }
 
-    /// Handles an event: reads and writes what can be. Returns whether there is a command.
-    pub(super) fn handle(&mut self, event: ChannelEvent) -> bool {
-        let Some(connection) = self.connections.get_mut(&event.source) else { return false };
+    /// Handles an event: reads and writes what can be.
+    pub(super) fn handle(&mut self, event: ChannelEvent) {
+        let Some(connection) = self.connections.get_mut(&event.source) else { return };
         connection.readiness = Readiness::Paused;
-        let is_there = connection.flush().and_then(|()| connection.receive()).is_ok();
-        let has_line = is_there && connection.has_line();
-        if !is_there {
+        if connection.flush().and_then(|()| connection.receive()).is_err() {
             self.connections.remove(&event.source);
         }
-        has_line
     }
 
     /// Returns commands that have been read, of each connection in turn.
     pub(super) fn take(&mut self) -> Vec<Message> {
         let mut messages = Vec::new();
+        // The reply to a query may be long: a connection has one at a time.
+        let mut querying = BTreeSet::new();
         loop {
             let before = messages.len();
             for (number, connection) in &mut self.connections {
                 // Its replies take memory until it has read them.
-                if !connection.output.is_empty() || messages.len() >= MAX_MESSAGES {
+                let is_busy = !connection.output.is_empty() || querying.contains(number);
+                if is_busy || messages.len() >= MAX_MESSAGES {
                     continue;
                 }
-                let Some(text) = connection.line() else { continue };
+                let Some(text) = connection.lines.pop_front() else { continue };
                 connection.unanswered += 1;
+                let is_query = |text: &String| text.trim_start().starts_with(['q', 'Q']);
+                if text.as_ref().is_ok_and(is_query) {
+                    querying.insert(*number);
+                }
                 messages.push(Message::Line(LineRequest { text, connection: *number }));
             }
             if messages.len() == before {
@@ -192,18 +202,16 @@ impl VsockLink {
         }
     }
 
-    /// Whether commands that have been read wait.
-    pub(super) fn has_line(&self) -> bool {
-        let is_ready =
-            |connection: &Connection| connection.output.is_empty() && connection.has_line();
-        self.connections.values().any(is_ready)
+    /// Whether a connection waits for the next poll: to be waited for again, or for its commands to be taken.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.connections.values().any(|connection| connection.readiness == Readiness::Paused)
     }
 }
 
 impl Connection {
     /// Reads what has come, unless there are commands or replies already.
     fn receive(&mut self) -> Result<(), Errno> {
-        if self.is_finished || self.has_line() || !self.output.is_empty() {
+        if self.is_finished || !self.lines.is_empty() || !self.output.is_empty() {
             return Ok(());
         }
         let mut bytes = [0; READ_SIZE];
@@ -213,42 +221,35 @@ impl Connection {
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }
-        Ok(())
+        // A line without an end is no command.
+        if self.length > MAX_LINE { Err(Errno::EMSGSIZE) } else { Ok(()) }
     }
 
-    /// Adds bytes to the input; of a line that is too long, no more than its length is kept.
+    /// Adds bytes to the last line, and begins others.
     fn push(&mut self, bytes: &[u8]) {
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let open = self.input.rsplit(|byte| *byte == b'\n').next().map_or(0, <[u8]>::len);
-            let room = (MAX_COMMAND + 1).saturating_sub(open);
-            let (text, end) = match part.split_last() {
-                Some((b'\n', text)) => (text, true),
-                _ => (part, false),
-            };
-            let kept = text.len().min(room);
-            self.input.extend(text.iter().take(kept));
-            self.discarded += text.len() - kept;
-            if end {
-                self.input.push(b'\n');
+            let text = part.strip_suffix(b"\n").unwrap_or(part);
+            // With the CR of a line that ends by CR LF.
+            let room = (MAX_COMMAND + 1).saturating_sub(self.line.len());
+            self.line.extend(text.iter().take(room));
+            self.length += text.len();
+            if text.len() < part.len() {
+                let line = self.complete();
+                self.lines.push_back(line);
             }
         }
     }
 
-    fn has_line(&self) -> bool {
-        self.input.contains(&b'\n')
-    }
-
-    /// Takes the first line out of the input.
-    fn line(&mut self) -> Option<Result<String, RequestError>> {
-        let end = self.input.iter().position(|byte| *byte == b'\n')?;
-        let line: Vec<u8> = self.input.drain(..=end).collect();
-        let line = line.strip_suffix(b"\n").unwrap_or(&line);
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        if line.len() > MAX_COMMAND {
-            let length = line.len() + std::mem::take(&mut self.discarded);
-            return Some(Err(RequestError::Length(length as u32)));
+    /// Ends the last line.
+    fn complete(&mut self) -> Result<String, RequestError> {
+        let line = std::mem::take(&mut self.line);
+        let length = std::mem::take(&mut self.length);
+        let is_whole = line.len() == length;
+        let text = line.strip_suffix(b"\r").filter(|_| is_whole).unwrap_or(&line);
+        if !is_whole || text.len() > MAX_COMMAND {
+            return Err(RequestError::Length(length as u32));
         }
-        Some(command_text(line))
+        command_text(text)
     }
 
     /// Sends as much of the output as the VM takes.
@@ -271,13 +272,13 @@ impl Connection {
         match () {
             () if !self.output.is_empty() => Readiness::WritableOnce,
             // It is read when its commands have been taken.
-            () if self.has_line() || self.is_finished => Readiness::Paused,
+            () if !self.lines.is_empty() || self.is_finished => Readiness::Paused,
             () => Readiness::ReadableOnce,
         }
     }
 
     fn is_over(&self) -> bool {
-        let is_idle = self.output.is_empty() && self.unanswered == 0 && !self.has_line();
+        let is_idle = self.output.is_empty() && self.unanswered == 0 && self.lines.is_empty();
         self.is_finished && is_idle
     }
 }

@@ -307,7 +307,7 @@ fn until_enforced(
                 let now = sent();
                 if now != sent_before {
                     sent_before = now;
-                    doorbell.iter().for_each(|(_, bell)| bell.ring());
+                    doorbell.iter().for_each(|(_, bell)| bell.ring().expect("a bell"));
                 }
             }
             Instant::now().saturating_duration_since(start).as_secs_f64() * 1e3
