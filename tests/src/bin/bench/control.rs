@@ -4,15 +4,17 @@
 //! this one.
 
 use crate::print;
-use nfqd_shmctl::doorbell::Bell;
 use nfqd_shmctl::mailbox::guest::send_command;
 use nfqd_shmctl::{Region, Reply, ring, sender};
 use nfqd_tests::daemon::{NFQD, program};
 use nfqd_tests::doorbell::DoorbellClient;
 use nfqd_tests::netns::{in_netns, run as shell};
+use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
+    socket,
 };
+use nix::sys::time::TimeVal;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,7 +23,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 3;
-const REGIONS: [usize; 3] = [0, 1, 200];
+/// The numbers of plain regions and of doorbells with a connected VM.
+const CHANNELS: [(usize, usize); 5] = [(0, 0), (1, 0), (100, 0), (200, 0), (0, 100)];
 /// The time over which a silent daemon is observed.
 const OBSERVED: Duration = Duration::from_secs(5);
 const TALKING: usize = 400;
@@ -92,7 +95,9 @@ impl Peer {
     }
 
     /// Returns the share of a core and the wakeups a second while nothing happens.
-    fn idle(&self) -> (f64, f64) {
+    fn idle(&self, doorbells: usize) -> (f64, f64) {
+        let connect = |number| DoorbellClient::connect(&doorbell(self.directory.path(), number));
+        let _vms: Vec<DoorbellClient> = (0..doorbells).map(connect).collect();
         // The work that follows the start is over by then.
         std::thread::sleep(Duration::from_secs(2));
         let (before, start) = (self.usage(), Instant::now());
@@ -190,19 +195,20 @@ pub(crate) fn latency() {
 }
 
 fn measure_idle() {
-    for regions in REGIONS {
+    for (regions, doorbells) in CHANNELS {
         let contestants = contestants();
         let mut results = vec![(Vec::new(), Vec::new()); contestants.len()];
         for _ in 0..ROUNDS {
             for ((_, path), (cpu, wakeups)) in contestants.iter().zip(&mut results) {
-                let (share, rate) = Peer::start(path, regions, 0).idle();
+                let (share, rate) = Peer::start(path, regions, doorbells).idle(doorbells);
                 cpu.push(share);
                 wakeups.push(rate);
             }
         }
         for ((name, _), (cpu, wakeups)) in contestants.iter().zip(&results) {
-            print(&format!("{regions} silent regions, {name}: CPU"), cpu, "% of one");
-            print(&format!("{regions} silent regions, {name}: wakeups"), wakeups, "a second");
+            let channels = format!("{regions} silent regions, {doorbells} doorbells, {name}");
+            print(&format!("{channels}: CPU"), cpu, "% of one");
+            print(&format!("{channels}: wakeups"), wakeups, "a second");
         }
     }
 }
@@ -240,26 +246,37 @@ pub(crate) fn enforcement() {
     in_bridge_netns(measure_enforcement);
 }
 
+type Sender<'a> = &'a (dyn Fn(&str) + Sync);
+
 /// The time from a guest's write until the kernel has the change, by each way of a command, and by a
 /// process of nft that adds a rule.
 fn measure_enforcement() {
     let peer = Peer::start(&program(NFQD), 1, 1);
     let plain = peer.region(0);
     let vm = DoorbellClient::connect(&doorbell(peer.directory.path(), 0));
+    let by_doorbell = |command: &str| {
+        let reply = vm.send(command);
+        assert!(reply.starts_with("OK"), "{command}: {reply}");
+    };
+    let by = |way: Way| {
+        let plain = &plain;
+        move |command: &str| {
+            let replies = way.1(plain, command);
+            assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
+        }
+    };
+    let (by_ring, by_mailbox) = (by(RING), by(MAILBOX));
     for pause in [TALK_PAUSE, PAUSE] {
         let count = if pause == PAUSE { AFTER_PAUSE } else { TALKING };
-        for (name, guest, bell, way) in [
-            ("doorbell", &vm.memory, Some(&vm.host), RING),
-            ("ring of a plain region", &plain, None, RING),
-            ("mailbox of a plain region", &plain, None, MAILBOX),
-        ] {
-            let send = |command: &str| {
-                let replies = way.1(guest, command);
-                assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
-            };
+        let ways: [(&str, Sender<'_>); 3] = [
+            ("doorbell", &by_doorbell),
+            ("ring of a plain region", &by_ring),
+            ("mailbox of a plain region", &by_mailbox),
+        ];
+        for (name, send) in ways {
             send("R F 2:0:0:0:0:1 10.0.0.1");
             let change = |number: usize| send(&format!("A 2:0:0:0:0:1 T 2 d {}", 1000 + number));
-            let mut times = until_enforced(count, pause, bell.map(|bell| (guest, bell)), change);
+            let mut times = until_enforced(count, pause, &change);
             print_percentiles(&format!("{name}, every {pause:?}, until enforced"), &mut times);
         }
         shell("nft add table bridge peer");
@@ -267,7 +284,7 @@ fn measure_enforcement() {
         let by_nft = |number: usize| {
             shell(&format!("nft add rule bridge peer rules tcp dport {} drop", 1000 + number));
         };
-        let mut times = until_enforced(count, pause, None, by_nft);
+        let mut times = until_enforced(count, pause, &by_nft);
         print_percentiles(
             &format!("a process of nft, every {pause:?}, until enforced"),
             &mut times,
@@ -276,77 +293,40 @@ fn measure_enforcement() {
     }
 }
 
-/// Makes changes with a pause before each; returns the milliseconds until each was in the kernel. Rings the
-/// bell for a guest, as soon as its request is complete.
-fn until_enforced(
-    count: usize,
-    pause: Duration,
-    doorbell: Option<(&Region, &Bell)>,
-    change: impl Fn(usize) + Sync,
-) -> Vec<f64> {
-    /// `sent` in the guest's section, by the layout's documentation.
-    const SENT: usize = 8200;
-    let generation = Generation::open();
-    let sent = || doorbell.map_or(0, |(guest, _)| guest.load_u64(SENT));
+/// Makes changes with a pause before each; returns the milliseconds until each was in the kernel, which
+/// tells so at the end of its transaction.
+fn until_enforced(count: usize, pause: Duration, change: &(dyn Fn(usize) + Sync)) -> Vec<f64> {
+    let notifications = notifications();
     let one = |number: usize| {
         std::thread::sleep(pause);
-        let (before, mut sent_before) = (generation.get(), sent());
-        std::thread::scope(|scope| {
-            // Its start costs time, which is not the command's.
-            let (ready, go) = std::sync::mpsc::channel();
-            let (started, start) = std::sync::mpsc::channel();
-            let change = &change;
-            scope.spawn(move || {
-                ready.send(()).expect("the bench");
-                go_on(&started);
-                change(number);
+        while recv(notifications.as_raw_fd(), &mut [0; 65536], MsgFlags::MSG_DONTWAIT).is_ok() {}
+        let told = std::thread::scope(|scope| {
+            let told = scope.spawn(|| {
+                recv(notifications.as_raw_fd(), &mut [0; 65536], MsgFlags::empty())
+                    .expect("nftables");
+                Instant::now()
             });
-            go.recv().expect("the sender");
-            let start = start.recv().expect("the sender");
-            while generation.get() == before {
-                let now = sent();
-                if now != sent_before {
-                    sent_before = now;
-                    doorbell.iter().for_each(|(_, bell)| bell.ring().expect("a bell"));
-                }
-            }
-            Instant::now().saturating_duration_since(start).as_secs_f64() * 1e3
-        })
+            // The other thread waits by then.
+            std::thread::sleep(Duration::from_millis(1));
+            let start = Instant::now();
+            change(number);
+            told.join().expect("a notification").saturating_duration_since(start)
+        });
+        told.as_secs_f64() * 1e3
     };
     (0..count).map(one).collect()
 }
 
-/// Tells when a change begins.
-fn go_on(started: &std::sync::mpsc::Sender<Instant>) {
-    started.send(Instant::now()).expect("the bench");
-}
-
-/// The generation of nftables' rulesets, which increases when a change takes effect
-/// (net/netfilter/nf_tables_api.c, `nf_tables_getgen`).
-struct Generation(OwnedFd);
-
-impl Generation {
-    fn open() -> Generation {
-        let protocol = SockProtocol::NetlinkNetFilter;
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let opened = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol);
-        Generation(opened.expect("a netlink socket"))
-    }
-
-    fn get(&self) -> u32 {
-        // NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN; NLM_F_REQUEST.
-        const GETGEN: u16 = 10 << 8 | 16;
-        let mut request = 20_u32.to_ne_bytes().to_vec();
-        request.extend(GETGEN.to_ne_bytes());
-        request.extend(1_u16.to_ne_bytes());
-        request.resize(20, 0);
-        let flags = MsgFlags::empty();
-        send(self.0.as_raw_fd(), &request, flags).expect("nftables");
-        let mut answer = [0; 256];
-        recv(self.0.as_raw_fd(), &mut answer, flags).expect("nftables");
-        // The first attribute, behind both headers and its own.
-        u32::from_be_bytes([answer[24], answer[25], answer[26], answer[27]])
-    }
+/// Subscribes to the notifications of nftables (include/uapi/linux/netfilter/nfnetlink.h,
+/// `NFNLGRP_NFTABLES`).
+fn notifications() -> OwnedFd {
+    const GROUP: u32 = 1 << (7 - 1);
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let opened = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol);
+    let opened = opened.expect("a netlink socket");
+    bind(opened.as_raw_fd(), &NetlinkAddr::new(0, GROUP)).expect("a subscription");
+    setsockopt(&opened, ReceiveTimeout, &TimeVal::new(5, 0)).expect("a timeout");
+    opened
 }
 
 /// Adds a rule by a process of nft each time; returns the latencies in milliseconds.
