@@ -63,10 +63,10 @@ unit() {
 # The tests that need the privilege, except for the virtual machine's.
 netns() {
     # shellcheck disable=SC2086
-    need_packages $lab_packages
+    need_packages $lab_packages libvirt-clients libxml2-utils
     step "labs on this kernel: $(uname -r)"
     cargo build --quiet --workspace --all-targets --locked
-    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test chaos --test doorbell --test firewall --test kernel --test host --test lab --test lifecycle
+    local labs=(env NFQD_TESTS_POLICIES="${NFQD_TESTS_POLICIES:-180}" cargo test --locked -p nfqd-rules -p nfqd-tests --test chaos --test docs --test doorbell --test firewall --test kernel --test host --test lab --test lifecycle
         --test health --test networks --test operations --test oracles --test pools --test ring --test supervisor --test traffic -- --ignored)
     if is_root; then
         "${labs[@]}"

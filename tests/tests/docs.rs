@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -165,4 +166,39 @@ fn the_architecture_names_every_module_with_unsafe() {
         }
     }
     assert!(found >= 6, "{found}");
+}
+
+#[test]
+#[ignore = "needs virt-xml-validate: tests/run.sh netns"]
+fn the_domain_xml_of_the_documentation_is_valid() {
+    let text = fs::read_to_string(root().join("docs/GUEST.md")).unwrap();
+    // Blocks of indented lines that begin with an element.
+    let mut blocks: Vec<String> = vec![String::new()];
+    for line in text.lines() {
+        match line.strip_prefix("    ") {
+            Some(code) => blocks.last_mut().unwrap().push_str(&format!("{code}\n")),
+            None => blocks.push(String::new()),
+        }
+    }
+    blocks.retain(|block| block.starts_with('<'));
+    assert!(blocks.len() >= 3, "{blocks:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("domain.xml");
+    let is_valid = |block: &str| {
+        let (about, devices) =
+            if block.starts_with("<metadata>") { (block, "") } else { ("", block) };
+        let domain = format!(
+            "<domain type='kvm'><name>fw1</name>{about}<memory unit='MiB'>512</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>{devices}</devices></domain>"
+        );
+        fs::write(&path, domain).unwrap();
+        let output =
+            Command::new("virt-xml-validate").arg(&path).output().expect("virt-xml-validate");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for block in blocks {
+        let (is_right, error) = is_valid(&block);
+        assert!(is_right, "{block}{error}");
+    }
+    assert!(!is_valid("<shmem><model type='ivshmem-none'/></shmem>").0);
 }

@@ -2,6 +2,7 @@
 //! it changes.
 #![allow(clippy::unwrap_used)]
 
+use nfqd_shmctl::Command;
 use nfqd_tests::daemon::Daemon;
 use nfqd_tests::netns::in_netns;
 use nfqd_tests::topology::{
@@ -90,6 +91,47 @@ fn commands() -> u32 {
     text.map_or(3000, |text| text.parse().expect("a number"))
 }
 
+/// Commands of every kind, with every class, key and kind of value, and more rules than a mailbox could tell of.
+fn language() -> Vec<String> {
+    let mut out = Vec::new();
+    for command in [
+        "R F {mac} 10.129.126.15 deny",
+        "R F {mac} 10.129.126.15",
+        "A {mac} I 15 s 10.0.0.0/8 d 10.129.126.15 t 16 p tcp",
+        "A {mac} #2 I 1 s 10.0.0.1-10.0.0.9",
+        "A {mac} #3 I 3 s 2001:db8::/32 d 2001:db8::f",
+        "A {mac} #4 M 7 s 2:0:0:0:0:1/ff:ff:ff:0:0:0 d 1:0:5e:0:0:1 p 0x800",
+        "A {mac} #5 T 3 s 1024-65535 d 80",
+        "A {mac} #6 U 2 d 53",
+        "A {mac} #7 V 1 s 100-200",
+        "A {mac} #8 C 1 t echo-request",
+        "A {mac} +1 T 2 d 22",
+        "D {mac} #5 T 2 s",
+        "D {mac} #6",
+        "R L {mac} 10.129.126.15 0 10.129.126.17",
+        "R L {mac} 10.129.126.15 1 10.129.126.3 10.129.126.17",
+        "X {mac} L",
+        "R L {mac} 10.129.126.15:80/tcp rr 10.129.126.17 10.129.126.18:8080@2:0:0:0:1:2*3 check=tcp",
+        "R L {mac} 10.129.126.15:53/udp hash 10.129.126.17 10.129.126.18 seed=7",
+        "R L {mac} 10.129.126.15:443 least 10.129.126.17 10.129.126.18",
+        "R L {mac} [2001:db8::f]:80 rr 2001:db8::17",
+        "B {mac} 10.129.126.15:443 + 10.129.126.19*2",
+        "B {mac} 10.129.126.15:443 = 10.129.126.19 drain",
+        "B {mac} 10.129.126.15:443 = 10.129.126.19 up",
+        "B {mac} 10.129.126.15:443 - 10.129.126.18",
+        "X {mac} L 10.129.126.15:443",
+        "X {mac} F",
+        "R F {mac} 10.129.126.15",
+    ] {
+        out.push(command.replace("{mac}", VM_MAC));
+    }
+    out.extend((1..=1022_u16).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        format!("A {VM_MAC} #{number} I 1 s 10.0.{high}.{low}")
+    }));
+    out
+}
+
 #[test]
 #[ignore = "needs root: tests/run.sh vm"]
 fn a_virtual_machine_rings_and_goes_on_while_nfqd_is_killed() {
@@ -122,6 +164,24 @@ fn a_virtual_machine_rings_and_goes_on_while_nfqd_is_killed() {
         assert_eq!(code, 3, "{output}");
         daemon.restart();
         assert!(connected(&daemon), "{}", daemon.log());
+        must(&mut vm, &daemon, &format!("nfqd-guest {register}"), &format!("OK {register}"));
+
+        // The whole language, with its replies.
+        let language = language();
+        let text = language.join("\\n");
+        let (code, output) =
+            vm.run(&format!("printf '{text}\\n' > /tmp/language; nfqd-guest -f /tmp/language"));
+        let expected: String =
+            language.iter().map(|line| format!("OK {}\n", Command::parse(line).unwrap())).collect();
+        assert_eq!((code, output), (0, expected));
+        let (code, output) = vm.run("nfqd-guest Q");
+        assert!(code == 0 && output.starts_with(&format!("OK {VM_MAC} packets ")), "{output}");
+        assert!(
+            output.contains("#1022 I 1 s 10.0.3.254") && output.len() > 50_000,
+            "{}",
+            output.len()
+        );
+        must(&mut vm, &daemon, &format!("nfqd-guest X {VM_MAC}"), &format!("OK X {VM_MAC} A"));
         must(&mut vm, &daemon, &format!("nfqd-guest {register}"), &format!("OK {register}"));
 
         // Each of many commands is acknowledged once and in order, over kills.
