@@ -10,7 +10,8 @@
 #   demo   br-netfilter.sh demo
 #   chaos  ten minutes of everything that goes wrong on a host, under load (netns and uml have a minute of it)
 #   package  the Debian package, installed in a clean root, and what systemd says of the units
-#   all    all of them but chaos and package (the default)
+#   aarch64  nfqd-guest for aarch64, built in a root of Debian unstable, whose compiler is new enough, and run by emulation
+#   all    all of them but chaos, package and aarch64 (the default)
 #
 # Missing Debian packages are installed as root, and named otherwise.
 #
@@ -48,14 +49,16 @@ lab_packages="nftables iproute2 iputils-ping procps kmod util-linux python3"
 
 unit() {
     # libclang is for the feature peers alone.
-    need_packages shellcheck libclang1-14
+    need_packages shellcheck libclang1-14 spin gcc libc6-dev
     step "shell scripts"
-    shellcheck br-netfilter.sh fuzz/run packaging/build packaging/debian/* tests/run.sh tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
+    shellcheck br-netfilter.sh fuzz/run packaging/build packaging/debian/* tests/run.sh tests/models/run tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
     step "formatting, lints, documentation"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     cargo clippy --quiet -p nfqd-tests --bin bench --features peers --locked -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
+    step "models"
+    tests/models/run
     step "unit and property tests"
     cargo test --quiet --workspace --locked
 }
@@ -180,22 +183,55 @@ package() {
     [ "$code" = 3 ] || { echo "nfqd status without a daemon ended with $code, not 3" >&2; exit 1; }
 }
 
+aarch64() {
+    need_root aarch64
+    need_packages debootstrap qemu-user-static
+    local root=$target/aarch64 triple=aarch64-unknown-linux-gnu
+    step "a root with a compiler for aarch64"
+    if ! [ -e "$root/ready" ]; then
+        rm -rf "$root"
+        debootstrap --variant=minbase --include=ca-certificates sid "$root" > /dev/null
+        chroot "$root" dpkg --add-architecture arm64
+        # A mirror may be some weeks behind.
+        chroot "$root" apt-get -q -o Acquire::Check-Valid-Until=false update > /dev/null
+        chroot "$root" apt-get -q -y --no-install-recommends install rustc cargo gcc libc6-dev libstd-rust-dev:arm64 \
+            gcc-aarch64-linux-gnu libc6-dev-arm64-cross > /dev/null
+        touch "$root/ready"
+    fi
+    step "nfqd-guest for aarch64"
+    cargo fetch --quiet --locked
+    rm -rf "$root/source" && mkdir -p "$root/source" "$root/root/.cargo"
+    git archive HEAD | tar -x -C "$root/source"
+    cp -r "${CARGO_HOME:-$HOME/.cargo}/registry" "$root/root/.cargo/"
+    chroot "$root" env HOME=/root RUSTFLAGS="-C target-feature=+crt-static" \
+        CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+        sh -c "cd /source && cargo build --quiet --release --locked --offline -p nfqd-guest --target $triple"
+    local guest=$root/source/target/$triple/release/nfqd-guest
+    qemu-aarch64-static "$guest" --version
+    [ "$(stat -c %s "$guest")" -lt 2000000 ] || { echo "nfqd-guest has more than 2 MB" >&2; exit 1; }
+    # A region that nobody reads.
+    local code=0
+    truncate -s 1M "$root/region"
+    qemu-aarch64-static "$guest" --shm "$root/region" --timeout 0.2 Q > /dev/null 2>&1 || code=$?
+    [ "$code" = 3 ] || { echo "nfqd-guest without a host ended with $code, not 3" >&2; exit 1; }
+}
+
 depths=()
 for depth in "${@:-all}"; do
     case $depth in
         all) depths+=(unit netns uml vm demo) ;;
-        unit | netns | uml | vm | demo | chaos | package) depths+=("$depth") ;;
+        unit | netns | uml | vm | demo | chaos | package | aarch64) depths+=("$depth") ;;
         -h | --help)
-            sed -n '2,20s/^# \{0,1\}//p' "$0"
+            sed -n '2,21s/^# \{0,1\}//p' "$0"
             exit
             ;;
         *)
-            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos, package or all" >&2
+            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos, package, aarch64 or all" >&2
             exit 2
             ;;
     esac
 done
-if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos "|" package " ]]; then
+if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos "|" package "|" aarch64 " ]]; then
     need_root "${depths[*]}"
 fi
 

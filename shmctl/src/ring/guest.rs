@@ -8,7 +8,8 @@ use super::{
 use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::{Region, RegionLock};
-use crate::sender::{Patience, SendError};
+use crate::sender::{GaveUp, Patience, SendError};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// The time that the host may take to follow a withdrawal: what it has begun comes first.
@@ -51,7 +52,8 @@ pub fn send_locked<'a>(
     }
     let patience = patience.into();
     for commands in commands.chunks(SLOTS as usize) {
-        let exchange = Exchange { region, patience, deadline: Instant::now() + patience.timeout };
+        let deadline = Instant::now() + patience.timeout;
+        let exchange = Exchange { region, patience, deadline, gave_up: Cell::new(None) };
         exchange.run(commands, replies).inspect_err(|_| exchange.withdraw())?;
     }
     Ok(())
@@ -81,6 +83,8 @@ struct Exchange<'a> {
     region: &'a Region,
     patience: Patience<'a>,
     deadline: Instant,
+    /// Why the requests were withdrawn, if they were.
+    gave_up: Cell<Option<GaveUp>>,
 }
 
 impl Exchange<'_> {
@@ -99,15 +103,23 @@ impl Exchange<'_> {
     /// Waits until the reply slot is filled or the host starts a new epoch. On timeout or interruption,
     /// withdraws the outstanding requests.
     fn wait_for(&self, is_there: impl Fn() -> bool, epoch: u64) -> Result<(), SendError> {
-        let is_over = || is_there() || self.host().epoch != epoch;
-        let Err(reason) = self.patience.wait_for(self.deadline, is_over) else { return Ok(()) };
-        self.withdraw();
+        let reason = match self.gave_up.get() {
+            Some(reason) => reason,
+            None => {
+                let is_over = || is_there() || self.host().epoch != epoch;
+                let waited = self.patience.wait_for(self.deadline, is_over);
+                let Err(reason) = waited else { return Ok(()) };
+                self.gave_up.set(Some(reason));
+                self.withdraw();
+                reason
+            }
+        };
         // Commands that the host had begun to carry out are answered all the same, and then the withdrawal is
-        // followed.
+        // followed. The new epoch alone says nothing: the host writes it first.
         let is_followed = || self.host().reset == self.own().reset;
         let last_look = Patience { timeout: WITHDRAWAL_TIME, interrupted: None };
         let decided =
-            last_look.wait_for(Instant::now() + WITHDRAWAL_TIME, || is_over() || is_followed());
+            last_look.wait_for(Instant::now() + WITHDRAWAL_TIME, || is_there() || is_followed());
         match decided {
             Err(_) => Err(SendError::Unanswered),
             Ok(()) if is_there() || !is_followed() => Ok(()),
