@@ -4,6 +4,7 @@
 //! this one.
 
 use crate::print;
+use nfqd_shmctl::doorbell::Bell;
 use nfqd_shmctl::mailbox::guest::send_command;
 use nfqd_shmctl::{Region, Reply, ring, sender};
 use nfqd_tests::daemon::{NFQD, program};
@@ -162,6 +163,16 @@ impl Flood {
     }
 }
 
+impl Flood {
+    /// Rings a bell 20 000 times a second.
+    fn ring(&self, bell: &Bell) {
+        while !self.is_over.load(Ordering::Relaxed) {
+            bell.ring().expect("a bell");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+}
+
 /// Ends a flood when it is dropped, also by a panic.
 struct EndOfFlood<'a>(&'a Flood);
 
@@ -251,9 +262,10 @@ type Sender<'a> = &'a (dyn Fn(&str) + Sync);
 /// The time from a guest's write until the kernel has the change, by each way of a command, and by a
 /// process of nft that adds a rule.
 fn measure_enforcement() {
-    let peer = Peer::start(&program(NFQD), 1, 1);
+    let peer = Peer::start(&program(NFQD), 1, 2);
     let plain = peer.region(0);
-    let vm = DoorbellClient::connect(&doorbell(peer.directory.path(), 0));
+    let connect = |number| DoorbellClient::connect(&doorbell(peer.directory.path(), number));
+    let (vm, other) = (connect(0), connect(1));
     let by_doorbell = |command: &str| {
         let reply = vm.send(command);
         assert!(reply.starts_with("OK"), "{command}: {reply}");
@@ -291,6 +303,21 @@ fn measure_enforcement() {
         );
         shell("nft delete table bridge peer");
     }
+    let change = |number: usize| by_doorbell(&format!("A 2:0:0:0:0:1 T 2 d {}", 1000 + number));
+    let flood = Flood::default();
+    std::thread::scope(|scope| {
+        let _end = EndOfFlood(&flood);
+        scope.spawn(|| flood.run(&plain));
+        let mut times = until_enforced(TALKING, TALK_PAUSE, &change);
+        print_percentiles("doorbell, another guest floods with commands", &mut times);
+    });
+    let storm = Flood::default();
+    std::thread::scope(|scope| {
+        let _end = EndOfFlood(&storm);
+        scope.spawn(|| storm.ring(&other.host));
+        let mut times = until_enforced(TALKING, TALK_PAUSE, &change);
+        print_percentiles("doorbell, another guest rings without end", &mut times);
+    });
 }
 
 /// Makes changes with a pause before each; returns the milliseconds until each was in the kernel, which
