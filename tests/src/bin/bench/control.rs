@@ -6,6 +6,7 @@
 use crate::print;
 use nfqd_shmctl::doorbell::Bell;
 use nfqd_shmctl::mailbox::guest::send_command;
+use nfqd_shmctl::vsock::Connection;
 use nfqd_shmctl::{Region, Reply, ring, sender};
 use nfqd_tests::daemon::{NFQD, program};
 use nfqd_tests::doorbell::DoorbellClient;
@@ -36,6 +37,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 const AFTER_SILENCE: usize = 10;
 /// A pause after which a guest counts as silent.
 const SILENCE: Duration = Duration::from_secs(10);
+/// The CID of the loopback (`VMADDR_CID_LOCAL`).
+const LOCAL_CID: u32 = 1;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running nfqd, which may be of another version.
@@ -53,11 +56,12 @@ impl Drop for Peer {
 }
 
 impl Peer {
-    fn start(nfqd: &Path, regions: usize, doorbells: usize) -> Peer {
+    fn start(nfqd: &Path, regions: usize, doorbells: usize, arguments: &[&str]) -> Peer {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
         let mut command = Command::new(nfqd);
         command.arg("--state").arg(at("state")).arg("--control").arg(at("control"));
+        command.args(arguments);
         for number in 0..regions {
             command.arg("--shm").arg(region(directory.path(), number));
         }
@@ -211,7 +215,7 @@ fn measure_idle() {
         let mut results = vec![(Vec::new(), Vec::new()); contestants.len()];
         for _ in 0..ROUNDS {
             for ((_, path), (cpu, wakeups)) in contestants.iter().zip(&mut results) {
-                let (share, rate) = Peer::start(path, regions, doorbells).idle(doorbells);
+                let (share, rate) = Peer::start(path, regions, doorbells, &[]).idle(doorbells);
                 cpu.push(share);
                 wakeups.push(rate);
             }
@@ -226,7 +230,7 @@ fn measure_idle() {
 
 fn measure_latency() {
     for (name, path) in contestants() {
-        let peer = Peer::start(&path, 2, 0);
+        let peer = Peer::start(&path, 2, 0, &[]);
         let (guest, other) = (peer.region(0), peer.region(1));
         let ways = [Some(MAILBOX), ring::guest::is_there(&guest).then_some(RING)];
         for way in ways.into_iter().flatten() {
@@ -257,12 +261,12 @@ pub(crate) fn enforcement() {
     in_bridge_netns(measure_enforcement);
 }
 
-type Sender<'a> = &'a (dyn Fn(&str) + Sync);
+type Sender<'a> = &'a dyn Fn(&str);
 
 /// The time from a guest's write until the kernel has the change, by each way of a command, and by a
 /// process of nft that adds a rule.
 fn measure_enforcement() {
-    let peer = Peer::start(&program(NFQD), 1, 2);
+    let peer = Peer::start(&program(NFQD), 1, 2, &["--vsock", &format!("{LOCAL_CID},mac=any")]);
     let plain = peer.region(0);
     let connect = |number| DoorbellClient::connect(&doorbell(peer.directory.path(), number));
     let (vm, other) = (connect(0), connect(1));
@@ -278,14 +282,27 @@ fn measure_enforcement() {
         }
     };
     let (by_ring, by_mailbox) = (by(RING), by(MAILBOX));
+    // Over the kernel's loopback, where there is one.
+    let connection = Connection::open(LOCAL_CID, TIMEOUT);
+    let by_vsock = |command: &str| {
+        let mut replies = Vec::new();
+        let connection = connection.as_ref().expect("vsock");
+        connection.send(&[command.to_string()], TIMEOUT, &mut replies).expect("a reply");
+        assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
+    };
     for pause in [TALK_PAUSE, PAUSE] {
         let count = if pause == PAUSE { AFTER_PAUSE } else { TALKING };
-        let ways: [(&str, Sender<'_>); 3] = [
+        let ways: [(&str, Sender<'_>); 4] = [
             ("doorbell", &by_doorbell),
             ("ring of a plain region", &by_ring),
             ("mailbox of a plain region", &by_mailbox),
+            ("vsock", &by_vsock),
         ];
         for (name, send) in ways {
+            if let ("vsock", Err(error)) = (name, &connection) {
+                println!("{name}: not measured: {error}");
+                continue;
+            }
             send("R F 2:0:0:0:0:1 10.0.0.1");
             let change = |number: usize| send(&format!("A 2:0:0:0:0:1 T 2 d {}", 1000 + number));
             let mut times = until_enforced(count, pause, &change);
@@ -322,7 +339,7 @@ fn measure_enforcement() {
 
 /// Makes changes with a pause before each; returns the milliseconds until each was in the kernel, which
 /// tells so at the end of its transaction.
-fn until_enforced(count: usize, pause: Duration, change: &(dyn Fn(usize) + Sync)) -> Vec<f64> {
+fn until_enforced(count: usize, pause: Duration, change: &dyn Fn(usize)) -> Vec<f64> {
     let notifications = notifications();
     let one = |number: usize| {
         std::thread::sleep(pause);
