@@ -160,7 +160,7 @@ pub enum ConfigError {
     Cid(String),
     /// A word behind the name of a channel.
     #[error(
-        "'{0}' behind the name is not a key of a channel; write mac=MAC, ip=ADDRESS[/LENGTH], \
+        "'{0}' is not a valid key or value of a channel; write mac=MAC, ip=ADDRESS[/LENGTH], \
          to=ADDRESS[/LENGTH], bridge=NAME, vlan=ID from 1 to 4094, middleboxes=, services=, backends=, rules= \
          or rate=NUMBER, and for a region or a socket owner=USER, group=GROUP or mode=MODE such as 0660"
     )]

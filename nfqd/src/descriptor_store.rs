@@ -48,7 +48,14 @@ impl DescriptorStore {
         };
         match holder.take() {
             Ok(taken) => earlier.extend(taken),
-            Err(errno) => log::warn!("holder of descriptors: {errno}"),
+            Err(errno) => {
+                // It may still have everything: another one is not started in its place now.
+                log::error!(
+                    "holder of descriptors: {errno}; what VMs were given is not taken over"
+                );
+                let keeper = Keeper::Nobody;
+                return DescriptorStore { keeper, earlier, losses: 0, logged: None };
+            }
         }
         DescriptorStore { keeper: Keeper::Holder(holder), earlier, losses: 0, logged: None }
     }
@@ -145,6 +152,10 @@ impl DescriptorStore {
 
     /// Ends a holder, which has nothing worth keeping.
     pub fn release(&mut self) {
+        // What belongs to a channel that could not be opened waits for the next nfqd.
+        if !self.earlier.is_empty() {
+            return;
+        }
         if let Keeper::Holder(holder) = std::mem::replace(&mut self.keeper, Keeper::Nobody) {
             holder.release();
         }

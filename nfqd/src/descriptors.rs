@@ -76,7 +76,12 @@ pub fn send(
     let rights = descriptors.as_ref().map(|these| ControlMessage::ScmRights(these));
     let text = [IoSlice::new(text.as_bytes())];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &text, rights.as_slice(), flags, None).map(drop)
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &text, rights.as_slice(), flags, None) {
+            Err(Errno::EINTR) => {}
+            result => return result.map(drop),
+        }
+    }
 }
 
 /// Receives a message into `bytes`, and the descriptor that came with it. Returns the length, which is 0 if

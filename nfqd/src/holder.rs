@@ -23,8 +23,9 @@ use nix::unistd::close;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -65,6 +66,8 @@ impl Holder {
     /// # Errors
     /// If it cannot be started.
     pub fn start() -> io::Result<Holder> {
+        // One that is still there, and does not answer, must not be taken for the new one.
+        let _ = fs::remove_file(path_of_namespace(EXTENSION)?);
         let mut command = Command::new("/proc/self/exe");
         command.arg("hold").current_dir("/").env_clear();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -113,7 +116,7 @@ impl Holder {
             match message(self.connection.as_fd())? {
                 Some((name, Some(descriptor))) => drop(out.insert(name, descriptor)),
                 Some((text, None)) if text == "END" => return Ok(out),
-                Some((name, None)) => log::warn!("holder of descriptors: {name} is lost"),
+                Some((name, None)) => log::warn!("holder of descriptors: {name} was lost"),
                 None => return Err(Errno::EPIPE),
             }
         }
@@ -211,9 +214,12 @@ pub fn run() -> io::Result<()> {
     bind(listener.as_raw_fd(), &address()?)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     listen(&listener, Backlog::new(4)?)?;
+    let identity = |path: &Path| fs::metadata(path).map(|about| (about.dev(), about.ino())).ok();
+    let own = identity(&path);
     let mut kept = Kept { descriptors: Descriptors::new(), daemon: None, since: Instant::now() };
     while kept.step(&listener)? {}
-    fs::remove_file(&path)
+    // Another one may have taken its place.
+    if identity(&path) == own { fs::remove_file(&path) } else { Ok(()) }
 }
 
 impl Kept {

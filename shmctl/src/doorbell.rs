@@ -82,7 +82,7 @@ impl AsFd for Bell {
     }
 }
 
-/// Gives a client that has connected its memory and the bells, one for each side.
+/// Sends a newly connected client its memory and both bells, one for each side.
 ///
 /// # Errors
 /// If it does not take them at once: all of them fit into the buffer of a new connection.

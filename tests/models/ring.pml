@@ -4,7 +4,8 @@
  *   tests/models/run
  *
  * It follows host.rs and guest.rs step by step, one access to the shared memory each, with two slots instead of
- * sixteen. What it checks stands in the assertions, and that nobody waits for ever.
+ * sixteen. It checks the assertions, and that no
+ * process waits forever.
  */
 
 #ifndef KILLS

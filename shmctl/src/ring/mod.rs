@@ -80,7 +80,7 @@
 //! ## Doorbells
 //!
 //! If `doorbell` is not 0, the region is that of an ivshmem-doorbell device, and the guest rings the host
-//! by writing it, as one aligned number of 4 bytes, to offset 12 of the device's BAR 0: after each change
+//! by writing its value, as one aligned store of 4 bytes, to offset 12 of the device's BAR 0: after each change
 //! of `reset` and of `sent`, after a message in the mailbox, and after a change of `consumed` if more of
 //! a reply follows. The host then looks at once; without a ring it looks every 256 ms. A ring that
 //! brings nothing new is answered by a pause of up to 16 ms.
@@ -93,7 +93,7 @@
 //!
 //! ## What the host does
 //!
-//! The host answers requests in order, at a sustained rate of at most 100 per second; resets and the
+//! The host answers requests in order, at a sustained rate of at most 100 per second by default; resets and the
 //! delivery of pending replies do not count toward the limit. It writes a reply slot, then `written`;
 //! for the last slot of a reply it updates `taken` in the same write. While the reply ring is full, it
 //! accepts no requests. After a restart, it resumes from the existing header and executes every

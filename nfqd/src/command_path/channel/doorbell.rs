@@ -134,10 +134,8 @@ impl DoorbellLink {
         let taken = self.resources.store().take(&self.name(LISTENER));
         let Some((socket, identity)) = taken.zip(identity_of(&self.path)) else { return };
         // The owner may have been changed while nfqd was away.
-        match give(&self.path, self.ownership) {
-            Ok(()) => self.set_listener(Listener { socket: UnixListener::from(socket), identity }),
-            Err(error) => self.fail_to_listen(error),
-        }
+        self.set_listener(Listener { socket: UnixListener::from(socket), identity });
+        self.set_ownership(self.ownership);
     }
 
     fn set_listener(&mut self, listener: Listener) {
@@ -295,7 +293,7 @@ impl DoorbellLink {
     fn break_with_vm(&mut self, errno: Errno) {
         let path = self.path.display();
         log::error!(
-            "{path}: its VM could have nfqd wait for its bell ({errno}); it is not served any more"
+            "{path}: its VM's doorbell could block nfqd ({errno}); the VM is no longer served, restart it"
         );
         self.forget_vm();
     }
@@ -317,7 +315,7 @@ impl DoorbellLink {
         let Some(connection) = self.resources.accept(fd, event) else { return };
         self.check_vm();
         let refusal = if self.vm.is_some() {
-            Some("one is connected; give each VM a --doorbell of its own")
+            Some("another VM is already connected; give each VM its own --doorbell")
         } else if !self.welcome_limiter.has_room(second) {
             Some("VMs connect too often")
         } else {

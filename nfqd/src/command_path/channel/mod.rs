@@ -178,6 +178,12 @@ impl Channel {
 
     /// Takes a connection of a VM with the CID of this channel. It counts as a command.
     pub fn accept(&mut self, client: VsockClient, now: Instant) {
+        // First, so that other users of the VM cannot use up what root may send.
+        if !client.is_root() {
+            let reason = "connect from a port below 1024, which only root of the VM may use";
+            client.refuse(ErrorCode::Denied, reason);
+            return;
+        }
         self.budget.refill(now);
         if self.budget.wait() != Duration::ZERO {
             client.refuse(ErrorCode::Quota, "too many commands and connections; try again later");
@@ -247,9 +253,7 @@ impl Channel {
                 may_ring && doorbell.arm()
             }
             Link::Vsock(vsock) => {
-                if may_ring {
-                    vsock.arm();
-                }
+                vsock.arm(may_ring);
                 false
             }
             Link::Region(_) => false,
@@ -306,10 +310,7 @@ impl Channel {
     pub fn reply(&mut self, answered: Vec<(Message, Reply)>) {
         if let Link::Vsock(vsock) = &mut self.link {
             vsock.reply(answered);
-            // The rest of what it has sent is taken at the next poll.
-            if self.budget.wait() == Duration::ZERO {
-                vsock.arm();
-            }
+            vsock.arm(self.budget.wait() == Duration::ZERO);
             return;
         }
         let written = self.memory_mut().map_or(Ok(()), |memory| memory.reply(answered));

@@ -171,7 +171,9 @@ impl ChannelEvent {
 pub(super) fn vsock_advice(errno: Errno) -> String {
     let advice = match errno {
         Errno::EAFNOSUPPORT | Errno::ENODEV => "load the module vhost_vsock",
-        Errno::EADDRINUSE => "another program listens at its port; only one nfqd of a host can",
+        Errno::EADDRINUSE => {
+            "another program already listens on its port; only one nfqd per host can"
+        }
         _ => "nfqd may not listen by vsock; look at its sandbox, such as RestrictAddressFamilies=",
     };
     format!("vsock: {errno}; {advice}")

@@ -68,6 +68,11 @@ impl VsockClient {
         Ok(VsockClient { stream, cid: peer.cid(), port: peer.port() })
     }
 
+    /// Whether it has come from a port that only root of the VM may use.
+    pub(super) fn is_root(&self) -> bool {
+        self.port < FIRST_USER_PORT
+    }
+
     /// Refuses it: sends the reason and closes the connection.
     pub fn refuse(self, code: ErrorCode, reason: &str) {
         let line = format!("{}\n", Reply::error(code, reason));
@@ -105,13 +110,6 @@ impl VsockLink {
 
     /// Takes a connection of the VM.
     pub(super) fn accept(&mut self, client: VsockClient) {
-        if client.port >= FIRST_USER_PORT {
-            client.refuse(
-                ErrorCode::Denied,
-                "connect from a port below 1024, which only root of the VM may use",
-            );
-            return;
-        }
         if self.connections.len() >= MAX_CONNECTIONS {
             let reason = format!("more than {MAX_CONNECTIONS} connections; close one");
             client.refuse(ErrorCode::Quota, &reason);
@@ -186,13 +184,20 @@ impl VsockLink {
         self.connections.retain(|_, connection| connection.flush().is_ok());
     }
 
-    /// Waits for more, of every connection that may send. Closes those that are finished.
-    pub(super) fn arm(&mut self) {
+    /// Waits until connections can be written to, and, if they may send more, until they have. Closes those that
+    /// are finished.
+    pub(super) fn arm(&mut self, may_send: bool) {
         self.connections.retain(|_, connection| !connection.is_over());
         for (number, connection) in &mut self.connections {
             let wanted = connection.wants();
-            // An event pauses a connection by itself.
-            if wanted != connection.readiness && wanted != Readiness::Paused {
+            let is_due = match wanted {
+                // Replies do not wait for the budget.
+                Readiness::WritableOnce => true,
+                // An event pauses a connection by itself.
+                Readiness::Paused => false,
+                _ => may_send,
+            };
+            if wanted != connection.readiness && is_due {
                 let event = ChannelEvent { channel: self.id, source: *number };
                 // One that cannot be waited for is closed with the VM's end.
                 if self.resources.modify(connection.stream.as_fd(), wanted, event).is_ok() {
