@@ -230,7 +230,7 @@ impl fmt::Display for Transport {
     }
 }
 
-/// What a channel may have registered, and how often it may send. Without a limit of its own, that of the
+/// The limits of a channel: what it may have registered, and how often it may send. Without a limit of its own, that of the
 /// host applies.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Quotas {
@@ -264,7 +264,7 @@ pub struct ChannelSpec {
     pub network: Option<Network>,
     /// The owner and the mode of a region or a socket that nfqd makes.
     pub ownership: Ownership,
-    /// What it may have.
+    /// Its quotas.
     pub quotas: Quotas,
 }
 

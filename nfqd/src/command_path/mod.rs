@@ -33,7 +33,7 @@ use std::time::Instant;
 pub struct ControlPlane {
     /// The channels of the guests.
     pub channels: Vec<Channel>,
-    /// What the channels share.
+    /// The resources that the channels share.
     pub resources: Rc<ChannelResources>,
     /// The channels that were attached to the running daemon.
     pub attached: AttachedChannels,

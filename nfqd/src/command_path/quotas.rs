@@ -5,7 +5,7 @@ use nfqd_rules::policy::Middlebox;
 use nfqd_rules::{MiddleboxKey, NetworkId, Policy};
 use nfqd_shmctl::{CommandError, ErrorCode, MacAddr, ParsedCommand, Place};
 
-/// What a channel has registered.
+/// The number of things that a channel has registered.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 struct Usage {
     middleboxes: usize,

@@ -151,7 +151,7 @@ impl DoorbellLink {
         let names = [VM, MEMORY, HOST_BELL, GUEST_BELL].map(|start| self.name(start));
         let taken = names.map(|name| self.resources.store().take(&name));
         let [Some(connection), Some(memory), Some(host_bell), Some(guest_bell)] = taken else {
-            // What is there of it is of no use.
+            // An incomplete set is of no use.
             self.forget_vm();
             return;
         };

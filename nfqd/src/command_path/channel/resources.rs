@@ -1,4 +1,4 @@
-//! What the links of all channels share: the reactor that their descriptors wake, the store of
+//! The resources that the links of all channels share: the reactor that their descriptors wake, the store of
 //! descriptors that outlive the daemon, and the socket at which VMs connect by vsock.
 
 use crate::descriptor_store::DescriptorStore;
@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 /// connect by vsock.
 pub(super) type ChannelId = u32;
 
-/// What the links of all channels share.
+/// The resources that the links of all channels share.
 pub struct ChannelResources {
     reactor: Reactor,
     store: RefCell<DescriptorStore>,
