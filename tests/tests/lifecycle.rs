@@ -407,6 +407,25 @@ fn a_state_directory_that_vanishes_is_in_the_status() {
 
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
+fn a_connection_that_has_ended_is_not_taken_over() {
+    in_netns(|| {
+        let mut fixture = Fixture::new(&[]);
+        fixture.daemon.must("R L 12:13:14:15:16:17 10.129.126.15:80 rr 10.129.126.17");
+        let backend =
+            |daemon: &Daemon| daemon.status().middleboxes[0].services[0].backends[0].clone();
+        wait_for("the backend's MAC", || backend(&fixture.daemon).mac.is_some());
+        assert_eq!(fixture.at_vm().as_deref(), Some("backend"));
+        wait_for("its end", || backend(&fixture.daemon).flows == 0);
+        // The kernel forgets the close after five seconds, and an opening after 63.
+        std::thread::sleep(Duration::from_secs(6));
+        fixture.daemon.kill();
+        fixture.daemon.restart();
+        assert_eq!(backend(&fixture.daemon).flows, 0);
+    });
+}
+
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
 fn a_restart_takes_over_what_the_kernel_remembers() {
     in_netns(|| {
         let mut fixture = Fixture::new(&[]);

@@ -103,7 +103,8 @@ impl BaseTable<'_> {
         let (closed, soon) = (name("closed_flow"), Some(CLOSE_TIMEOUT));
         self.chain(&name("close_flow"), install(flow_key, "flows", ports, soon, &closed));
         let replies = install(reply_key_of_request, "replies", ports, soon, "finish");
-        self.chain(&closed, [to_backend, no_bypass, replies].concat());
+        let opening = forget_opening(reply_key_of_request, ports);
+        self.chain(&closed, [to_backend, no_bypass, opening, replies].concat());
     }
 
     /// Chains of the verdicts on a reply, which keeps its mark: it is translated where it leaves.
@@ -121,9 +122,9 @@ impl BaseTable<'_> {
         rules.extend(install(reply_key, "replies", ports, None, &replied));
         self.chain(&name("learn_reply"), rules);
 
-        let mut rules = forget(reply_key, "replies", ports);
-        rules.push(rule(vec![goto(&replied)]));
-        self.chain(&name("close_reply"), rules);
+        let end = vec![rule(vec![goto(&replied)])];
+        let rules = [forget(reply_key, "replies", ports), forget_opening(reply_key, ports), end];
+        self.chain(&name("close_reply"), rules.concat());
     }
 
     /// Chains of the verdicts that cache a flow without rewriting it: of a backend itself, or of
@@ -271,11 +272,6 @@ fn each_protocol(statement: impl Fn(IpFamily, CachedProtocol) -> Statement) -> V
 /// and may be away when it comes.
 fn note_opening(ports: PortRewrite) -> Vec<Rule> {
     let finish = || goto("finish");
-    let forget = |ip: IpFamily| {
-        let map = TCP.map("opening", ports.other(), ip);
-        let forget = Statement::ForgetFlow { key: reply_key_of_request(ip), map };
-        rule([TCP.is(ip), vec![forget]].concat())
-    };
     let note = |ip: IpFamily| {
         let (key, map) = (reply_key_of_request(ip), TCP.map("opening", ports, ip));
         let learn = Statement::Learn { key, map, timeout: None };
@@ -283,7 +279,18 @@ fn note_opening(ports: PortRewrite) -> Vec<Rule> {
     };
     let full = format!("{CACHE_FULL}{}", ports.chain("opening"));
     let full = commented(vec![Statement::Counter, finish()], &full);
-    [FAMILIES.map(forget).to_vec(), FAMILIES.map(note).to_vec(), vec![full]].concat()
+    let forget = forget_opening(reply_key_of_request, ports.other());
+    [forget, FAMILIES.map(note).to_vec(), vec![full]].concat()
+}
+
+/// Returns the rules that remove the note of a connection's opening, which outlives a connection that ends
+/// soon: a restarted engine would take it for one that still opens.
+fn forget_opening(key: Key, ports: PortRewrite) -> Vec<Rule> {
+    let forget = |ip: IpFamily| {
+        let map = TCP.map("opening", ports, ip);
+        rule([TCP.is(ip), vec![Statement::ForgetFlow { key: key(ip), map }]].concat())
+    };
+    FAMILIES.map(forget).to_vec()
 }
 
 /// Returns the rules that remove a packet's flow from a map.
