@@ -303,7 +303,7 @@ mod tests {
     use super::super::options::{FastPath, QueuePath};
     use super::*;
     use crate::service::BackendRef;
-    use crate::slots::BackendObservation;
+    use crate::slots::{BackendObservation, BackendView};
     use nfqd_shmctl::MacAddr;
     use proptest::prelude::*;
     use proptest::sample::select;
@@ -342,6 +342,23 @@ mod tests {
         }
     }
 
+    /// A host on which the middlebox with an odd MAC is on one of two networks, or not seen yet.
+    struct Host {
+        mac: Option<MacAddr>,
+        network: NetworkId,
+    }
+
+    impl BackendView for Host {
+        fn observe(&self, _: &BackendRef<'_>, _: NetworkId) -> BackendObservation {
+            BackendObservation { mac: self.mac, ..BackendObservation::UNKNOWN }
+        }
+
+        fn network(&self, middlebox: MiddleboxKey) -> NetworkId {
+            let MacAddr([.., last]) = middlebox.mac;
+            if last % 2 == 1 { self.network } else { middlebox.network }
+        }
+    }
+
     fn command() -> impl Strategy<Value = String> {
         let mac = || select(vec!["2:0:0:0:0:1", "2:0:0:0:0:2", "2:0:0:0:0:3"]);
         let fields = select(vec![
@@ -373,26 +390,30 @@ mod tests {
     }
 
     proptest! {
-        /// Step by step, or several commands at once, with backends' MACs becoming known: the
-        /// result equals a full load.
+        /// Step by step, or several commands at once, with backends' MACs becoming known and middleboxes
+        /// moving between networks: the result equals a full load.
         #[test]
         fn changes_make_what_a_load_makes(
-            steps in proptest::collection::vec((proptest::collection::vec(command(), 1..4), any::<bool>()), 1..30),
+            steps in proptest::collection::vec((proptest::collection::vec(command(), 0..4), any::<bool>(), 0..3_usize), 1..30),
             off: bool,
         ) {
             let queues = Queues { first: 0, count: 1, bypass: true };
             let fast_path = if off { FastPath::Off } else { FastPath::Full };
             let options = RulesetOptions { queue_path: QueuePath::BrNetfilter, fast_path, queues };
             let mut now = Desired::default();
+            let mut networks = vec![NetworkId::ANY];
+            for name in ["br0", "br1 vlan 7"] {
+                networks.extend(now.networks.intern(&name.parse().unwrap()));
+            }
             let (mut installed, mut ruleset) = Installed::new(&now, &options);
             let table = ruleset.get_mut(&Family::Bridge).unwrap();
-            for (commands, known) in steps {
+            for (commands, known, network) in steps {
                 let mut next = now.clone();
                 for command in commands {
                     let _ = next.policy.apply_line(&command);
                 }
                 let mac = known.then_some(MacAddr([2; 6]));
-                let view = |_: &BackendRef<'_>| BackendObservation { mac, ..BackendObservation::UNKNOWN };
+                let view = Host { mac, network: networks[network] };
                 next.slots.sync_all(&next.policy, &view, Instant::now());
                 let change = installed.change(&now, &next);
                 apply(table, &change);
