@@ -1,6 +1,7 @@
 //! The parts that a guest's senders share: their patience, their errors, and the lock by which they take turns.
 
 use crate::language::parse::MAX_COMMAND;
+use crate::language::reply::Reply;
 use crate::region::{Region, RegionLock};
 use nix::errno::Errno;
 use std::cell::RefCell;
@@ -139,6 +140,18 @@ impl Patience<'_> {
         }
         Ok(())
     }
+}
+
+/// Checks that the host can take commands of this length.
+pub(crate) fn check_lengths(commands: &[String]) -> Result<(), SendError> {
+    let long = commands.iter().find(|command| command.len() > MAX_COMMAND);
+    long.map_or(Ok(()), |long| Err(SendError::TooLong(long.len())))
+}
+
+/// Parses a reply; the error has its beginning.
+pub(crate) fn parse_reply(text: &str) -> Result<Reply, SendError> {
+    let start = || text.chars().take(80).flat_map(char::escape_default).collect();
+    text.parse().map_err(|_| SendError::NotAReply(start()))
 }
 
 /// Locks the channel, so that several senders on this side each get their own reply.

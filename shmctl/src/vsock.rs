@@ -1,10 +1,9 @@
 //! Commands through vsock (vsock(7)), for VMs without shared memory: a line of ASCII text is a command, and
 //! a line is its reply, in the order of the commands. The host knows a VM by its CID.
 
-use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::RegionLock;
-use crate::sender::{GaveUp, Patience, SendError, lock_by};
+use crate::sender::{GaveUp, Patience, SendError, check_lengths, lock_by, parse_reply};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SocketError;
@@ -113,15 +112,12 @@ impl Connection {
         patience: impl Into<Patience<'a>>,
         replies: &mut Vec<Reply>,
     ) -> Result<(), SendError> {
-        if let Some(long) = commands.iter().find(|command| command.len() > MAX_COMMAND) {
-            return Err(SendError::TooLong(long.len()));
-        }
+        check_lengths(commands)?;
         let patience = patience.into();
         for command in commands {
             let deadline = Instant::now() + patience.timeout;
             let text = self.exchange(command, patience, deadline)?;
-            let start = || text.chars().take(80).flat_map(char::escape_default).collect();
-            let reply: Reply = text.parse().map_err(|_| SendError::NotAReply(start()))?;
+            let reply = parse_reply(&text)?;
             let is_ok = reply.is_ok();
             replies.push(reply);
             if !is_ok {

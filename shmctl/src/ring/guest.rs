@@ -5,10 +5,9 @@ use super::{
     MORE, PROGRESS, Progress, REPLIES, REQUESTS, SENT, SIZE, SLOT_HEADER, SLOT_SIZE, SLOT_TEXT,
     SLOTS, SlotHeader, WATCHED, fixed_header, slot,
 };
-use crate::language::parse::MAX_COMMAND;
 use crate::language::reply::Reply;
 use crate::region::{Region, RegionLock};
-use crate::sender::{GaveUp, Patience, SendError};
+use crate::sender::{GaveUp, Patience, SendError, check_lengths, parse_reply};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
@@ -47,9 +46,7 @@ pub fn send_locked<'a>(
     patience: impl Into<Patience<'a>>,
     replies: &mut Vec<Reply>,
 ) -> Result<(), SendError> {
-    if let Some(long) = commands.iter().find(|command| command.len() > MAX_COMMAND) {
-        return Err(SendError::TooLong(long.len()));
-    }
+    check_lengths(commands)?;
     let patience = patience.into();
     for commands in commands.chunks(SLOTS as usize) {
         let deadline = Instant::now() + patience.timeout;
@@ -171,10 +168,7 @@ impl Exchange<'_> {
         self.region.store_u64(SENT, last);
         ring_doorbell(self.region);
         for number in before + 1..=last {
-            let text = self.receive(epoch, number)?;
-            let reply = text.parse();
-            let start = || text.chars().take(80).flat_map(char::escape_default).collect();
-            replies.push(reply.map_err(|_| SendError::NotAReply(start()))?);
+            replies.push(parse_reply(&self.receive(epoch, number)?)?);
         }
         Ok(())
     }

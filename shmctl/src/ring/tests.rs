@@ -696,3 +696,24 @@ proptest! {
         prop_assert!(serve(&mut again, &region, echo) <= SLOTS as usize);
     }
 }
+
+#[test]
+fn a_guest_whose_withdrawal_is_being_followed_knows_that_it_was_withdrawn() {
+    let (_dir, path, region) = region();
+    drop(HostRing::open(&region, 0).unwrap());
+    let (guest, host) = (Region::open(&path).unwrap(), Region::open(&path).unwrap());
+    let reset = guest.load_u64(GUEST);
+    std::thread::scope(|scope| {
+        // The host writes the new epoch, and is slow to write that it has followed.
+        scope.spawn(|| {
+            while host.load_u64(GUEST) == reset {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            host.store_u64(PROGRESS, host.load_u64(PROGRESS) + 1000);
+            std::thread::sleep(Duration::from_millis(100));
+            host.store_u64(PROGRESS + 24, host.load_u64(GUEST));
+        });
+        let timeout = Duration::from_millis(50);
+        assert_eq!(send(&guest, &texts(0..2), timeout), Err(SendError::Timeout(timeout)));
+    });
+}
