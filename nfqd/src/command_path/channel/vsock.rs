@@ -46,14 +46,14 @@ struct Connection {
     unanswered: usize,
     /// Whether the VM sends no more.
     is_finished: bool,
-    /// What the reactor waits for.
+    /// The readiness that the reactor waits for.
     readiness: Readiness,
 }
 
 /// A VM that has connected.
 pub struct VsockClient {
     stream: OwnedFd,
-    /// Its CID.
+    /// The CID of the VM.
     pub cid: u32,
     port: u32,
 }
@@ -153,7 +153,7 @@ impl VsockLink {
         loop {
             let before = messages.len();
             for (number, connection) in &mut self.connections {
-                // Its replies take memory until it has read them.
+                // Replies take memory until the VM has read them.
                 let is_busy = !connection.output.is_empty() || querying.contains(number);
                 if is_busy || messages.len() >= MAX_MESSAGES {
                     continue;
@@ -199,7 +199,7 @@ impl VsockLink {
             };
             if wanted != connection.readiness && is_due {
                 let event = ChannelEvent { channel: self.id, source: *number };
-                // One that cannot be waited for is closed with the VM's end.
+                // A connection that cannot be waited for is closed with the VM's end.
                 if self.resources.modify(connection.stream.as_fd(), wanted, event).is_ok() {
                     connection.readiness = wanted;
                 }
@@ -276,7 +276,7 @@ impl Connection {
     fn wants(&self) -> Readiness {
         match () {
             () if !self.output.is_empty() => Readiness::WritableOnce,
-            // It is read when its commands have been taken.
+            // More is read when these commands have been taken.
             () if !self.lines.is_empty() || self.is_finished => Readiness::Paused,
             () => Readiness::ReadableOnce,
         }
@@ -285,5 +285,179 @@ impl Connection {
     fn is_over(&self) -> bool {
         let is_idle = self.output.is_empty() && self.unanswered == 0 && self.lines.is_empty();
         self.is_finished && is_idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Channel;
+    use super::*;
+    use crate::config::ChannelSpec;
+    use crate::descriptor_store::DescriptorStore;
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    /// A channel, and the VM's end of a connection. A Unix socket stands for vsock, which not every kernel
+    /// has.
+    struct Fixture {
+        resources: Rc<ChannelResources>,
+        channel: Channel,
+        now: Instant,
+        /// The time that passes in a step.
+        pace: Duration,
+    }
+
+    impl Fixture {
+        fn new(keys: &str) -> Fixture {
+            let resources = Rc::new(ChannelResources::new(DescriptorStore::none()).unwrap());
+            let spec = ChannelSpec::vsock(&format!("3{keys}")).unwrap();
+            let channel = Channel::open(&spec, &resources);
+            let pace = Duration::from_millis(1);
+            Fixture { resources, channel, now: Instant::now(), pace }
+        }
+
+        fn connect_from(&mut self, port: u32) -> UnixStream {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            self.channel.accept(VsockClient { stream: ours.into(), cid: 3, port }, self.now);
+            theirs
+        }
+
+        fn connect(&mut self) -> UnixStream {
+            self.connect_from(1000)
+        }
+
+        /// Lets some time pass; answers each command with itself, and a query with `query`.
+        fn step(&mut self, query: &str) -> Vec<Result<String, String>> {
+            self.now += self.pace;
+            let listener = |event: &ChannelEvent| !event.is_vsock_connection();
+            for event in self.resources.events().unwrap().into_iter().filter(listener) {
+                self.channel.handle(event, self.now);
+            }
+            if self.channel.next_poll().is_none_or(|next| next > self.now) {
+                return Vec::new();
+            }
+            let messages = self.channel.poll(self.now);
+            let text = |message: &Message| {
+                message.text().map(str::to_string).map_err(|error| error.to_string())
+            };
+            let texts: Vec<_> = messages.iter().map(text).collect();
+            let answer = |message: Message| {
+                let reply = Reply::ok(match message.text() {
+                    Ok("Q") => query,
+                    other => other.unwrap_or("bad"),
+                });
+                (message, reply)
+            };
+            // As the control plane does: nothing is replied to nothing.
+            if !messages.is_empty() {
+                self.channel.reply(messages.into_iter().map(answer).collect());
+            }
+            texts
+        }
+
+        fn steps(&mut self, count: u32) -> Vec<Result<String, String>> {
+            (0..count).flat_map(|_| self.step("")).collect()
+        }
+    }
+
+    fn read(vm: &mut UnixStream) -> String {
+        let mut bytes = Vec::new();
+        match vm.read_to_end(&mut bytes) {
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+            Ok(_) => bytes.extend(b"<end>"),
+        }
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn lines_in_pieces_and_of_any_length_are_commands_or_errors() {
+        let mut fixture = Fixture::new("");
+        let mut vm = fixture.connect();
+        vm.write_all(b"X 1:2:3").unwrap();
+        assert_eq!(fixture.steps(20), []);
+        vm.write_all(b":4:5:6\r\n\nX \xc3\xa9\n").unwrap();
+        let bad = "byte 0xc3 at 2 is not printable ASCII; commands are ASCII text".to_string();
+        let expected = [Ok("X 1:2:3:4:5:6".to_string()), Ok(String::new()), Err(bad)];
+        assert_eq!(fixture.steps(20), expected);
+        assert_eq!(read(&mut vm), "OK X 1:2:3:4:5:6\nOK\nOK bad\n");
+        // Two that are too long, each with its own length, and one with a CR where it is cut.
+        let longest = "x".repeat(MAX_COMMAND);
+        for (line, length) in [
+            (format!("{longest}\n"), None),
+            (format!("{longest}\r\n"), None),
+            (format!("{longest}y\n"), Some(2047)),
+            (format!("{longest}{longest}\n"), Some(4092)),
+            (format!("{longest}\ry\n"), Some(2048)),
+        ] {
+            vm.write_all(line.as_bytes()).unwrap();
+            let texts = fixture.steps(20);
+            let error = length.map(|n| format!("{n} bytes long; a command has at most 2046"));
+            assert_eq!(texts, [error.map_or(Ok(longest.clone()), Err)], "{}", line.len());
+        }
+        // What the VM has sent before it shuts its side is answered.
+        read(&mut vm);
+        vm.write_all(b"Q\nX").unwrap();
+        vm.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(fixture.steps(40), [Ok("Q".to_string())]);
+        assert_eq!(read(&mut vm), "OK\n<end>");
+        assert_eq!(fixture.channel.is_connected(), Some(false));
+    }
+
+    #[test]
+    fn a_line_without_an_end_costs_a_read_a_millisecond_and_ends_the_connection() {
+        let mut fixture = Fixture::new("");
+        fixture.pace = Duration::from_micros(10);
+        let mut vm = fixture.connect();
+        let mut sent = 0;
+        let mut steps = 0;
+        while fixture.channel.is_connected() == Some(true) {
+            sent += vm.write(&[b'x'; 100_000]).unwrap_or(0);
+            fixture.step("");
+            steps += 1;
+            assert!(steps < 100_000, "{sent} bytes");
+        }
+        // 8 KiB at once, and then a pause of almost a millisecond at least.
+        assert!(steps >= MAX_LINE / READ_SIZE * 50, "{steps} steps for {sent} bytes");
+    }
+
+    #[test]
+    fn a_connection_has_the_reply_to_one_query_in_memory_and_gets_it_without_a_budget() {
+        let mut fixture = Fixture::new(",rate=1");
+        let mut vm = fixture.connect();
+        vm.write_all(&b"Q\n".repeat(10)).unwrap();
+        let long = "y".repeat(1 << 20);
+        // Its CPU time uses up all that the channel may send.
+        let texts: Vec<_> = (0..5).flat_map(|_| fixture.step(&long)).collect();
+        assert_eq!(texts, [Ok("Q".to_string())]);
+        fixture.channel.charge(1, Duration::from_secs(3600));
+        let mut got = 0;
+        for _ in 0..200 {
+            assert_eq!(fixture.step(&long), []);
+            got += read(&mut vm).len();
+        }
+        assert_eq!(got, "OK \n".len() + long.len());
+    }
+
+    #[test]
+    fn others_than_root_cost_nothing_and_connections_are_bounded() {
+        let mut fixture = Fixture::new("");
+        for _ in 0..1000 {
+            let mut stranger = fixture.connect_from(1024);
+            assert!(read(&mut stranger).starts_with("ERR denied connect from a port below 1024"));
+        }
+        let mut vms: Vec<UnixStream> = (0..MAX_CONNECTIONS).map(|_| fixture.connect()).collect();
+        let mut more = fixture.connect();
+        assert!(read(&mut more).starts_with("ERR quota more than 8 connections"));
+        vms[7].write_all(b"Q\n").unwrap();
+        assert_eq!(fixture.steps(20), [Ok("Q".to_string())]);
+        // Connecting again and again is bounded like commands.
+        drop(vms);
+        fixture.steps(40);
+        let refused =
+            (0..1000).filter(|_| read(&mut fixture.connect()).starts_with("ERR quota too")).count();
+        assert!(refused > 400, "{refused}");
     }
 }
