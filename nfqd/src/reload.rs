@@ -44,6 +44,7 @@ pub(crate) fn reload(
         |spec: &&ChannelSpec| new.channels.iter().all(|its| its.transport != spec.transport);
     let attached: Vec<ChannelSpec> = plane.attached.specs().filter(is_other).cloned().collect();
     let wanted: Vec<&ChannelSpec> = new.channels.iter().chain(&attached).collect();
+    plane.configured = new.channels.iter().map(|spec| spec.transport.clone()).collect();
     plane.channels.retain_mut(|channel| {
         let spec = wanted.iter().find(|its| its.transport == channel.spec().transport);
         match spec {

@@ -181,6 +181,7 @@ pub fn start(args: &DaemonArgs) -> Result<Started, StartError> {
     let mut plane = ControlPlane {
         channels,
         resources,
+        configured: config.channels.iter().map(|spec| spec.transport.clone()).collect(),
         attached,
         desired,
         host,

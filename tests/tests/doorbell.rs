@@ -160,8 +160,25 @@ fn doorbells_are_attached_and_detached_and_their_keys_are_read_again() {
             replies[2].starts_with("ERR quota ") && replies[1].starts_with("OK"),
             "{replies:?}"
         );
-        assert!(nfqd("detach", &format!("doorbell:{}", other.display())).status.success());
-        assert!(!other.exists());
+        // Once the configuration has it too, detaching it changes nothing.
+        let path = channel.strip_prefix("doorbell:").unwrap();
+        let both =
+            format!("doorbell = [\"{},mac={VM_MAC},mode=0660\", \"{path}\"]\n", socket.display());
+        std::fs::write(&config, &both).unwrap();
+        let reload = || {
+            run(&format!("kill -HUP {}", daemon.pid()));
+            let answered = daemon.status();
+            assert!(answered.channels.iter().all(|channel| channel.error.is_none()));
+        };
+        reload();
+        let detach = || nfqd("detach", &format!("doorbell:{}", other.display())).status.success();
+        assert!(detach() && !detach());
+        assert!(send(&second.memory, &["Q"])[0].starts_with("OK"));
+        write(&format!(",mode=0660,mac={VM_MAC}"));
+        reload();
+        wait_for("the end of the second socket", || !other.exists());
+        assert!(nfqd("attach", &channel).status.success());
+        assert!(detach() && !other.exists());
         // Where nobody can listen, nothing is attached.
         std::fs::write(&other, "a file").unwrap();
         let refused = nfqd("attach", &channel);

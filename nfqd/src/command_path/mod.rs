@@ -26,6 +26,7 @@ use nfqd_rules::service::BackendRef;
 use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Desired, MiddleboxKey, NetworkId, Policy};
 use nfqd_shmctl::ErrorCode;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -35,6 +36,8 @@ pub struct ControlPlane {
     pub channels: Vec<Channel>,
     /// The resources that the channels share.
     pub resources: Rc<ChannelResources>,
+    /// The ways by which the channels of the configuration arrive.
+    pub configured: BTreeSet<Transport>,
     /// The channels that were attached to the running daemon.
     pub attached: AttachedChannels,
     /// The desired state.
@@ -252,10 +255,14 @@ impl ControlPlane {
             return Err(AttachError::OtherKeys(transport));
         }
         self.attached.remove(&transport)?;
-        let ended = self.channels.iter_mut().filter(|channel| *channel.spec() == spec);
-        ended.for_each(Channel::end);
-        // One of the configuration with the same region stays.
-        self.channels.retain(|channel| *channel.spec() != spec);
+        let is_configured = self.configured.contains(&transport);
+        self.channels.retain_mut(|channel| {
+            let stays = is_configured || channel.spec().transport != transport;
+            if !stays {
+                channel.end();
+            }
+            stays
+        });
         log::info!("{transport}: detached");
         Ok(())
     }
