@@ -7,6 +7,9 @@ use crate::supervisor::Supervisor;
 use nix::errno::Errno;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+/// The number of times that a holder is asked for what it has.
+const TAKE_ATTEMPTS: u32 = 5;
+
 /// The store of descriptors.
 pub struct DescriptorStore {
     keeper: Keeper,
@@ -43,13 +46,23 @@ impl DescriptorStore {
                 logged: None,
             };
         }
-        let Ok(holder) = Holder::connect() else {
+        let Ok(mut holder) = Holder::connect() else {
             return DescriptorStore { keeper: Keeper::Nobody, earlier, losses: 0, logged: None };
         };
-        match holder.take() {
+        let mut taken = holder.take();
+        // A slow one is asked again: without its answer, all VMs would lose their doorbells.
+        for _ in 1..TAKE_ATTEMPTS {
+            if taken.is_ok() {
+                break;
+            }
+            if let Ok(again) = Holder::connect() {
+                holder = again;
+                taken = holder.take();
+            }
+        }
+        match taken {
             Ok(taken) => earlier.extend(taken),
             Err(errno) => {
-                // It may still have everything: another one is not started in its place now.
                 log::error!(
                     "holder of descriptors: {errno}; what VMs were given is not taken over"
                 );

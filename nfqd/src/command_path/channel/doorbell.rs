@@ -223,7 +223,7 @@ impl DoorbellLink {
     pub(super) fn follow(&mut self) {
         self.listen();
         if let Some(listener) = &self.listener {
-            // It was paused if there were no descriptors.
+            // Without descriptors, `accept` has paused the listener.
             let (fd, event) = (listener.socket.as_fd(), self.event(source::LISTENER));
             let _ = self.resources.modify(fd, Readiness::Readable, event);
         }
@@ -300,7 +300,7 @@ impl DoorbellLink {
 
     fn forget_vm(&mut self) {
         if let Some(vm) = self.vm.take() {
-            // They stay open in the store, and in QEMU.
+            // Both stay open elsewhere: in the store, and in QEMU.
             self.resources.remove(vm.connection.as_fd());
             self.resources.remove(vm.host_bell.as_fd());
         }
@@ -637,7 +637,7 @@ mod tests {
         let mut found = [1; 6];
         vm.memory.read(100_000, &mut found);
         assert_eq!(found, [0; 6]);
-        // One that is gone does not keep the next one out, even if nobody has noticed.
+        // The next VM is not kept out by one that is gone, even if nobody has noticed.
         drop(vm);
         fixture.connect();
         assert_eq!(fixture.channel.is_connected(), Some(true));

@@ -24,12 +24,12 @@ pub struct ChannelResources {
     vsock: RefCell<Result<OwnedFd, Errno>>,
 }
 
-/// An event of a channel: its number, and what of it is ready.
+/// An event of a channel: a descriptor is ready.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChannelEvent {
     /// The channel.
     pub(super) channel: ChannelId,
-    /// What of it is ready, as the link has numbered it.
+    /// The descriptor that is ready, as the link has numbered it.
     pub(super) source: u32,
 }
 
@@ -46,7 +46,7 @@ impl ChannelResources {
             reactor: Reactor::new()?,
             store: RefCell::new(store),
             last_id: Cell::new(0),
-            // Until it is asked for.
+            // A placeholder, until a channel asks for it.
             vsock: RefCell::new(Err(Errno::EAGAIN)),
         })
     }
@@ -106,7 +106,7 @@ impl ChannelResources {
     pub(super) fn listen_by_vsock(&self) {
         let mut vsock = self.vsock.borrow_mut();
         if let Ok(listener) = &*vsock {
-            // It was paused if there were no descriptors.
+            // Without descriptors, `accept` has paused the listener.
             let _ = self.modify(listener.as_fd(), Readiness::Readable, LISTENER);
             return;
         }

@@ -77,7 +77,7 @@ impl SharedMemory {
             match message {
                 Message::Mailbox(message) => by_mailbox.push((message, reply)),
                 Message::Ring(request) => by_ring.push((request, reply)),
-                // It has come another way.
+                // Lines come by vsock.
                 Message::Line(_) => {}
             }
         }
