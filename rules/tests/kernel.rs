@@ -15,7 +15,7 @@ use nfqd_shmctl::MacAddr;
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeMap;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const QUEUES: Queues = Queues { first: 0, count: 4, bypass: true };
 
@@ -251,6 +251,7 @@ fn follow(
         kernel.finish(&change).unwrap();
         installed.done(change);
         if check(step) {
+            kernel.remove_retired(Duration::ZERO).unwrap();
             let (by_change, ruleset) = (listed(), build(&new, options));
             assert!(kernel.is_intact(&ruleset).unwrap());
             kernel.load(&ruleset).unwrap();

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 
 /// The longest wait for packets that are being decided, before old slots are removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// The time for which a slot that is gone still translates replies: longer than these take through the
+/// bridge, even if another program queues them.
+const RETIREMENT: Duration = Duration::from_secs(5);
 /// The pauses between two repairs at the first changes by another program, and while it goes on.
 const MIN_REPAIR_PAUSE: Duration = Duration::from_millis(10);
 const MAX_REPAIR_PAUSE: Duration = Duration::from_secs(1);
@@ -27,6 +30,12 @@ impl Enforcer {
     pub fn tick(&mut self, desired: &Desired) {
         self.resume_monitor();
         self.check_steering();
+        if let Err(error) = self.kernel.remove_retired(RETIREMENT) {
+            log::warn!(
+                "old slots could not be removed from the kernel ({error}); loading the ruleset again"
+            );
+            self.broken.get_or_insert_with(|| CHANGED.to_string());
+        }
         let _ = self.repair_changes(desired);
         if self.broken.as_deref().is_some_and(|reason| reason != CHANGED) {
             // The failure is logged where it happens.

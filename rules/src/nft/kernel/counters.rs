@@ -104,10 +104,15 @@ impl Kernel {
             }
         }
         for name in ["backend_mac", "backend_vip4", "backend_vip6"] {
+            // What these have counted was carried over.
+            let retired = self.retired.of(name);
             for element in self.elements(Family::Bridge, name)? {
                 let version: Option<SlotVersion> =
                     element.comment.as_ref().and_then(|text| text.parse().ok());
                 let Some((version, counter)) = version.zip(element.counter) else { continue };
+                if retired.contains(&element.key) {
+                    continue;
+                }
                 let sums = out.backends.entry(version.key()).or_default();
                 if name == "backend_mac" {
                     sums.sent += counter;

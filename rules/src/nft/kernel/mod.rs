@@ -9,6 +9,7 @@ mod neighbours;
 mod own;
 mod probe;
 mod recover;
+mod retired;
 
 pub use counters::{BackendCounters, Counters};
 pub use neighbours::Neighbour;
@@ -29,9 +30,11 @@ use difference::{creations, difference};
 use mnl::{Bus, Socket};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use retired::{Retired, translates_replies};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 /// The kernel's nf_tables, over one socket that stays open.
 pub struct Kernel {
@@ -39,6 +42,8 @@ pub struct Kernel {
     sequence: u32,
     /// Whether tables can be protected against other programs; `None` before it has been tried.
     can_own: Option<bool>,
+    /// The slots that are gone, but for the maps that translate replies.
+    retired: Retired,
 }
 
 /// The reason a request to the kernel failed.
@@ -125,7 +130,7 @@ impl Kernel {
             .or_else(|_| setsockopt(&fd(&socket), sockopt::SndBuf, &BUFFER));
         let _ = setsockopt(&fd(&socket), sockopt::RcvBufForce, &BUFFER)
             .or_else(|_| setsockopt(&fd(&socket), sockopt::RcvBuf, &BUFFER));
-        Ok(Kernel { socket, sequence: 1, can_own: None })
+        Ok(Kernel { socket, sequence: 1, can_own: None, retired: Retired::default() })
     }
 
     fn batch(&self) -> Batch {
@@ -310,7 +315,9 @@ impl Kernel {
             }
         }
         // The dumps have used sequence numbers; the batch has its own.
-        self.commit(batch)
+        self.commit(batch)?;
+        self.retired = Retired::default();
+        Ok(())
     }
 
     fn replace(
@@ -430,18 +437,41 @@ impl Kernel {
         result
     }
 
-    /// Removes the slots that a change has left.
+    /// Removes the slots that a change has left. The maps that translate replies keep them until
+    /// [`Kernel::remove_retired`].
     ///
     /// # Errors
     /// If the kernel rejects it; nothing is changed then.
     pub fn finish(&mut self, change: &Transition) -> Result<(), KernelError> {
         let mut batch = self.batch();
+        let mut retired = Vec::new();
         for (name, gone) in change.leftovers() {
             for &family in change.queueing {
                 if tracked_maps(family).contains(name) {
                     batch.delete_elements(family, name, gone.clone());
                 }
             }
+            if translates_replies(name) {
+                retired.push((name.clone(), gone.into_keys().cloned().collect()));
+            } else {
+                batch.delete_elements(Family::Bridge, name, gone);
+            }
+        }
+        self.commit(batch)?;
+        self.retired.add(retired);
+        Ok(())
+    }
+
+    /// Removes the slots that have been kept for this long for replies on their way through the bridge.
+    ///
+    /// # Errors
+    /// If the kernel rejects it; nothing is changed then.
+    pub fn remove_retired(&mut self, kept: Duration) -> Result<(), KernelError> {
+        let mut batch = self.batch();
+        let due = self.retired.take_due(kept);
+        for (name, keys) in &due {
+            let element = Element::default();
+            let gone = keys.iter().map(|key| (key, &element));
             batch.delete_elements(Family::Bridge, name, gone);
         }
         self.commit(batch)

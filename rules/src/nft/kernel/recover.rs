@@ -77,22 +77,27 @@ impl Kernel {
             return Ok(out);
         }
         self.check_layout(Family::Bridge)?;
-        let mut keys: BTreeMap<SlotId, SlotKey> = BTreeMap::new();
+        let mut versions: BTreeMap<SlotId, SlotVersion> = BTreeMap::new();
         for (map, address_len) in [("backend_vip4", 4), ("backend_vip6", 16)] {
             for element in self.elements(Family::Bridge, map)? {
                 let version: Option<SlotVersion> =
                     element.comment.as_ref().and_then(|text| text.parse().ok());
                 let version = version.filter(|_| element.data.len() == address_len);
-                if let Some((id, version)) = slot(&element.key).zip(version) {
-                    out.slots.adopt([(id, version)], now);
-                    keys.insert(id, version.key());
-                }
+                versions.extend(slot(&element.key).zip(version));
             }
         }
+        let key_of = |id: SlotId| versions.get(&id).map(SlotVersion::key);
         for element in self.elements(Family::Bridge, "backend_mac")? {
-            let key = slot(&element.key).and_then(|id| keys.get(&id)).copied();
+            let Some(id) = slot(&element.key) else { continue };
+            // Slots that only replies on their way still carry are in no such map.
+            out.slots.adopt(versions.get(&id).map(|version| (id, *version)), now);
+            let key = key_of(id).filter(|key| !key.is_local());
             let mac: Option<[u8; 6]> = element.data.try_into().ok();
-            out.macs.extend(key.filter(|key| !key.is_local()).zip(mac.map(MacAddr)));
+            out.macs.extend(key.zip(mac.map(MacAddr)));
+        }
+        for (id, version) in &versions {
+            out.slots.adopt([(*id, *version)], now);
+            out.slots.reserve(*id, now);
         }
         for element in self.elements(Family::Bridge, NETWORKS)? {
             let id =
@@ -132,8 +137,8 @@ impl Kernel {
                 // Only a closing flow is cached for so short a time.
                 let short = u64::from(CLOSE_TIMEOUT) * 1000;
                 let closing = element.timeout_ms.is_some_and(|timeout| timeout <= short);
-                let key = keys.get(&id).copied();
-                let reply = key.and_then(|key| cached_reply(&element.key, protocol, id, key));
+                let reply =
+                    key_of(id).and_then(|key| cached_reply(&element.key, protocol, id, key));
                 out.replies.extend(reply.map(|reply| CachedReply { opening, closing, ..reply }));
             }
         }
