@@ -11,7 +11,8 @@ use crate::config::{Config, DaemonArgs, Transport};
 use crate::engine::Ingress;
 use crate::host_lock::HostLock;
 use crate::observe::control_socket::{ClientId, ControlSocket, Interest, Progress, Socket};
-use crate::observe::status::StatusSource;
+use crate::observe::report::Report;
+use crate::observe::status::{StatusSource, flow_table, host_devices, queues};
 use crate::packet_path::worker::Worker;
 use crate::rate_limiter::RateLimiter;
 use crate::reactor::{Reactor, Readiness, SignalFd, Timer};
@@ -25,6 +26,7 @@ use nfqd_rules::packet::Packet;
 use nfqd_shmctl::MacAddr;
 use nix::errno::Errno;
 use signal_hook::consts::SIGHUP;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +46,7 @@ mod token {
     pub(super) const WORKER_ENDED: u64 = 4;
     pub(super) const NETWORKS: u64 = 5;
     pub(super) const CHANNELS: u64 = 6;
+    pub(super) const COUNTERS: u64 = 7;
     /// The listeners, by their place in `Socket::ALL`.
     pub(super) const LISTENERS: u64 = 16;
     /// The clients, by their number.
@@ -63,6 +66,11 @@ pub struct Daemon {
     /// Ticks that are to come soon, because a backend is looked for.
     resolve_retries: u32,
     observed: Option<ObservedStatus>,
+    /// The clients that have asked for the status, which is begun when the counters have been read.
+    status_clients: Vec<ClientId>,
+    report: Option<Report>,
+    /// The devices of the host, of the time at which the status was begun.
+    host_devices: BTreeSet<String>,
     observer_limiter: RateLimiter,
     start: Instant,
     supervisor: Supervisor,
@@ -72,7 +80,7 @@ pub struct Daemon {
 /// The status that observers get: it is made again when it is [`OBSERVE_AGE`] times as old as its
 /// making took, so that they cost at most a tenth of the daemon's time.
 struct ObservedStatus {
-    line: Arc<[u8]>,
+    line: Arc<Vec<u8>>,
     until: Instant,
 }
 
@@ -107,6 +115,9 @@ impl Daemon {
             mailbox_timer: Timer::new().map_err(system)?,
             resolve_retries: 0,
             observed: None,
+            status_clients: Vec::new(),
+            report: None,
+            host_devices: BTreeSet::new(),
             observer_limiter: RateLimiter::new(OBSERVER_REQUESTS),
             start: Instant::now(),
             supervisor,
@@ -126,6 +137,7 @@ impl Daemon {
         add(self.plane.enforcer.ended_fd(), token::WORKER_ENDED)?;
         add(self.plane.host.as_fd(), token::NETWORKS)?;
         add(self.plane.resources.as_fd(), token::CHANNELS)?;
+        add(self.plane.enforcer.counters_fd(), token::COUNTERS)?;
         for (socket, fd) in self.control.listeners() {
             add(fd, token::LISTENERS + socket as u64)?;
         }
@@ -153,7 +165,10 @@ impl Daemon {
         loop {
             let next_poll = self.plane.channels.iter().filter_map(Channel::next_poll).min();
             self.mailbox_timer.set(next_poll).map_err(system)?;
-            for token in self.reactor.wait().map_err(system)? {
+            // A report goes on whenever there is nothing else to do, and by a slice when there is.
+            let ready =
+                if self.report.is_some() { self.reactor.ready() } else { self.reactor.wait() };
+            for token in ready.map_err(system)? {
                 if !self.dispatch(token)? {
                     self.supervisor.notify("STOPPING=1");
                     self.plane.suspend_channels();
@@ -162,6 +177,7 @@ impl Daemon {
                 }
                 self.hasten_tick()?;
             }
+            self.proceed_with_report();
         }
     }
 
@@ -183,6 +199,7 @@ impl Daemon {
             token::WORKER_ENDED => self.check_workers()?,
             token::NETWORKS => self.plane.follow_networks(),
             token::CHANNELS => self.plane.follow_channels(Instant::now()),
+            token::COUNTERS => self.plane.enforcer.finish_reading_counters(),
             token if token >= token::CLIENTS => self.serve((token - token::CLIENTS) as ClientId),
             token => {
                 for socket in Socket::ALL {
@@ -279,32 +296,45 @@ impl Daemon {
         let readiness = match self.control.proceed(id, now) {
             Progress::Asks(request) => {
                 let is_observer = self.control.socket_of(id) == Some(Socket::Observe);
-                let line = if is_observer {
+                let answer = if is_observer {
                     self.answer_observer(request)
                 } else {
-                    line(&self.answer(request))
+                    self.answer(request).map(|answer| line(&answer))
                 };
-                self.control.answer(id, line, now);
-                Readiness::Writable
+                match answer {
+                    Some(line) => {
+                        self.control.answer(id, line, now);
+                        Readiness::Writable
+                    }
+                    None => {
+                        self.status_clients.push(id);
+                        Readiness::Paused
+                    }
+                }
             }
             Progress::WantsStatus => {
                 let status = api::legacy::status(&self.status());
-                self.control.answer(id, status.into_bytes().into(), now);
+                self.control.answer(id, Arc::new(status.into_bytes()), now);
                 Readiness::Writable
             }
             Progress::Waits(Interest::Read) => Readiness::Readable,
             Progress::Waits(Interest::Write) => Readiness::Writable,
             Progress::Gone => return,
         };
+        self.wait_for_client(id, readiness);
+    }
+
+    fn wait_for_client(&self, id: ClientId, readiness: Readiness) {
         if let Some(fd) = self.control.client_fd(id) {
             // This fails only for a client that could not be added, which is dropped in time.
             let _ = self.reactor.modify(fd, readiness, token::CLIENTS + u64::from(id));
         }
     }
 
-    fn answer(&mut self, request: Request) -> Answer {
-        match request {
-            Request::Status => Answer::Status(Box::new(self.status())),
+    /// Returns the answer to a request; `None` for the status, which takes longer.
+    fn answer(&mut self, request: Request) -> Option<Answer> {
+        Some(match request {
+            Request::Status => return None,
             Request::Trace(request) => match self.trace(&request) {
                 Ok(trace) => Answer::Trace(Box::new(trace)),
                 Err(error) => Answer::Error(error),
@@ -331,37 +361,61 @@ impl Daemon {
                     Answer::Error(RequestError::new(ErrorCode::Failed, error.to_string()))
                 }
             },
-        }
+        })
     }
 
     /// Answers an observer, or rejects its request if all of them together ask too often.
-    fn answer_observer(&mut self, request: Request) -> Arc<[u8]> {
+    /// `None` stands for the status, unless there is one that is new enough.
+    fn answer_observer(&mut self, request: Request) -> Option<Arc<Vec<u8>>> {
         let now = self.start.elapsed().as_secs() as u32;
         if !self.observer_limiter.has_room(now) {
             let message = format!("more than {OBSERVER_REQUESTS} requests a second; ask later");
-            return line(&Answer::Error(RequestError::new(ErrorCode::Busy, message)));
+            return Some(line(&Answer::Error(RequestError::new(ErrorCode::Busy, message))));
         }
         self.observer_limiter.count();
         // A trace takes longer than another answer.
         for _ in 1..if matches!(request, Request::Trace(_)) { TRACE_COST } else { 1 } {
             self.observer_limiter.count();
         }
-        match request {
-            Request::Status => self.observed_status(),
-            other => line(&self.answer(other)),
+        if request != Request::Status {
+            return self.answer(request).map(|answer| line(&answer));
         }
+        let is_new = |observed: &&ObservedStatus| Instant::now() < observed.until;
+        self.observed.as_ref().filter(is_new).map(|observed| Arc::clone(&observed.line))
     }
 
-    fn observed_status(&mut self) -> Arc<[u8]> {
-        let start = Instant::now();
-        if let Some(observed) = self.observed.as_ref().filter(|observed| start < observed.until) {
-            return observed.line.clone();
+    /// Begins the report that clients have asked for, or makes a slice of it.
+    fn proceed_with_report(&mut self) {
+        let now = Instant::now();
+        if self.report.is_none() && !self.status_clients.is_empty() {
+            self.plane.enforcer.read_counters(&self.plane.desired);
+            if self.plane.enforcer.is_reading_counters() {
+                self.status_clients.iter().for_each(|id| self.control.grant_time(*id, now));
+                return;
+            }
+            self.host_devices = host_devices();
+            let clients = std::mem::take(&mut self.status_clients);
+            let size = self.observed.as_ref().map_or(0, |observed| observed.line.len());
+            self.report = Some(Report::new(self.status_head(), clients, size));
         }
-        let line = line(&self.answer(Request::Status));
-        let end = Instant::now();
-        let until = end + (end - start) * OBSERVE_AGE;
-        self.observed = Some(ObservedStatus { line: line.clone(), until });
-        line
+        let Some(report) = &mut self.report else { return };
+        let plane = &self.plane;
+        let bindings = Bindings::new(plane.channels.iter().map(Channel::spec));
+        let view = plane.view(&bindings);
+        let source = StatusSource::new(&plane.desired, &plane.enforcer, view, &self.host_devices);
+        if !report.proceed(&source) {
+            report.clients().iter().for_each(|id| self.control.grant_time(*id, now));
+            return;
+        }
+        let Some(report) = self.report.take() else { return };
+        let busy = report.busy;
+        let (line, clients) = report.finish();
+        let line = Arc::new(line);
+        for id in clients {
+            self.control.answer(id, Arc::clone(&line), now);
+            self.wait_for_client(id, Readiness::Writable);
+        }
+        self.observed = Some(ObservedStatus { line, until: Instant::now() + busy * OBSERVE_AGE });
     }
 
     fn observe(&self, since: Option<u64>, most: usize) -> Observed {
@@ -406,11 +460,20 @@ impl Daemon {
         Ok(trace(&snapshot, state, ingress, &packet, now))
     }
 
+    /// Returns the whole status at once, for clients of the earlier protocol.
     fn status(&mut self) -> Status {
         self.plane.enforcer.read_counters(&self.plane.desired);
         let plane = &self.plane;
         let bindings = Bindings::new(plane.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(&plane.desired, &plane.enforcer, plane.view(&bindings));
+        let devices = host_devices();
+        let view = plane.view(&bindings);
+        let source = StatusSource::new(&plane.desired, &plane.enforcer, view, &devices);
+        Status { middleboxes: source.middleboxes(), ..self.status_head() }
+    }
+
+    /// Returns the status without middleboxes.
+    fn status_head(&self) -> Status {
+        let plane = &self.plane;
         let options = plane.enforcer.options();
         Status {
             version: env!("CARGO_PKG_VERSION").to_string(),
@@ -418,10 +481,9 @@ impl Daemon {
             steer: options.queue_path.name().to_string(),
             fast_path: options.fast_path.name().to_string(),
             fail: if options.queues.bypass { "open" } else { "closed" }.to_string(),
-            queues: source.queues(),
-            middleboxes: source.middleboxes(),
+            queues: queues(&plane.enforcer),
             channels: plane.channels.iter().map(channel_status).collect(),
-            flows: source.flow_table(),
+            flows: flow_table(&plane.enforcer),
             repairs: plane.enforcer.repairs(),
             steering_error: plane.enforcer.steering_error().map(str::to_string),
             repair_error: plane.enforcer.broken().map(str::to_string),
@@ -433,12 +495,13 @@ impl Daemon {
                 .map(|path| path.display().to_string())
                 .collect(),
             state_error: plane.unsaved.as_ref().map(ToString::to_string),
+            middleboxes: Vec::new(),
         }
     }
 }
 
-fn line(answer: &Answer) -> Arc<[u8]> {
-    answer.to_line().into_bytes().into()
+fn line(answer: &Answer) -> Arc<Vec<u8>> {
+    Arc::new(answer.to_line().into_bytes())
 }
 
 fn channel_status(channel: &Channel) -> ChannelStatus {

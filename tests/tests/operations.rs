@@ -2,12 +2,16 @@
 #![allow(clippy::unwrap_used)]
 
 use nfqd_tests::daemon::{Daemon, NFQD, program, steer};
+use nfqd_tests::frames::{HOSTS, MIDDLEBOXES};
 use nfqd_tests::netns::{in_netns, run};
 use nfqd_tests::pool::{Fixture, backend_ip, register, to};
+use nfqd_tests::tap::Tap;
 use nfqd_tests::topology::{CLIENT, Server, VM, VM_MAC, wait_for, who};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Runs nfqd with arguments and the daemon's socket; returns the exit code and the output.
@@ -392,5 +396,76 @@ fn metrics_and_the_page_follow_the_daemon() {
         wait_for("that it is gone", || shows("/metrics", "nfqd_up 0") && shows("/", "NOT RUNNING"));
         daemon.restart();
         wait_for("that it is back", || shows("/metrics", "nfqd_up 1"));
+    });
+}
+
+/// Counters of so many middleboxes are read by a thread, while rules are made anew.
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn counters_of_many_middleboxes_never_fall_while_rules_change() {
+    in_netns(|| {
+        let macs = (0..2000).map(|n| format!("02:01:00:00:{:02x}:{:02x}", n / 256, n % 256));
+        let rules = |mac: &String| {
+            format!(
+                "R F {mac} 10.0.0.1\nA {mac} #1 U 2 d 5-9\nA {mac} #2 U 2 d 8-10\nA {mac} #3 U 2 d 6-12\n"
+            )
+        };
+        let [one, two] = MIDDLEBOXES;
+        let all: String =
+            macs.chain([one.to_string(), two.to_string()]).map(|mac| rules(&mac)).collect();
+        run("ip link add br0 type bridge mcast_snooping 0");
+        run("ip link set br0 up");
+        let uplink = Tap::on_bridge("br0", "uplink", &[]);
+        let _vm = Tap::on_bridge("br0", "vm", &MIDDLEBOXES);
+        let directory = tempfile::tempdir().unwrap();
+        let commands = directory.path().join("commands");
+        std::fs::write(&commands, all).unwrap();
+        let daemon = Daemon::start(&["--commands", commands.to_str().unwrap()]);
+        let mac = |text: &str| text.parse::<nfqd_shmctl::MacAddr>().unwrap().0;
+        let frame = |to: &str, port: u16| {
+            let mut out = Vec::new();
+            etherparse::PacketBuilder::ethernet2(mac(HOSTS[0]), mac(to))
+                .ipv4([10, 0, 0, 4], [10, 0, 0, 2], 64)
+                .udp(4000, port)
+                .write(&mut out, b"x")
+                .unwrap();
+            out
+        };
+        let counted = || {
+            let status = daemon.status();
+            let of = |mac: &str| {
+                let its = status.middleboxes.iter().find(|its| its.mac == mac).unwrap();
+                let rules = its.rules.iter().map(|rule| (rule.rule.clone(), rule.packets));
+                rules.collect::<BTreeMap<_, _>>()
+            };
+            MIDDLEBOXES.map(of)
+        };
+        let (mut sent, is_over) = (0, AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let observer = scope.spawn(|| {
+                let mut before = counted();
+                while !is_over.load(Relaxed) {
+                    let now = counted();
+                    for (now, before) in now.iter().zip(&before) {
+                        for (rule, packets) in before {
+                            assert!(now[rule] >= *packets, "{rule} fell from {packets}: {now:?}");
+                        }
+                    }
+                    before = now;
+                }
+            });
+            let end = Instant::now() + Duration::from_secs(4);
+            while Instant::now() < end && !observer.is_finished() {
+                for to in MIDDLEBOXES {
+                    uplink.send(&frame(to, 12));
+                }
+                sent += 1;
+                // Overlapping ranges share a chain, which is made anew.
+                daemon.must(&format!("A {one} #2 U 2 d 8-{}", 10 + sent % 2));
+            }
+            is_over.store(true, Relaxed);
+        });
+        wait_for("all of them", || counted().iter().all(|its| its["#3"] >= sent));
+        assert!(counted().iter().all(|its| its["#3"] == sent), "{sent}: {:?}", counted());
     });
 }

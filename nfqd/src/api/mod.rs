@@ -152,6 +152,40 @@ impl Answer {
     }
 }
 
+/// The answer to [`Request::Status`] as a line of the protocol, to which middleboxes are added one
+/// after the other.
+pub struct StatusLine(Vec<u8>);
+
+impl StatusLine {
+    /// The end of the line, behind the middleboxes: they are the last field.
+    const END: &'static [u8] = b"]}}\n";
+
+    /// Begins with a status, whose middleboxes are left out. `size` is the expected length in bytes.
+    pub fn new(status: Status, size: usize) -> StatusLine {
+        let status = Status { middleboxes: Vec::new(), ..status };
+        let mut line = Answer::Status(Box::new(status)).to_line().into_bytes();
+        debug_assert!(line.ends_with(b"\"middleboxes\":[]}}\n"));
+        line.truncate(line.len().saturating_sub(StatusLine::END.len()));
+        line.reserve(size);
+        StatusLine(line)
+    }
+
+    /// Adds a middlebox.
+    pub fn push(&mut self, middlebox: &MiddleboxStatus) {
+        if !self.0.ends_with(b"[") {
+            self.0.push(b',');
+        }
+        // Its type has string keys only, so it serializes; a vector takes what is written.
+        let _ = serde_json::to_writer(&mut self.0, middlebox);
+    }
+
+    /// Returns the whole line.
+    pub fn finish(mut self) -> Vec<u8> {
+        self.0.extend_from_slice(StatusLine::END);
+        self.0
+    }
+}
+
 /// The reason a request was not carried out.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
@@ -249,6 +283,22 @@ mod tests {
                 "{{\"v\":1,\"ask\":\"{name}\",\"frame\":\"\",\"channel\":\"\",\"name\":\"\",\"most\":1}}"
             );
             assert!(Request::parse(line.as_bytes()).is_ok(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_line_in_pieces_is_that_of_the_whole_status() {
+        // The end of the line is told from a text that looks like it.
+        let state = "\"middleboxes\":[]}}".to_string();
+        for count in 0..3 {
+            let one =
+                |n: usize| MiddleboxStatus { mac: n.to_string(), ..MiddleboxStatus::default() };
+            let middleboxes: Vec<MiddleboxStatus> = (0..count).map(one).collect();
+            let head = Status { state: state.clone(), ..Status::default() };
+            let mut line = StatusLine::new(head.clone(), 0);
+            middleboxes.iter().for_each(|middlebox| line.push(middlebox));
+            let whole = Answer::Status(Box::new(Status { middleboxes, ..head })).to_line();
+            assert_eq!(String::from_utf8(line.finish()).unwrap(), whole);
         }
     }
 }

@@ -18,8 +18,6 @@ pub struct Status {
     pub fail: String,
     /// The queues.
     pub queues: Vec<QueueStatus>,
-    /// The middleboxes.
-    pub middleboxes: Vec<MiddleboxStatus>,
     /// The shared memory regions.
     pub channels: Vec<ChannelStatus>,
     /// The flow table.
@@ -38,6 +36,8 @@ pub struct Status {
     pub rejected: Vec<String>,
     /// The reason registrations are not saved at the moment.
     pub state_error: Option<String>,
+    /// The middleboxes. They come last: [`StatusLine`] adds one after the other.
+    pub middleboxes: Vec<MiddleboxStatus>,
 }
 
 /// The flow table.
@@ -81,7 +81,7 @@ pub struct QueueStatus {
 }
 
 /// A middlebox.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct MiddleboxStatus {
     /// The MAC.
     pub mac: String,

@@ -4,7 +4,7 @@ use super::ControlPlane;
 use super::channel::Channel;
 use crate::api::{BackendStatus, MiddleboxStatus};
 use crate::bindings::Bindings;
-use crate::observe::status::StatusSource;
+use crate::observe::status::{StatusSource, host_devices};
 use nfqd_rules::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::{MacAddr, Reply};
 
@@ -33,7 +33,9 @@ impl ControlPlane {
             }
         };
         let bindings = Bindings::new(self.channels.iter().map(Channel::spec));
-        let source = StatusSource::new(&self.desired, &self.enforcer, self.view(&bindings));
+        let devices = host_devices();
+        let source =
+            StatusSource::new(&self.desired, &self.enforcer, self.view(&bindings), &devices);
         let mut text = String::new();
         for key in wanted {
             let Some(status) = source.middlebox(key) else { continue };

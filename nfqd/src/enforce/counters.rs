@@ -4,14 +4,18 @@
 //! counted is added here.
 
 use super::Enforcer;
+use super::counter_reader::{CounterReader, Reading, finished_event};
 use crate::backends::Activity;
 use crate::packet_path::worker::Worker;
 use nfqd_rules::nft::kernel::{BackendCounters, Counters, Kernel};
 use nfqd_rules::slots::SlotKey;
 use nfqd_rules::{Counter, Desired, MiddleboxKey, Policy, SlotId};
 use nfqd_shmctl::RuleId;
+use nix::sys::eventfd::EventFd;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::PoisonError;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The least time between two readings of the kernel's counters.
@@ -24,8 +28,15 @@ const READ_SHARE: u32 = 20;
 /// last packet that found no room and the reading.
 const NEARLY_FULL_PERCENT: u64 = 90;
 
+/// The longest reading that commands wait for; a longer one is left to a thread.
+const MAX_PAUSE: Duration = Duration::from_millis(2);
+/// The time after which nobody waits for a reading any more.
+const MAX_READING: Duration = Duration::from_secs(10);
+/// The middleboxes from which on the thread reads, however long the last reading took: there may be more
+/// of them by now.
+const MANY_MIDDLEBOXES: usize = 256;
+
 /// The counters of the kernel, with what was carried over.
-#[derive(Default)]
 pub(super) struct CarriedCounters {
     carried_counters: Counters,
     /// The last reading.
@@ -36,16 +47,58 @@ pub(super) struct CarriedCounters {
     next_read: Option<Instant>,
     /// The time of the last reading.
     last_read: Option<Instant>,
+    /// The time that the last reading took.
+    duration: Duration,
+    /// The thread, once a reading has been long.
+    reader: Option<CounterReader>,
+    finished: Arc<EventFd>,
+    /// The reading that the thread is at.
+    pending: Option<PendingReading>,
+}
+
+/// A reading that the thread is at.
+struct PendingReading {
+    start: Instant,
+    /// The middleboxes whose elements and rules have been made anew since.
+    changed: BTreeSet<MiddleboxKey>,
+    /// Whether the whole ruleset has been.
+    is_void: bool,
 }
 
 impl CarriedCounters {
-    /// Counters that begin with what was counted before.
-    pub(super) fn new(carried_counters: Counters) -> CarriedCounters {
-        CarriedCounters { carried_counters, ..CarriedCounters::default() }
+    /// No counters.
+    ///
+    /// # Errors
+    /// If there are no more file descriptors.
+    pub(super) fn new() -> io::Result<CarriedCounters> {
+        Ok(CarriedCounters {
+            carried_counters: Counters::default(),
+            kernel_counters: Counters::default(),
+            full_maps: BTreeSet::new(),
+            next_read: None,
+            last_read: None,
+            duration: Duration::ZERO,
+            reader: None,
+            finished: finished_event()?,
+            pending: None,
+        })
+    }
+
+    /// Begins with what was counted before, as far as a policy has it.
+    pub(super) fn begin(&mut self, counted: Counters, policy: &Policy) {
+        self.carried_counters = counted;
+        self.retain(policy);
+    }
+
+    /// Notes that a change makes elements and rules of middleboxes anew.
+    pub(super) fn note_change(&mut self, changed: impl IntoIterator<Item = MiddleboxKey>) {
+        if let Some(pending) = &mut self.pending {
+            pending.changed.extend(changed);
+        }
     }
 
     /// Forgets the counters of everything that a policy does not have.
-    pub(super) fn retain(&mut self, policy: &Policy) {
+    fn retain(&mut self, policy: &Policy) {
         let carried = &mut self.carried_counters;
         carried.middleboxes.retain(|key, _| policy.get(*key).is_some());
         carried.rules.retain(|(key, rule), _| has_rule(policy, *key, *rule));
@@ -56,8 +109,12 @@ impl CarriedCounters {
     pub(super) fn carry_replaced(&mut self, replaced: &Counters) {
         // The last reading must not count them a second time until the next one.
         let last = &mut self.kernel_counters;
-        last.rules.retain(|rule, _| !replaced.rules.contains_key(rule));
-        last.middleboxes.retain(|key, _| !replaced.middleboxes.contains_key(key));
+        for rule in replaced.rules.keys() {
+            last.rules.remove(rule);
+        }
+        for key in replaced.middleboxes.keys() {
+            last.middleboxes.remove(key);
+        }
         self.carried_counters.add(replaced);
     }
 
@@ -78,6 +135,9 @@ impl CarriedCounters {
     pub(super) fn carry_all(&mut self, counters: &Counters) {
         self.carried_counters.add(counters);
         (self.kernel_counters, self.next_read) = (Counters::default(), None);
+        if let Some(pending) = &mut self.pending {
+            pending.is_void = true;
+        }
     }
 
     /// Forgets the counters of rules, middleboxes and backends that a change has removed.
@@ -89,8 +149,14 @@ impl CarriedCounters {
                 if now.get(middlebox).is_none() {
                     counters.middleboxes.remove(&middlebox);
                 }
-                let stays = |key: &SlotKey| key.middlebox != middlebox || has_backend(now, key);
-                counters.backends.retain(|key, _| stays(key));
+                for (frontend, service) in old.services() {
+                    for name in service.backends().keys() {
+                        let key = SlotKey { middlebox, frontend: *frontend, backend: *name };
+                        if !has_backend(now, &key) {
+                            counters.backends.remove(&key);
+                        }
+                    }
+                }
                 let gone = |rule: &Option<RuleId>| !has_rule(now, middlebox, *rule);
                 for rule in old.rules_and_default().filter(gone) {
                     counters.rules.remove(&(middlebox, rule));
@@ -106,22 +172,100 @@ impl CarriedCounters {
         }
     }
 
+    /// Reads the counters, or begins to, unless they were read recently.
     fn read(&mut self, kernel: &mut Kernel, desired: &Desired) {
         let start = Instant::now();
-        if self.next_read.is_some_and(|next| start < next) {
+        if self.is_reading() || self.next_read.is_some_and(|next| start < next) {
             return;
         }
-        match kernel.counters(desired) {
+        let is_long =
+            self.duration > MAX_PAUSE || desired.policy.middleboxes().len() > MANY_MIDDLEBOXES;
+        if is_long && self.begin_reading(desired, start) {
+            return;
+        }
+        let counters = kernel.counters(desired);
+        self.take_over(start, (counters, start.elapsed()));
+    }
+
+    /// Whether the thread is at a reading, and will probably finish it.
+    fn is_reading(&self) -> bool {
+        self.pending.as_ref().is_some_and(|pending| pending.start.elapsed() < MAX_READING)
+    }
+
+    /// Has the thread read. Returns false if there is none.
+    fn begin_reading(&mut self, desired: &Desired, start: Instant) -> bool {
+        if self.reader.is_none() {
+            let reader = CounterReader::start(&self.finished);
+            let failed = |error: &io::Error| log::warn!("no thread for counters: {error}");
+            self.reader = reader.inspect_err(failed).ok();
+        }
+        let has_begun = self.reader.as_ref().is_some_and(|reader| reader.begin(desired.clone()));
+        let changed = BTreeSet::new();
+        self.pending = has_begun.then_some(PendingReading { start, changed, is_void: false });
+        has_begun
+    }
+
+    /// Takes over what the thread has read.
+    fn finish_reading(&mut self) {
+        let reading = self.reader.as_ref().and_then(CounterReader::take);
+        if let Some(reading) = reading {
+            self.complete(reading);
+        }
+    }
+
+    fn complete(&mut self, (mut counters, duration): Reading) {
+        let Some(pending) = self.pending.take() else { return };
+        if pending.is_void {
+            return;
+        }
+        if let Ok(counters) = &mut counters {
+            // What a middlebox had counted before its change was carried over.
+            for middlebox in &pending.changed {
+                replace(counters, &self.kernel_counters, *middlebox);
+            }
+        }
+        self.take_over(pending.start, (counters, duration));
+    }
+
+    fn take_over(&mut self, start: Instant, (counters, duration): Reading) {
+        match counters {
             Ok(counters) => {
                 self.note_full_maps(&counters);
-                self.kernel_counters = counters;
+                let old = std::mem::replace(&mut self.kernel_counters, counters);
+                if let Some(reader) = &self.reader {
+                    reader.free(old);
+                }
             }
             Err(error) => log::warn!("counters: {error}"),
         }
-        let pause = MIN_READ_INTERVAL.max(start.elapsed() * READ_SHARE);
+        self.duration = duration;
         self.last_read = Some(start);
-        self.next_read = Some(Instant::now() + pause);
+        self.next_read = Some(Instant::now() + MIN_READ_INTERVAL.max(duration * READ_SHARE));
     }
+}
+
+/// Replaces the counters of a middlebox by those of another reading.
+fn replace(counters: &mut Counters, by: &Counters, middlebox: MiddleboxKey) {
+    let of = |counters: &Counters| {
+        let rules = counters.rules.range((middlebox, None)..).map(|(rule, its)| (*rule, *its));
+        let rules: Vec<_> = rules.take_while(|((key, _), _)| *key == middlebox).collect();
+        let first = SlotKey::first(middlebox);
+        let backends = counters.backends.range(first..).map(|(key, its)| (*key, *its));
+        let backends: Vec<_> = backends.take_while(|(key, _)| key.middlebox == middlebox).collect();
+        (counters.middleboxes.get(&middlebox).copied(), rules, backends)
+    };
+    let (_, rules, backends) = of(counters);
+    counters.middleboxes.remove(&middlebox);
+    for (rule, _) in rules {
+        counters.rules.remove(&rule);
+    }
+    for (key, _) in backends {
+        counters.backends.remove(&key);
+    }
+    let (counter, rules, backends) = of(by);
+    counters.middleboxes.extend(counter.map(|counter| (middlebox, counter)));
+    counters.rules.extend(rules);
+    counters.backends.extend(backends);
 }
 
 impl CarriedCounters {
@@ -145,6 +289,21 @@ impl Enforcer {
     /// Reads the kernel's counters, unless they were read recently.
     pub fn read_counters(&mut self, desired: &Desired) {
         self.counters.read(&mut self.kernel, desired);
+    }
+
+    /// Whether a thread reads the counters, so that they are newer soon.
+    pub fn is_reading_counters(&self) -> bool {
+        self.counters.is_reading()
+    }
+
+    /// Takes over the counters that a thread has read.
+    pub fn finish_reading_counters(&mut self) {
+        self.counters.finish_reading();
+    }
+
+    /// Returns the descriptor that is readable when a thread has read the counters.
+    pub fn counters_fd(&self) -> BorrowedFd<'_> {
+        self.counters.finished.as_fd()
     }
 
     /// Returns the time since the last reading.
@@ -218,4 +377,65 @@ fn has_backend(policy: &Policy, key: &SlotKey) -> bool {
 
 fn has_rule(policy: &Policy, key: MiddleboxKey, rule: Option<RuleId>) -> bool {
     policy.get(key).is_some_and(|middlebox| middlebox.has_rule(rule))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nfqd_shmctl::MacAddr;
+
+    /// Begins a reading at which a middlebox' rule had counted 5 packets.
+    fn reading() -> (CarriedCounters, [(MiddleboxKey, Option<RuleId>); 2]) {
+        let rules = [1, 2].map(|last| {
+            let middlebox = MiddleboxKey::anywhere(MacAddr([2, 0, 0, 0, 0, last]));
+            (middlebox, "#1".parse::<RuleId>().ok())
+        });
+        let mut counters = CarriedCounters::new().unwrap();
+        counters.kernel_counters.rules.insert(rules[0], packets(5));
+        let (start, changed) = (Instant::now(), BTreeSet::new());
+        counters.pending = Some(PendingReading { start, changed, is_void: false });
+        (counters, rules)
+    }
+
+    fn packets(packets: u64) -> Counter {
+        Counter { packets, bytes: packets * 100 }
+    }
+
+    fn of_rules(rules: [(MiddleboxKey, Option<RuleId>); 2], counts: [u64; 2]) -> Counters {
+        let rules = rules.into_iter().zip(counts.map(packets)).collect();
+        Counters { rules, ..Counters::default() }
+    }
+
+    fn total(counters: &CarriedCounters, rule: (MiddleboxKey, Option<RuleId>)) -> u64 {
+        let both = [&counters.carried_counters, &counters.kernel_counters];
+        both.iter().filter_map(|its| its.rules.get(&rule)).map(|counter| counter.packets).sum()
+    }
+
+    #[test]
+    fn a_rule_that_changes_during_a_reading_counts_once() {
+        let (mut counters, rules) = reading();
+        counters.carry_replaced(&of_rules([rules[0]; 2], [7, 7]));
+        counters.note_change([rules[0].0]);
+        // It was read before the change.
+        counters.complete((Ok(of_rules(rules, [7, 3])), Duration::ZERO));
+        assert_eq!(rules.map(|rule| total(&counters, rule)), [7, 3]);
+        assert!(!counters.is_reading());
+    }
+
+    #[test]
+    fn other_rules_of_a_middlebox_that_changes_keep_their_counts() {
+        let (mut counters, rules) = reading();
+        counters.note_change([rules[0].0]);
+        counters.complete((Ok(of_rules(rules, [9, 3])), Duration::ZERO));
+        // The next reading has what came since.
+        assert_eq!(rules.map(|rule| total(&counters, rule)), [5, 3]);
+    }
+
+    #[test]
+    fn a_reading_during_which_the_ruleset_was_loaded_is_void() {
+        let (mut counters, rules) = reading();
+        counters.carry_all(&of_rules(rules, [8, 2]));
+        counters.complete((Ok(of_rules(rules, [8, 2])), Duration::ZERO));
+        assert_eq!(rules.map(|rule| total(&counters, rule)), [8, 2]);
+    }
 }

@@ -1,9 +1,11 @@
 //! The enforcer: makes the kernel and the engine enforce the desired state.
 //!
 //! `reconcile` sends differences to the kernel and repairs what other programs change, which
-//! `nft_monitor` notices. `counters` carries counters over changes. [`queue_path`] finds the path
+//! `nft_monitor` notices. `counters` carries counters over changes;
+//! `counter_reader` reads them when they are many. [`queue_path`] finds the path
 //! of frames into the queues.
 
+mod counter_reader;
 mod counters;
 mod nft_monitor;
 pub mod queue_path;
@@ -114,7 +116,7 @@ impl Enforcer {
             repair_pause: Duration::ZERO,
             calls_tagged: queue_path::calls_tagged(),
             steering_error: None,
-            counters: CarriedCounters::default(),
+            counters: CarriedCounters::new().map_err(KernelError::Io)?,
             floods: Floods { rates: BTreeMap::new(), counted: Instant::now() },
         })
     }
@@ -124,8 +126,7 @@ impl Enforcer {
     /// # Errors
     /// If the kernel refuses; its tables are as they were before.
     pub fn begin(&mut self, desired: &Desired) -> Result<(), KernelError> {
-        self.counters = CarriedCounters::new(self.kernel.counters(desired)?);
-        self.counters.retain(&desired.policy);
+        self.counters.begin(self.kernel.earlier_counters(desired)?, &desired.policy);
         self.publish(desired);
         self.load(desired)
     }

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 const MAX_CLIENTS: usize = 16;
 /// The time in which a client must complete its request, and read its answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The most bytes that a client gets before others have their turn.
+const MAX_WRITE: usize = 256 << 10;
 /// The group whose members may connect to the observation socket.
 const OBSERVER_GROUP: &str = "nfqd";
 
@@ -75,7 +77,7 @@ struct Client {
     stream: UnixStream,
     socket: Socket,
     input: Vec<u8>,
-    output: Arc<[u8]>,
+    output: Arc<Vec<u8>>,
     /// Bytes of the output that have been sent.
     sent: usize,
     /// Whether nothing more is read: it is closed when its output has been sent.
@@ -207,9 +209,16 @@ impl ControlSocket {
     }
 
     /// Answers the request of a client with a line of the protocol.
-    pub fn answer(&mut self, id: ClientId, line: Arc<[u8]>, now: Instant) {
+    pub fn answer(&mut self, id: ClientId, line: Arc<Vec<u8>>, now: Instant) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.send(line, now);
+        }
+    }
+
+    /// Gives a client more time, because its answer is still being made.
+    pub fn grant_time(&mut self, id: ClientId, now: Instant) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.deadline = now + CLIENT_TIMEOUT;
         }
     }
 
@@ -276,19 +285,25 @@ impl Client {
     /// Answers a bad request, and closes the connection behind it.
     fn reject(&mut self, error: RequestError, now: Instant) -> Progress {
         self.is_closing = true;
-        self.send(Answer::Error(error).to_line().into_bytes().into(), now);
+        self.send(Arc::new(Answer::Error(error).to_line().into_bytes()), now);
         self.proceed(now)
     }
 
-    fn send(&mut self, output: Arc<[u8]>, now: Instant) {
+    fn send(&mut self, output: Arc<Vec<u8>>, now: Instant) {
         (self.output, self.sent) = (output, 0);
         self.deadline = now + CLIENT_TIMEOUT;
     }
 
-    /// Sends as much of the output as there is room for. Returns whether all of it has been sent.
+    /// Sends as much of the output as there is room for, up to [`MAX_WRITE`]. Returns whether all of it has
+    /// been sent.
     fn flush(&mut self) -> io::Result<bool> {
+        let most = self.sent.saturating_add(MAX_WRITE);
         while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
-            match self.stream.write(rest) {
+            let room = most.saturating_sub(self.sent).min(rest.len());
+            if room == 0 {
+                return Ok(false);
+            }
+            match self.stream.write(rest.get(..room).unwrap_or(rest)) {
                 Ok(len) => self.sent += len,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -394,7 +409,7 @@ mod tests {
         for pid in [7, 8] {
             assert_eq!(f.proceed(id), Progress::Asks(Request::Status));
             let status = Answer::Status(Box::new(Status { pid, ..Status::default() }));
-            f.server.answer(id, status.to_line().into_bytes().into(), f.now);
+            f.server.answer(id, Arc::new(status.to_line().into_bytes()), f.now);
         }
         assert_eq!(f.proceed(id), Progress::Waits(Interest::Read));
         let mut reader = BufReader::new(&stream);
@@ -440,7 +455,7 @@ mod tests {
         assert_eq!(f.proceed(id), Progress::Asks(Request::Status));
         let state = "x".repeat(4 << 20);
         let answer = Answer::Status(Box::new(Status { state, ..Status::default() }));
-        f.server.answer(id, answer.to_line().into_bytes().into(), f.now);
+        f.server.answer(id, Arc::new(answer.to_line().into_bytes()), f.now);
         assert_eq!(f.proceed(id), Progress::Waits(Interest::Write));
         let (mut other, other_id) = f.connect(Socket::Control);
         other.write_all(Request::Status.to_line().as_bytes()).unwrap();
@@ -474,7 +489,7 @@ mod tests {
         let (mut stream, id) = f.connect(Socket::Legacy);
         let id = id.unwrap();
         assert_eq!(f.proceed(id), Progress::WantsStatus);
-        f.server.answer(id, b"{}".as_slice().into(), f.now);
+        f.server.answer(id, Arc::new(b"{}".to_vec()), f.now);
         assert_eq!(f.proceed(id), Progress::Gone);
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();

@@ -16,6 +16,7 @@ use nfqd_rules::{Desired, Middlebox, MiddleboxKey, Network, NetworkId};
 use nfqd_shmctl::{Frontend, RuleId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// The sources of the status.
@@ -23,49 +24,39 @@ pub struct StatusSource<'a> {
     desired: &'a Desired,
     enforcer: &'a Enforcer,
     view: HostView<'a>,
-    /// The devices by which the host sends packets of its own, or routes.
-    host_devices: BTreeSet<String>,
+    host_devices: &'a BTreeSet<String>,
+}
+
+/// Returns the devices by which the host sends packets of its own, or routes.
+pub fn host_devices() -> BTreeSet<String> {
+    let is_routable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+    };
+    let devices = own_addresses().into_iter().filter(|(_, ip)| is_routable(ip));
+    devices.map(|(device, _)| device).collect()
 }
 
 impl<'a> StatusSource<'a> {
-    /// The sources.
+    /// The sources; `host_devices` are those of [`host_devices`].
     pub fn new(
         desired: &'a Desired,
         enforcer: &'a Enforcer,
         view: HostView<'a>,
+        host_devices: &'a BTreeSet<String>,
     ) -> StatusSource<'a> {
-        let is_routable = |ip: &IpAddr| match ip {
-            IpAddr::V4(ip) => !ip.is_link_local(),
-            IpAddr::V6(ip) => !ip.is_unicast_link_local(),
-        };
-        let devices = own_addresses().into_iter().filter(|(_, ip)| is_routable(ip));
-        let host_devices = devices.map(|(device, _)| device).collect();
         StatusSource { desired, enforcer, view, host_devices }
-    }
-
-    /// Returns the status of the queues.
-    pub fn queues(&self) -> Vec<QueueStatus> {
-        self.enforcer.workers().iter().map(queue_status).collect()
-    }
-
-    /// Returns the status of the flow table.
-    pub fn flow_table(&self) -> FlowTableStatus {
-        let flows = self.enforcer.flows();
-        let evictions = flows.evictions();
-        FlowTableStatus {
-            count: flows.len(),
-            capacity: flows.capacity(),
-            evicted: evictions.total,
-            evicted_established: evictions.established,
-            cache_full_packets: self.enforcer.cache_full_packets().clone(),
-            full_maps: self.enforcer.full_maps().clone(),
-        }
     }
 
     /// Returns the status of all middleboxes.
     pub fn middleboxes(&self) -> Vec<MiddleboxStatus> {
-        let keys = self.desired.policy.middleboxes().keys();
-        keys.filter_map(|key| self.middlebox(*key)).collect()
+        self.keys_from(Bound::Unbounded).filter_map(|key| self.middlebox(key)).collect()
+    }
+
+    /// Returns the registered middleboxes from one on, in their order.
+    pub fn keys_from(&self, first: Bound<MiddleboxKey>) -> impl Iterator<Item = MiddleboxKey> {
+        let all = self.desired.policy.middleboxes();
+        all.range((first, Bound::Unbounded)).map(|(key, _)| *key)
     }
 
     /// Returns the status of a middlebox, if it is registered.
@@ -202,6 +193,25 @@ impl<'a> StatusSource<'a> {
 
 /// The note about a backend behind an isolated port.
 const ISOLATED: &str = "its port is isolated: clients behind isolated ports cannot reach it (bridge link set isolated)";
+
+/// Returns the status of the queues.
+pub fn queues(enforcer: &Enforcer) -> Vec<QueueStatus> {
+    enforcer.workers().iter().map(queue_status).collect()
+}
+
+/// Returns the status of the flow table.
+pub fn flow_table(enforcer: &Enforcer) -> FlowTableStatus {
+    let flows = enforcer.flows();
+    let evictions = flows.evictions();
+    FlowTableStatus {
+        count: flows.len(),
+        capacity: flows.capacity(),
+        evicted: evictions.total,
+        evicted_established: evictions.established,
+        cache_full_packets: enforcer.cache_full_packets().clone(),
+        full_maps: enforcer.full_maps().clone(),
+    }
+}
 
 fn queue_status(worker: &Worker) -> QueueStatus {
     let counters = &worker.counters;

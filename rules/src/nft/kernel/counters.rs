@@ -6,6 +6,7 @@ use super::super::sys::{DumpRequest, FoundSet, SetFill};
 use super::{Kernel, KernelError};
 use crate::counter::Counter;
 use crate::desired::Desired;
+use crate::mark::slot_bits;
 use crate::network::MiddleboxKey;
 use crate::slots::{SlotKey, SlotVersion};
 use nfqd_shmctl::{MacAddr, RuleId};
@@ -76,12 +77,32 @@ impl Counters {
 }
 
 impl Kernel {
-    /// Reads the counters of our ruleset, whichever process loaded it. `desired` tells which
+    /// Reads the counters of our ruleset, without those of slots that are gone. `desired` tells which
     /// middlebox is where.
     ///
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn counters(&mut self, desired: &Desired) -> Result<Counters, KernelError> {
+        let is_current = |id: &[u8], version: &SlotVersion| {
+            let slot = desired.slots.get(&version.key());
+            slot.is_some_and(|slot| slot_bits(slot.id).to_ne_bytes()[..] == *id)
+        };
+        self.read_counters(desired, is_current)
+    }
+
+    /// Reads the same of a ruleset that an earlier process loaded, whatever slots are there.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn earlier_counters(&mut self, desired: &Desired) -> Result<Counters, KernelError> {
+        self.read_counters(desired, |_, _| true)
+    }
+
+    fn read_counters(
+        &mut self,
+        desired: &Desired,
+        is_counted: impl Fn(&[u8], &SlotVersion) -> bool,
+    ) -> Result<Counters, KernelError> {
         let mut out = Counters::default();
         if !self.owns_table(Family::Bridge)? {
             return Ok(out);
@@ -104,13 +125,12 @@ impl Kernel {
             }
         }
         for name in ["backend_mac", "backend_vip4", "backend_vip6"] {
-            // What these have counted was carried over.
-            let retired = self.retired.of(name);
             for element in self.elements(Family::Bridge, name)? {
                 let version: Option<SlotVersion> =
                     element.comment.as_ref().and_then(|text| text.parse().ok());
                 let Some((version, counter)) = version.zip(element.counter) else { continue };
-                if retired.contains(&element.key) {
+                // What a slot that is gone has counted was carried over.
+                if !is_counted(&element.key, &version) {
                     continue;
                 }
                 let sums = out.backends.entry(version.key()).or_default();

@@ -5,9 +5,7 @@
 //! by which frames get it.
 
 use super::super::field::Value;
-use super::super::lower::key_bytes;
 use super::super::names::split_prefix;
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// Whether this map of slots is used where replies leave.
@@ -33,11 +31,5 @@ impl Retired {
     pub(super) fn take_due(&mut self, kept: Duration) -> Keys {
         let due = self.0.partition_point(|(since, _)| since.elapsed() >= kept);
         self.0.drain(..due).flat_map(|(_, keys)| keys).collect()
-    }
-
-    /// Returns the keys of the elements of a map that are kept for such replies only.
-    pub(super) fn of(&self, map: &str) -> BTreeSet<Vec<u8>> {
-        let all = self.0.iter().flat_map(|(_, keys)| keys).filter(|(name, _)| name == map);
-        all.flat_map(|(_, keys)| keys).map(|key| key_bytes(key)).collect()
     }
 }

@@ -32,7 +32,7 @@ const OBSERVED: Duration = Duration::from_secs(5);
 const TALKING: usize = 400;
 const AFTER_PAUSE: usize = 40;
 /// The pause between commands of a guest that talks: below the rate that a channel may have.
-const TALK_PAUSE: Duration = Duration::from_millis(12);
+pub(crate) const TALK_PAUSE: Duration = Duration::from_millis(12);
 const PAUSE: Duration = Duration::from_millis(500);
 const AFTER_SILENCE: usize = 10;
 /// A pause after which a guest counts as silent.
@@ -42,7 +42,7 @@ const LOCAL_CID: u32 = 1;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running nfqd, which may be of another version.
-struct Peer {
+pub(crate) struct Peer {
     child: Child,
     directory: tempfile::TempDir,
 }
@@ -56,7 +56,7 @@ impl Drop for Peer {
 }
 
 impl Peer {
-    fn start(nfqd: &Path, regions: usize, doorbells: usize, arguments: &[&str]) -> Peer {
+    pub(crate) fn start(nfqd: &Path, regions: usize, doorbells: usize, arguments: &[&str]) -> Peer {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
         let mut command = Command::new(nfqd);
@@ -78,7 +78,11 @@ impl Peer {
         Peer { child, directory }
     }
 
-    fn region(&self, number: usize) -> Region {
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn region(&self, number: usize) -> Region {
         Region::open(&region(self.directory.path(), number)).expect("a region")
     }
 
@@ -121,11 +125,11 @@ fn region(directory: &Path, number: usize) -> PathBuf {
 }
 
 /// A way for a command, and its name.
-type Way = (&'static str, fn(&Region, &str) -> Vec<Reply>);
+pub(crate) type Way = (&'static str, fn(&Region, &str) -> Vec<Reply>);
 
 const MAILBOX: Way =
     ("mailbox", |guest, command| send_command(guest, command, TIMEOUT).expect("a reply"));
-const RING: Way = ("ring", |guest, command| {
+pub(crate) const RING: Way = ("ring", |guest, command| {
     let lock = sender::lock(guest, TIMEOUT).expect("the lock");
     let mut replies = Vec::new();
     let commands = [command.to_string()];
@@ -134,7 +138,13 @@ const RING: Way = ("ring", |guest, command| {
 });
 
 /// Sends commands with a pause before each; returns the latencies in milliseconds.
-fn latencies(guest: &Region, way: Way, mac: u8, count: usize, pause: Duration) -> Vec<f64> {
+pub(crate) fn latencies(
+    guest: &Region,
+    way: Way,
+    mac: u8,
+    count: usize,
+    pause: Duration,
+) -> Vec<f64> {
     let send = |command: &str| {
         let replies = way.1(guest, command);
         assert!(replies.iter().all(Reply::is_ok), "{command}: {replies:?}");
@@ -186,10 +196,10 @@ impl Drop for EndOfFlood<'_> {
     }
 }
 
-fn print_percentiles(name: &str, values: &mut [f64]) {
+pub(crate) fn print_percentiles(name: &str, values: &mut [f64]) {
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
-    println!("{name:<52} p50 {:7.2} ms  p99 {:7.2} ms", at(0.5), at(0.99));
+    println!("{name:<52} p50 {:7.2} ms  p99 {:7.2} ms  max {:7.2} ms", at(0.5), at(0.99), at(1.0));
 }
 
 /// Returns this nfqd and its peer, with their names.
@@ -386,7 +396,7 @@ fn nft_latencies() -> Vec<f64> {
     (0..TALKING).map(one).collect()
 }
 
-fn in_bridge_netns(measure: fn()) {
+pub(crate) fn in_bridge_netns(measure: fn()) {
     in_netns(move || {
         shell("ip link add br0 type bridge");
         shell("ip link set br0 up");

@@ -10,6 +10,7 @@ mod control;
 mod flows;
 mod maglev;
 mod neighbours;
+mod observers;
 mod path;
 #[cfg(feature = "peers")]
 mod peers;
@@ -48,6 +49,7 @@ const ALL: &[(&str, fn())] = &[
     ("idle", control::idle),
     ("latency", control::latency),
     ("enforcement", control::enforcement),
+    ("observers", observers::run),
     #[cfg(feature = "peers")]
     ("peers", peers::run),
 ];

@@ -12,8 +12,8 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
-const MIDDLEBOXES: u32 = 10_000;
-const RULES: u32 = 10;
+pub(crate) const MIDDLEBOXES: u32 = 10_000;
+pub(crate) const RULES: u32 = 10;
 const FRAMES: u32 = 150_000;
 const PAIRS: usize = 21;
 const LOADS: usize = 7;
@@ -48,7 +48,7 @@ fn rules(n: u32, count: u32, shapes: u32) -> impl Iterator<Item = (String, &'sta
     })
 }
 
-fn commands(middleboxes: u32, count: u32, shapes: u32) -> String {
+pub(crate) fn commands(middleboxes: u32, count: u32, shapes: u32) -> String {
     let mut out = String::new();
     for n in 0..middleboxes {
         let _ = writeln!(out, "R F {} 10.8.{}.{}", mac(n), n / 256, n % 256);
