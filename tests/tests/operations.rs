@@ -399,6 +399,40 @@ fn metrics_and_the_page_follow_the_daemon() {
     });
 }
 
+#[test]
+#[ignore = "needs root: tests/run.sh netns"]
+fn top_is_a_screen_on_a_terminal() {
+    in_netns(|| {
+        run("ip link add br0 type bridge");
+        let daemon = Daemon::start(&[]);
+        daemon.must("R F 2:0:0:0:0:7 10.0.0.7");
+        let top = |keys: &str, arguments: &str| {
+            let (nfqd, socket) = (program(NFQD), daemon.control());
+            let line = format!(
+                "stty rows 24 cols 120; exec {} top {arguments} --socket {}",
+                nfqd.display(),
+                socket.display()
+            );
+            // script(1) makes a terminal.
+            let typed = format!(
+                "(sleep 1.5; printf '{keys}'; sleep 1) | TERM=xterm script -qec '{line}' /dev/null"
+            );
+            let output = Command::new("sh").args(["-c", &typed]).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stdout).to_string())
+        };
+        let (code, text) = top("\\tq", "");
+        assert_eq!(code, Some(0), "{text}");
+        assert!(text.contains("02:00:00:00:00:07") && text.contains("middlebox: 1 rows"), "{text}");
+        // The terminal is as it was: the alternate screen is left, and the cursor shown.
+        assert!(text.contains("\u{1b}[?1049h") && text.contains("\u{1b}[?1049l"), "{text}");
+        assert!(text.rfind("\u{1b}[?25h") > text.rfind("\u{1b}[?25l"), "{text}");
+        // By Ctrl-C as well.
+        assert_eq!(top("\\003", "").0, Some(0));
+        let (code, text) = top("", "--once");
+        assert!(code == Some(0) && !text.contains('\u{1b}'), "{text}");
+    });
+}
+
 /// Counters of so many middleboxes are read by a thread, while rules are made anew.
 #[test]
 #[ignore = "needs root: tests/run.sh netns"]
