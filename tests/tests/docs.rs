@@ -46,6 +46,39 @@ fn files_that_the_documentation_names_exist() {
     }
 }
 
+/// Commands of a page, in backquotes or behind spaces, parse; `{mac}` stands for any MAC.
+#[test]
+fn commands_of_the_page_for_newcomers_are_valid() {
+    let text = fs::read_to_string(root().join("docs/COMING-FROM.md")).unwrap();
+    let is_command = |word: &&str| {
+        let mut words = word.split(' ');
+        let is_name =
+            words.next().is_some_and(|name| ["R", "B", "A", "X", "D", "Q"].contains(&name));
+        is_name && word.contains("{mac}") && !word.contains('…')
+    };
+    let commands: Vec<&str> = text.split('`').skip(1).step_by(2).filter(is_command).collect();
+    assert!(commands.len() >= 12, "{commands:?}");
+    for command in commands {
+        let line = command.replace("{mac}", "12:13:14:15:16:17");
+        let parsed = nfqd_shmctl::Command::parse(&line);
+        assert!(parsed.is_ok(), "{command}: {parsed:?}");
+    }
+}
+
+/// Every first word of a problem is explained.
+#[test]
+fn every_problem_of_the_status_is_in_the_page_on_troubleshooting() {
+    let source = fs::read_to_string(root().join("nfqd/src/api/problems.rs")).unwrap();
+    let page = fs::read_to_string(root().join("docs/TROUBLESHOOTING.md")).unwrap();
+    let is_headline =
+        |word: &&str| word.len() > 3 && word.chars().all(|c| c.is_ascii_uppercase() || c == ' ');
+    let words: Vec<&str> = source.split('"').skip(1).step_by(2).filter(is_headline).collect();
+    assert!(words.len() >= 14, "{words:?}");
+    for word in words {
+        assert!(page.contains(&format!("`{word}`")), "{word}");
+    }
+}
+
 /// The anchors of a page's headings, as they are made from their text.
 fn anchors(text: &str) -> Vec<String> {
     let headings = text.lines().filter(|line| line.starts_with('#'));

@@ -36,7 +36,7 @@ pub struct Status {
     pub rejected: Vec<String>,
     /// The reason registrations are not saved at the moment.
     pub state_error: Option<String>,
-    /// The middleboxes. They come last: [`StatusLine`] adds one after the other.
+    /// The middleboxes. They come last: [`super::StatusLine`] adds one after the other.
     pub middleboxes: Vec<MiddleboxStatus>,
 }
 
