@@ -52,9 +52,44 @@ const MAX_LINE: usize = 1 << 14;
 /// The maximum number of errors of a file of registrations that are reported one by one.
 const MAX_ERRORS: usize = 100;
 
+/// The beginning of a line with the checksum of the next one.
+const CHECKSUM: &str = "# crc32 ";
+
+/// Returns a line of a file of registrations, with its checksum before it. For whoever reads commands, that
+/// is a comment.
+pub(super) fn sealed(line: &str) -> String {
+    format!("{CHECKSUM}{:08x}\n{line}\n", crc32(line))
+}
+
+fn crc32(line: &str) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(line.as_bytes());
+    crc.sum()
+}
+
+/// Checks a line against the checksum before it, and notes the checksum of the next one. A line without one
+/// was written by an earlier version, or by hand.
+fn check_line(text: &str, expected: &mut Option<u32>) -> Result<(), CommandError> {
+    let line = text.trim_end_matches(['\n', '\r']);
+    if let Some(digits) = line.strip_prefix(CHECKSUM) {
+        *expected = u32::from_str_radix(digits, 16).ok();
+        return Ok(());
+    }
+    match expected.take() {
+        Some(sum) if sum != crc32(line) => {
+            let start: String = line.chars().take(80).flat_map(char::escape_default).collect();
+            let message = format!(
+                "'{start}': not what nfqd wrote; if you have changed it, delete the line '{CHECKSUM}…' above it"
+            );
+            Err(CommandError { code: ErrorCode::Value, column: 1, message })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Applies the lines of a reader to a desired state, as [`apply_text`] does, in memory that does not
 /// depend on what is read. Returns the first errors, and how many there were in all. A last line
-/// without its end is one of them.
+/// without its end is one of them, and so is a line that does not fit its checksum.
 ///
 /// # Errors
 /// If the reader fails.
@@ -64,7 +99,7 @@ pub(super) fn apply_lines(
     mut reader: impl BufRead,
 ) -> io::Result<(Vec<String>, usize)> {
     let (mut errors, mut count) = (Vec::new(), 0);
-    let mut line = Vec::new();
+    let (mut line, mut expected) = (Vec::new(), None);
     for number in 1.. {
         line.clear();
         if (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line)? == 0 {
@@ -74,7 +109,8 @@ pub(super) fn apply_lines(
         let text = String::from_utf8_lossy(&line);
         let text = text.strip_prefix(BYTE_ORDER_MARK).filter(|_| number == 1).unwrap_or(&text);
         let result = if is_complete {
-            split_lines(text).try_for_each(|(_, line)| apply_line(desired, line, |_, _, _| false))
+            let apply = |(_, line)| apply_line(desired, line, |_, _, _| false);
+            check_line(text, &mut expected).and_then(|()| split_lines(text).try_for_each(apply))
         } else {
             Err(unusable(text, line.len() == MAX_LINE))
         };

@@ -1,4 +1,5 @@
-//! The journal: registrations on disk, as commands, one a line, in one file.
+//! The journal: registrations on disk, as commands, one a line, in one file, each with a checksum in the
+//! comment before it.
 //!
 //! Commands are appended as they are accepted, and synced before they are answered: the cost of a
 //! change does not depend on how much is registered. When the file has twice the lines that it
@@ -7,7 +8,7 @@
 //! its command was never answered and is not restored. If the disk is full, the policy stays in
 //! effect in memory and in the kernel; the daemon reports it and tries again.
 
-use super::command_file::{apply_lines, line_of};
+use super::command_file::{apply_lines, line_of, sealed};
 use nfqd_rules::{Desired, NetworkId};
 use nfqd_shmctl::Command;
 use nix::fcntl::{Flock, FlockArg};
@@ -175,10 +176,10 @@ impl Journal {
     fn write(&self, desired: &Desired) -> io::Result<(File, usize)> {
         let new = self.directory.join("commands.new");
         let mut file = BufWriter::new(File::create(&new)?);
-        file.write_all(b"# Registrations of nfqd, written by it; edit while it is stopped.\n")?;
+        file.write_all(b"# Registrations of nfqd. Edit them while it is stopped; a line that you change loses the checksum above it.\n")?;
         let mut lines = 0;
         for (network, command) in desired.policy.commands() {
-            writeln!(file, "{}", line_of(&desired.networks, network, &command))?;
+            file.write_all(sealed(&line_of(&desired.networks, network, &command)).as_bytes())?;
             lines += 1;
         }
         let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -202,7 +203,7 @@ impl Journal {
             return self.save(desired);
         }
         let Some(file) = self.file.as_mut() else { return self.save(desired) };
-        let line = |command| line_of(&desired.networks, network, command) + "\n";
+        let line = |command| sealed(&line_of(&desired.networks, network, command));
         let text: String = commands.iter().map(line).collect();
         let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
         if let Err(source) = written {
@@ -269,6 +270,39 @@ mod tests {
         assert_eq!(journal.rejected().len(), 2);
     }
 
+    /// A byte that has changed on the disk, so that the line is still a command.
+    #[test]
+    fn a_line_that_does_not_fit_its_checksum_is_not_restored() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut policy = Policy::default();
+        for line in ["R F 2:0:0:0:0:1 10.0.0.1", "R F 2:0:0:0:0:2 10.0.0.2"] {
+            policy.apply_line(line).unwrap();
+        }
+        let mut journal = Journal::open(dir.path()).unwrap();
+        journal.save(&desired(&policy)).unwrap();
+        let command = policy.apply_line("A 2:0:0:0:0:1 #2 T 2 d 80").unwrap();
+        journal.append(NetworkId::ANY, &[command], &desired(&policy)).unwrap();
+        let whole = fs::read_to_string(journal.path()).unwrap();
+        assert_eq!(loaded(&journal), (policy.clone(), Vec::new()));
+        for (from, to, left) in
+            [("d 80", "d 81", 2), ("10.0.0.2", "10.0.0.3", 2), ("#2 T", "#3 T", 2)]
+        {
+            fs::write(journal.path(), whole.replace(from, to)).unwrap();
+            let (policy, errors) = loaded(&journal);
+            assert_eq!((policy.commands().count(), errors.len()), (left, 1), "{to}: {errors:?}");
+            assert!(errors[0].contains("not what nfqd wrote"), "{errors:?}");
+        }
+        // By hand, without checksums; and a file is what its commands are.
+        let by_hand: String = whole
+            .lines()
+            .filter(|line| !line.starts_with("# crc32"))
+            .map(|line| line.replace("d 80", "d 81") + "\n")
+            .collect();
+        fs::write(journal.path(), by_hand + "R F 2:0:0:0:0:3 10.0.0.3\n").unwrap();
+        let (policy, errors) = loaded(&journal);
+        assert_eq!((policy.commands().count(), errors), (4, Vec::new()));
+    }
+
     #[test]
     fn garbage_is_read_in_bounded_memory_and_told_in_bounded_words() {
         let dir = tempfile::tempdir().unwrap();
@@ -308,12 +342,13 @@ mod tests {
             if line.len().is_multiple_of(7) {
                 assert_eq!(loaded(journal), (policy.clone(), Vec::new()));
             }
-            fs::read_to_string(journal.path()).unwrap().lines().count()
+            let text = fs::read_to_string(journal.path()).unwrap();
+            text.lines().filter(|line| !line.starts_with('#')).count()
         };
-        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 2);
-        assert_eq!(change(&mut journal, "A 2:0:0:0:0:1 T 2 d 80"), 3);
-        assert_eq!(change(&mut journal, "X 2:0:0:0:0:1"), 4);
-        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 5);
+        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 1);
+        assert_eq!(change(&mut journal, "A 2:0:0:0:0:1 T 2 d 80"), 2);
+        assert_eq!(change(&mut journal, "X 2:0:0:0:0:1"), 3);
+        assert_eq!(change(&mut journal, "R F 2:0:0:0:0:1 10.0.0.1"), 4);
         let longest =
             (0..1100).map(|n| change(&mut journal, &format!("A 2:0:0:0:0:1 T 2 d {n}"))).max();
         assert!((SPARE_LINES..SPARE_LINES + 10).contains(&longest.unwrap()), "{longest:?}");
