@@ -236,3 +236,13 @@ fn spawn(directory: &Path, arguments: &[String]) -> Child {
         .spawn()
         .expect("nfqd")
 }
+
+/// A process that ends with its value.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,7 +1,7 @@
 //! The view of an operator: the first line of `nfqd status`, `nfqd doctor` and `nfqd trace`, under faults.
 #![allow(clippy::unwrap_used)]
 
-use nfqd_tests::daemon::{Daemon, NFQD, program, steer};
+use nfqd_tests::daemon::{Daemon, NFQD, Process, program, steer};
 use nfqd_tests::frames::{HOSTS, MIDDLEBOXES};
 use nfqd_tests::netns::{in_netns, run};
 use nfqd_tests::pool::{Fixture, backend_ip, register, to};
@@ -326,16 +326,6 @@ fn get(listen: &str, path: &str) -> (String, String) {
     stream.read_to_string(&mut out).unwrap();
     let (head, body) = out.split_once("\r\n\r\n").unwrap();
     (head.to_string(), body.to_string())
-}
-
-/// A process that ends with its value.
-struct Process(std::process::Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// The page, the metrics and the JSON show the same, and change with the daemon.

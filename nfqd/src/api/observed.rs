@@ -39,3 +39,19 @@ pub struct ObservedDecision {
     /// The backend that it is sent to, or comes from.
     pub backend: Option<String>,
 }
+
+impl ObservedDecision {
+    /// Returns the time of day (UTC), in milliseconds: `01:02:03.004`.
+    pub fn time_of_day(&self) -> String {
+        let (seconds, ms) = (self.time_ms / 1000, self.time_ms % 1000);
+        let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+        format!("{h:02}:{m:02}:{s:02}.{ms:03}")
+    }
+
+    /// Returns the reason, with the rule and the backend if there are any.
+    pub fn explanation(&self) -> String {
+        let rule = self.rule.as_ref().map(|rule| format!(" {rule}")).unwrap_or_default();
+        let backend = self.backend.as_ref().map(|name| format!(" -> {name}")).unwrap_or_default();
+        format!("{}{rule}{backend}", self.reason)
+    }
+}

@@ -116,14 +116,7 @@ fn request(args: &ObserveArgs, since: Option<u64>, most: usize) -> Result<Observ
 
 /// Returns a decision as a line: time (UTC), verdict, packet, reason, rule, backend.
 fn text(one: &ObservedDecision) -> String {
-    let (seconds, ms) = (one.time_ms / 1000, one.time_ms % 1000);
-    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let rule = one.rule.as_ref().map(|rule| format!(" {rule}")).unwrap_or_default();
-    let backend = one.backend.as_ref().map(|name| format!(" -> {name}")).unwrap_or_default();
-    format!(
-        "{h:02}:{m:02}:{s:02}.{ms:03} {:<8} {} {}{rule}{backend}",
-        one.verdict, one.packet, one.reason
-    )
+    format!("{} {:<8} {} {}", one.time_of_day(), one.verdict, one.packet, one.explanation())
 }
 
 #[cfg(test)]

@@ -8,9 +8,10 @@ pub mod metrics;
 pub mod page;
 mod rates;
 
-use crate::api::Status;
-use crate::api::client::status;
+use crate::api::client::{ask, status};
+use crate::api::{Answer, ObservedDecision, Request, Status};
 use metrics::Scope;
+use page::Content;
 use rates::Rates;
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -43,6 +44,7 @@ const STREAM_TIME: Duration = Duration::from_secs(300);
 struct Source {
     socket: PathBuf,
     last: Mutex<Option<Sample>>,
+    decisions: Mutex<Option<(Instant, Arc<Vec<ObservedDecision>>)>>,
     rates: Mutex<Rates>,
     /// The connections to which events are sent.
     streams: Arc<AtomicUsize>,
@@ -75,12 +77,33 @@ impl Source {
         sample
     }
 
-    /// Renders a sample of the status, with the rates up to it.
-    fn render<T>(&self, render: fn(Option<&Status>, &mut Rates) -> T) -> T {
-        let sample = self.sample();
+    /// Returns the last decisions of the engine, as of at most a second ago. They are recorded while
+    /// somebody asks for them, and for a minute after.
+    fn decisions(&self) -> Arc<Vec<ObservedDecision>> {
+        let mut last = self.decisions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((time, decisions)) = &*last
+            && time.elapsed() < STATUS_AGE
+        {
+            return Arc::clone(decisions);
+        }
+        let request = Request::Observe { since: None, most: page::DECISIONS };
+        let decisions = match ask(&self.socket, &request) {
+            Ok(Answer::Observed(observed)) => observed.decisions,
+            // The headline says that the daemon does not answer.
+            _ => Vec::new(),
+        };
+        let decisions = Arc::new(decisions);
+        *last = Some((Instant::now(), Arc::clone(&decisions)));
+        decisions
+    }
+
+    /// Renders a sample of the status, with the rates up to it, and the last decisions.
+    fn render<T>(&self, render: fn(Content<'_>, &mut Rates) -> T) -> T {
+        let (sample, decisions) = (self.sample(), self.decisions());
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.set_sample(sample.time);
-        render(sample.status.as_deref(), &mut rates)
+        let content = Content { status: sample.status.as_deref(), decisions: &decisions };
+        render(content, &mut rates)
     }
 }
 
@@ -100,6 +123,7 @@ pub fn run(listener: &TcpListener, local: SocketAddr, socket: &Path) -> ! {
     let source = Arc::new(Source {
         socket: socket.to_path_buf(),
         last: Mutex::new(None),
+        decisions: Mutex::new(None),
         rates: Mutex::new(Rates::new(Instant::now())),
         streams: Arc::new(AtomicUsize::new(0)),
     });
@@ -151,7 +175,7 @@ impl Drop for Place {
 }
 
 /// A request, as far as it matters.
-struct Request {
+struct HttpRequest {
     path: String,
     query: String,
 }
@@ -170,7 +194,10 @@ fn answer(mut stream: TcpStream, local: SocketAddr, source: &Source) -> io::Resu
 }
 
 /// Reads the head of a request. Its body, if it has one, is not read: the connection ends.
-fn read_request(stream: &mut TcpStream, local: SocketAddr) -> io::Result<Result<Request, Refusal>> {
+fn read_request(
+    stream: &mut TcpStream,
+    local: SocketAddr,
+) -> io::Result<Result<HttpRequest, Refusal>> {
     let start = Instant::now();
     let mut head = Vec::new();
     let mut buffer = [0; 1024];
@@ -198,7 +225,7 @@ fn read_request(stream: &mut TcpStream, local: SocketAddr) -> io::Result<Result<
     }
     let target = parsed.path.unwrap_or("/");
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    Ok(Ok(Request { path: path.to_string(), query: query.to_string() }))
+    Ok(Ok(HttpRequest { path: path.to_string(), query: query.to_string() }))
 }
 
 /// Whether a request's Host is allowed: on a loopback address it must be one, because a foreign site
@@ -215,7 +242,7 @@ fn is_own_name(host: &str, local: SocketAddr) -> bool {
     name == "localhost" || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-fn respond(stream: &mut TcpStream, request: &Request, source: &Source) -> io::Result<()> {
+fn respond(stream: &mut TcpStream, request: &HttpRequest, source: &Source) -> io::Result<()> {
     const HTML: &str = "text/html; charset=utf-8";
     const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
     match request.path.as_str() {

@@ -4,7 +4,9 @@
 //! allows nothing else (Content-Security-Policy).
 
 use super::rates::Rates;
-use crate::api::{BackendState, BackendStatus, MiddleboxStatus, Status, first_line};
+use crate::api::{
+    BackendState, BackendStatus, MiddleboxStatus, ObservedDecision, Status, first_line,
+};
 use std::fmt::Write;
 
 /// The script, which patches cells.
@@ -17,6 +19,18 @@ pub type Cells = Vec<(String, String)>;
 
 /// The middleboxes that the page shows, and the backends; the rest is in `/api/status`.
 const MAX_ROWS: usize = 2000;
+
+/// The last decisions that the page shows.
+pub const DECISIONS: usize = 12;
+
+/// What the page shows.
+#[derive(Clone, Copy, Default)]
+pub struct Content<'a> {
+    /// The status; `None` if the daemon does not answer.
+    pub status: Option<&'a Status>,
+    /// The last decisions of the engine, the oldest first.
+    pub decisions: &'a [ObservedDecision],
+}
 
 /// Escapes text for HTML, in elements and quoted attributes.
 fn escaped(text: &str) -> String {
@@ -73,8 +87,21 @@ impl Table {
     }
 }
 
+/// Adds the last decisions, the newest first. There are always as many rows: the script patches cells.
+fn decisions(table: &mut Table, decisions: &[ObservedDecision]) {
+    table.begin("Last decisions of the engine", &["Time (UTC)", "Verdict", "Packet", "Reason"]);
+    for at in 0..DECISIONS {
+        let one = decisions.iter().rev().nth(at);
+        let cells = one.map_or_else(Default::default, |one| {
+            [one.time_of_day(), one.verdict.clone(), one.packet.clone(), one.explanation()]
+        });
+        table.row(&format!("d-{at}"), "ok", &[], &cells);
+    }
+    table.end();
+}
+
 /// Returns the parts of the page below its head, and the cells that change.
-fn tables(status: &Status, rates: &mut Rates) -> Table {
+fn tables(status: &Status, last: &[ObservedDecision], rates: &mut Rates) -> Table {
     let mut table = Table::default();
     table.begin(
         "Services and backends",
@@ -165,6 +192,7 @@ fn tables(status: &Status, rates: &mut Rates) -> Table {
         table.row(&format!("c-{at}"), class, std::slice::from_ref(&channel.path), &[state]);
     }
     table.end();
+    decisions(&mut table, last);
     table
 }
 
@@ -214,10 +242,11 @@ fn headline(status: Option<&Status>) -> (String, bool) {
 }
 
 /// Returns the page.
-pub fn html(status: Option<&Status>, rates: &mut Rates) -> String {
-    let (headline, is_well) = headline(status);
+pub fn html(content: Content<'_>, rates: &mut Rates) -> String {
+    let (headline, is_well) = headline(content.status);
     let class = if is_well { "ok" } else { "bad" };
-    let body = status.map(|status| tables(status, rates).html).unwrap_or_default();
+    let tables = content.status.map(|status| tables(status, content.decisions, rates));
+    let body = tables.map(|tables| tables.html).unwrap_or_default();
     format!(
         "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>nfqd</title>\
          <meta name=\"viewport\" content=\"width=device-width\"><link rel=\"stylesheet\" href=\"/page.css\">\
@@ -229,9 +258,10 @@ pub fn html(status: Option<&Status>, rates: &mut Rates) -> String {
 }
 
 /// Returns the cells that change, the headline among them.
-pub fn cells(status: Option<&Status>, rates: &mut Rates) -> Cells {
-    let mut out = vec![("headline".to_string(), headline(status).0)];
-    out.extend(status.map(|status| tables(status, rates).cells).unwrap_or_default());
+pub fn cells(content: Content<'_>, rates: &mut Rates) -> Cells {
+    let mut out = vec![("headline".to_string(), headline(content.status).0)];
+    let tables = content.status.map(|status| tables(status, content.decisions, rates));
+    out.extend(tables.map(|tables| tables.cells).unwrap_or_default());
     out
 }
 
@@ -254,16 +284,23 @@ mod tests {
             }],
             ..Status::default()
         };
-        let html = html(Some(&status), &mut Rates::new(Instant::now()));
+        let one = |n: u64| ObservedDecision {
+            packet: format!("<script>{n}</script>"),
+            ..ObservedDecision::default()
+        };
+        let decisions: Vec<ObservedDecision> = (0..20).map(one).collect();
+        let content = Content { status: Some(&status), decisions: &decisions };
+        let html = html(content, &mut Rates::new(Instant::now()));
+        assert!(html.contains("&lt;script&gt;19&lt;") && !html.contains("&lt;script&gt;7&lt;"));
         assert!(!html.contains("<script>alert") && !html.contains("<img"), "{html}");
         assert!(html.contains("&lt;script&gt;alert(&#39;1&#39;)"), "{html}");
-        let cells = cells(Some(&status), &mut Rates::new(Instant::now()));
+        let cells = cells(content, &mut Rates::new(Instant::now()));
         let first = cells.first().unwrap();
         assert!(first.0 == "headline" && first.1.starts_with("NOT READ: "), "{first:?}");
     }
 
     #[test]
     fn a_daemon_that_does_not_answer_is_said() {
-        assert!(html(None, &mut Rates::new(Instant::now())).contains("NOT RUNNING"));
+        assert!(html(Content::default(), &mut Rates::new(Instant::now())).contains("NOT RUNNING"));
     }
 }

@@ -96,29 +96,29 @@ impl Row {
 pub(super) fn rows(status: &Status) -> Vec<Row> {
     let mut out = Vec::new();
     for middlebox in &status.middleboxes {
-        let mac = &match &middlebox.network {
-            Some(network) => format!("{} on {network}", middlebox.mac),
-            None => middlebox.mac.clone(),
-        };
+        let mac = &middlebox.mac;
+        // At the end, where a narrow screen cuts it off first.
+        let network = middlebox.network.as_ref();
+        let network = network.map(|network| format!(" on {network}")).unwrap_or_default();
         let counts = (middlebox.packets, middlebox.bytes);
-        out.push(Row::new(Kind::Middlebox, mac.clone(), counts, String::new()));
+        out.push(Row::new(Kind::Middlebox, format!("{mac}{network}"), counts, String::new()));
         for service in &middlebox.services {
             let mut all = (0, 0);
             for backend in &service.backends {
                 let counts =
                     (backend.packets + backend.reply_packets, backend.bytes + backend.reply_bytes);
                 all = (all.0 + counts.0, all.1 + counts.1);
-                let name = format!("{mac} {} -> {}", service.vip, backend.backend);
+                let name = format!("{mac} {} -> {}{network}", service.vip, backend.backend);
                 let note = format!("{}, {} flows", backend.state.name(), backend.flows);
                 out.push(Row::new(Kind::Backend, name, counts, note));
             }
             let up = service.backends.iter().filter(|backend| backend.state.name() == "up");
             let note =
                 format!("{}, {} of {} up", service.method, up.count(), service.backends.len());
-            out.push(Row::new(Kind::Service, format!("{mac} {}", service.vip), all, note));
+            out.push(Row::new(Kind::Service, format!("{mac} {}{network}", service.vip), all, note));
         }
         for rule in &middlebox.rules {
-            let name = format!("{mac} {}", rule.rule);
+            let name = format!("{mac} {}{network}", rule.rule);
             let note = rule.not_indexed.as_ref().map(|_| "not indexed".to_string());
             let counts = (rule.packets, rule.bytes);
             out.push(Row::new(Kind::Rule, name, counts, note.unwrap_or_default()));

@@ -220,11 +220,11 @@ fn table(rows: &[Row], by: Sort, kind: &str) -> Table<'static> {
     };
     let widths = [
         Constraint::Length(9),
-        Constraint::Fill(3),
+        Constraint::Fill(1),
         Constraint::Length(11),
-        Constraint::Length(11),
-        Constraint::Length(11),
-        Constraint::Fill(2),
+        Constraint::Length(9),
+        Constraint::Length(9),
+        Constraint::Length(20),
     ];
     let title = format!("{kind}: {} rows", rows.len());
     Table::new(rows.iter().map(row), widths)
