@@ -1,6 +1,6 @@
 //! The problems that a status shows, the most important first, and its first line.
 
-use super::{BackendState, MiddleboxStatus, ServiceStatus, Status};
+use super::{BackendState, MiddleboxStatus, ServiceStatus, Status, VERSION};
 
 /// Returns the first line of a status: OK, or the first of its problems, and how many more there are.
 pub fn first_line(problems: &[String]) -> String {
@@ -12,10 +12,12 @@ pub fn first_line(problems: &[String]) -> String {
 }
 
 impl Status {
-    /// Returns the status as JSON, with its problems.
+    /// Returns the status as JSON, with the version of its schema (`docs/status.schema.json`) and its
+    /// problems.
     pub fn to_json(&self) -> String {
         let mut value = serde_json::to_value(self).unwrap_or_default();
         if let Some(fields) = value.as_object_mut() {
+            fields.insert("v".to_string(), VERSION.into());
             fields.insert("problems".to_string(), self.problems().into());
         }
         format!("{value:#}\n")
@@ -102,4 +104,45 @@ impl Status {
 
 fn services_of(middlebox: &MiddleboxStatus) -> impl Iterator<Item = &ServiceStatus> {
     middlebox.services.iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With `NFQD_WRITE_DOCS=1` it writes the schema first.
+    #[test]
+    fn the_schema_of_the_status_is_that_of_its_types() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/status.schema.json");
+        let mut schema = schemars::schema_for!(Status);
+        let fields = schema.ensure_object();
+        fields.insert("title".to_string(), "nfqd status --json".into());
+        let own = serde_json::json!({
+            "v": { "description": "The version of the schema.", "const": VERSION },
+            "problems": {
+                "description": "What is wrong, the most important first.",
+                "type": "array", "items": { "type": "string" },
+            },
+        });
+        for (name, its) in own.as_object().unwrap() {
+            fields["properties"][name] = its.clone();
+            fields["required"].as_array_mut().unwrap().push(name.as_str().into());
+        }
+        let text = format!("{:#}\n", schema.as_value());
+        if std::env::var_os("NFQD_WRITE_DOCS").is_some() {
+            std::fs::write(path, &text).unwrap();
+        }
+        let found = std::fs::read_to_string(path).unwrap();
+        assert_eq!(found, text, "write it by NFQD_WRITE_DOCS=1 cargo test -p nfqd schema");
+        // What is printed has the fields that the schema requires, and no others.
+        let printed: serde_json::Value =
+            serde_json::from_str(&Status::default().to_json()).unwrap();
+        let printed = printed.as_object().unwrap();
+        let names = |of: &serde_json::Value| -> Vec<String> {
+            of.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_string()).collect()
+        };
+        let schema = schema.as_value();
+        assert!(names(&schema["required"]).iter().all(|name| printed.contains_key(name)));
+        assert!(printed.keys().all(|name| schema["properties"].get(name).is_some()));
+    }
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The state of a daemon.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Status {
     /// The version of nfqd.
     pub version: String,
@@ -42,6 +43,7 @@ pub struct Status {
 
 /// The flow table.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct FlowTableStatus {
     /// The number of flows.
     pub count: usize,
@@ -61,6 +63,7 @@ pub struct FlowTableStatus {
 
 /// A queue.
 #[derive(Default, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct QueueStatus {
     /// The number of the queue.
     pub queue: u16,
@@ -82,6 +85,7 @@ pub struct QueueStatus {
 
 /// A middlebox.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MiddleboxStatus {
     /// The MAC.
     pub mac: String,
@@ -113,6 +117,7 @@ pub struct MiddleboxStatus {
 
 /// A rule.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct RuleStatus {
     /// The name: `#1` denies, `+1` allows, `default` is what no rule matches.
     pub rule: String,
@@ -128,6 +133,7 @@ pub struct RuleStatus {
 
 /// A load-balanced service.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ServiceStatus {
     /// The frontend: an address, or a port of one.
     pub vip: String,
@@ -143,6 +149,7 @@ pub struct ServiceStatus {
 
 /// A backend of a service.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct BackendStatus {
     /// The address, with the port if the service has one.
     pub backend: String,
@@ -175,6 +182,7 @@ pub struct BackendStatus {
 
 /// The state of a backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BackendState {
     /// The backend gets new flows.
@@ -207,6 +215,7 @@ impl BackendState {
 
 /// A shared memory region.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ChannelStatus {
     /// The path, or `vsock` and the CID.
     pub path: String,
