@@ -10,8 +10,9 @@
 #   demo   br-netfilter.sh demo
 #   chaos  ten minutes of everything that goes wrong on a host, under load (netns and uml have a minute of it)
 #   package  the Debian package, installed in a clean root, and what systemd says of the units
+#   browser  the page of nfqd serve in headless Chromium
 #   aarch64  nfqd-guest for aarch64, built in a root of Debian unstable, whose compiler is new enough, and run by emulation
-#   all    all of them but chaos, package and aarch64 (the default)
+#   all    all of them but chaos, package, browser and aarch64 (the default)
 #
 # Missing Debian packages are installed as root, and named otherwise.
 #
@@ -52,7 +53,7 @@ unit() {
     # libclang is for the feature peers alone.
     need_packages shellcheck libclang1-14 spin gcc libc6-dev
     step "shell scripts"
-    shellcheck br-netfilter.sh fuzz/run packaging/build packaging/debian/* tests/run.sh tests/models/run tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
+    shellcheck br-netfilter.sh fuzz/run packaging/build packaging/debian/* tests/run.sh tests/models/run tests/newcomer tests/uml/run tests/uml/init tests/vm/prepare tests/vm/init .ci/run
     step "formatting, lints, documentation"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
@@ -103,9 +104,9 @@ uml() {
     local log passed=yes
     log=$(mktemp)
     # This kernel may have no VLAN filtering; that one has.
-    in_guest --test kernel --test oracles --test traffic --test vlans --test vsock > "$log" 2>&1 &
+    in_guest --test kernel --test networks --test oracles --test pools --test traffic --test vlans --test vsock > "$log" 2>&1 &
     local guest=$!
-    in_guest --test chaos --test firewall --test health --test lab --test lifecycle --test networks --test pools || passed=no
+    in_guest --test chaos --test firewall --test health --test lab --test lifecycle || passed=no
     wait "$guest" || passed=no
     cat "$log"
     rm "$log"
@@ -148,7 +149,7 @@ chaos() {
 
 package() {
     need_root package
-    need_packages debootstrap lowdown systemd
+    need_packages debootstrap lowdown systemd iproute2 rpm
     step "units"
     # 0 is the best exposure, 10 the worst; the threshold is in tenths.
     systemd-analyze security --offline=true --threshold=30 packaging/systemd/nfqd.service > /dev/null
@@ -156,6 +157,9 @@ package() {
     step "the package"
     cargo install --quiet --locked --version '^3' --root "$target/tools" cargo-deb
     PATH=$PATH:$target/tools/bin packaging/build "$target/nfqd.deb"
+    cargo install --quiet --locked --version '^0.21' --root "$target/tools" cargo-generate-rpm
+    PATH=$PATH:$target/tools/bin packaging/build "$target/nfqd.rpm"
+    rpm -qpl "$target/nfqd.rpm" | grep -c -x -e /usr/bin/nfqd -e /etc/nfqd/nfqd.toml -e /usr/lib/systemd/system/nfqd.service | grep -x 3
     step "a clean root"
     local root
     root=$(mktemp -d)
@@ -163,7 +167,12 @@ package() {
     trap "rm -rf '$root'" EXIT
     debootstrap --variant=minbase --include=ca-certificates bookworm "$root" > /dev/null
     cp "$target/nfqd.deb" tests/captures/*.pcap "$root/tmp/"
+    local begin=$SECONDS
     chroot "$root" sh -c 'apt-get -q -y --no-install-recommends install /tmp/nfqd.deb > /dev/null'
+    unshare --mount --net tests/newcomer "$root"
+    local elapsed=$((SECONDS - begin))
+    echo "a newcomer's first success, from the package to the page: $elapsed s"
+    [ "$elapsed" -lt 300 ] || { echo "a newcomer needs more than five minutes" >&2; exit 1; }
     chroot "$root" nfqd --version
     chroot "$root" nfqd check /usr/share/doc/nfqd/examples/firewall.commands
     chroot "$root" nfqd explain X 12:13:14:15:16:17 > /dev/null
@@ -182,6 +191,14 @@ package() {
     code=0
     chroot "$root" nfqd status > /dev/null 2>&1 || code=$?
     [ "$code" = 3 ] || { echo "nfqd status without a daemon ended with $code, not 3" >&2; exit 1; }
+}
+
+browser() {
+    need_root browser
+    # shellcheck disable=SC2086
+    need_packages $lab_packages chromium chromium-driver
+    step "the page in a browser"
+    cargo test --locked -p nfqd-tests --test browser -- --ignored
 }
 
 aarch64() {
@@ -221,18 +238,18 @@ depths=()
 for depth in "${@:-all}"; do
     case $depth in
         all) depths+=(unit netns uml vm demo) ;;
-        unit | netns | uml | vm | demo | chaos | package | aarch64) depths+=("$depth") ;;
+        unit | netns | uml | vm | demo | chaos | package | browser | aarch64) depths+=("$depth") ;;
         -h | --help)
-            sed -n '2,21s/^# \{0,1\}//p' "$0"
+            sed -n '2,22s/^# \{0,1\}//p' "$0"
             exit
             ;;
         *)
-            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos, package, aarch64 or all" >&2
+            echo "tests/run.sh: '$depth' is not a depth; write unit, netns, uml, vm, demo, chaos, package, browser, aarch64 or all" >&2
             exit 2
             ;;
     esac
 done
-if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos "|" package "|" aarch64 " ]]; then
+if [[ " ${depths[*]} " =~ " uml "|" vm "|" demo "|" chaos "|" package "|" browser "|" aarch64 " ]]; then
     need_root "${depths[*]}"
 fi
 
