@@ -171,6 +171,10 @@ package() {
     chroot "$root" sh -c 'apt-get -q -y --no-install-recommends install /tmp/nfqd.deb > /dev/null'
     unshare --mount --net tests/newcomer "$root"
     local elapsed=$((SECONDS - begin))
+    if pgrep -f nfqd-newcomer > /dev/null; then
+        echo "tests/newcomer has left a process behind" >&2
+        exit 1
+    fi
     echo "a newcomer's first success, from the package to the page: $elapsed s"
     [ "$elapsed" -lt 300 ] || { echo "a newcomer needs more than five minutes" >&2; exit 1; }
     chroot "$root" nfqd --version

@@ -51,14 +51,17 @@ fn text(status: &Status, rows: &[Row], args: &TopArgs) -> String {
         let mut shown: Vec<Row> = of_kind.cloned().collect();
         sort(&mut shown, args.sort);
         let more = shown.len().saturating_sub(args.rows);
+        shown.truncate(args.rows);
+        let width = shown.iter().map(|row| row.name.len()).max().unwrap_or(0).max(40);
         let kind = kind.name();
         // Writing to a String cannot fail.
-        let _ = writeln!(out, "\n{kind:<48} {:>9} {:>9} {:>9}", "packets/s", "bytes/s", "packets");
-        for row in shown.into_iter().take(args.rows) {
+        let _ =
+            writeln!(out, "\n{kind:<width$} {:>9} {:>9} {:>9}", "packets/s", "bytes/s", "packets");
+        for row in shown {
             let counts = [row.packet_rate, row.byte_rate, row.packets as f64].map(short);
             let [packets, bytes, total] = counts;
-            let _ =
-                writeln!(out, "{:<48} {packets:>9} {bytes:>9} {total:>9}  {}", row.name, row.note);
+            let (name, note) = (row.name, row.note);
+            let _ = writeln!(out, "{name:<width$} {packets:>9} {bytes:>9} {total:>9}  {note}");
         }
         if more > 0 {
             let _ = writeln!(out, "and {more} more");
