@@ -388,7 +388,7 @@ impl Daemon {
     fn proceed_with_report(&mut self) {
         let now = Instant::now();
         if self.report.is_none() && !self.status_clients.is_empty() {
-            self.plane.enforcer.read_counters(&self.plane.desired);
+            self.plane.enforcer.read_counters();
             if self.plane.enforcer.is_reading_counters() {
                 self.status_clients.iter().for_each(|id| self.control.grant_time(*id, now));
                 return;
@@ -462,7 +462,7 @@ impl Daemon {
 
     /// Returns the whole status at once, for clients of the earlier protocol.
     fn status(&mut self) -> Status {
-        self.plane.enforcer.read_counters(&self.plane.desired);
+        self.plane.enforcer.read_counters();
         let plane = &self.plane;
         let bindings = Bindings::new(plane.channels.iter().map(Channel::spec));
         let devices = host_devices();

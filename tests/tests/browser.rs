@@ -91,7 +91,9 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        command("DELETE", &self.session, &json!({}));
+        if !std::thread::panicking() {
+            command("DELETE", &self.session, &json!({}));
+        }
     }
 }
 

@@ -29,8 +29,10 @@ impl ControlPlane {
         if !is_due || !self.channels.iter().any(|channel| channel.is_watched(start)) {
             return;
         }
-        self.enforcer.read_counters(&self.desired);
-        let read = SystemTime::now().checked_sub(self.enforcer.counters_age());
+        self.enforcer.read_counters();
+        // A thread may still be at the first reading.
+        let Some(age) = self.enforcer.counters_age() else { return };
+        let read = SystemTime::now().checked_sub(age);
         let since = read.and_then(|read| read.duration_since(SystemTime::UNIX_EPOCH).ok());
         let time = since.unwrap_or_default().as_nanos() as u64;
         let networks: Vec<NetworkId> =

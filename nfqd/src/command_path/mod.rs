@@ -95,8 +95,9 @@ impl ControlPlane {
             self.follow_networks();
         }
         let noted = self.enforcer.neighbours(&self.desired);
-        if self.backends.needs_activity() {
-            self.enforcer.read_counters(&self.desired);
+        // What a thread reads is ready when somebody asks.
+        if self.backends.needs_activity() || self.enforcer.reads_counters_by_thread() {
+            self.enforcer.read_counters();
         }
         let (desired, enforcer) = (&self.desired, &self.enforcer);
         let activity = |key: &SlotKey| Some(enforcer.activity(key, desired.slots.get(key)?.id));
@@ -166,7 +167,7 @@ impl ControlPlane {
     /// Gives slots anew, because observations have changed; the kernel follows at the next tick.
     fn follow_observations(&mut self) {
         // The counters of slots that are removed now are carried over from this reading.
-        self.enforcer.read_counters(&self.desired);
+        self.enforcer.read_counters();
         self.resync_slots();
         self.enforcer.mark_stale();
     }

@@ -19,7 +19,7 @@ impl ControlPlane {
         mac: Option<MacAddr>,
         limit: usize,
     ) -> Reply {
-        self.enforcer.read_counters(&self.desired);
+        self.enforcer.read_counters();
         let bound = self.channels.get(channel).map(|channel| channel.spec().macs.clone());
         let here = |mac: MacAddr| MiddleboxKey { network, mac };
         let wanted: Vec<MiddleboxKey> = match (mac, bound) {

@@ -6,6 +6,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// A finished reading, and the time that it took.
@@ -24,6 +25,7 @@ pub(super) struct CounterReader {
     jobs: Sender<Job>,
     readings: Receiver<Reading>,
     finished: Arc<EventFd>,
+    thread: JoinHandle<()>,
 }
 
 impl CounterReader {
@@ -53,13 +55,18 @@ impl CounterReader {
                 let _ = signal.write(1);
             }
         };
-        std::thread::Builder::new().name("counters".to_string()).spawn(run)?;
-        Ok(CounterReader { jobs, readings, finished: Arc::clone(finished) })
+        let thread = std::thread::Builder::new().name("counters".to_string()).spawn(run)?;
+        Ok(CounterReader { jobs, readings, finished: Arc::clone(finished), thread })
     }
 
     /// Begins a reading. Returns whether the thread is there.
     pub(super) fn begin(&self, desired: Desired) -> bool {
         self.jobs.send(Job::Read(Box::new(desired))).is_ok()
+    }
+
+    /// Whether the thread has ended, which it does by a panic only.
+    pub(super) fn has_ended(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Takes a finished reading.

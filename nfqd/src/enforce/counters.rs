@@ -30,8 +30,8 @@ const NEARLY_FULL_PERCENT: u64 = 90;
 
 /// The longest reading that commands wait for; a longer one is left to a thread.
 const MAX_PAUSE: Duration = Duration::from_millis(2);
-/// The time after which nobody waits for a reading any more.
-const MAX_READING: Duration = Duration::from_secs(10);
+/// The longest time for which clients wait for a reading; then they get the one before.
+const MAX_WAIT: Duration = Duration::from_secs(2);
 /// The middleboxes from which on the thread reads, however long the last reading took: there may be more
 /// of them by now.
 const MANY_MIDDLEBOXES: usize = 256;
@@ -59,10 +59,18 @@ pub(super) struct CarriedCounters {
 /// A reading that the thread is at.
 struct PendingReading {
     start: Instant,
-    /// The middleboxes whose elements and rules have been made anew since.
-    changed: BTreeSet<MiddleboxKey>,
+    /// What has been made anew since, and begins at zero: what it had counted was carried over.
+    renewed: Renewed,
     /// Whether the whole ruleset has been.
     is_void: bool,
+}
+
+/// Counted things that a change has made anew.
+#[derive(Default)]
+struct Renewed {
+    middleboxes: Vec<MiddleboxKey>,
+    rules: Vec<(MiddleboxKey, Option<RuleId>)>,
+    backends: Vec<SlotKey>,
 }
 
 impl CarriedCounters {
@@ -90,13 +98,6 @@ impl CarriedCounters {
         self.retain(policy);
     }
 
-    /// Notes that a change makes elements and rules of middleboxes anew.
-    pub(super) fn note_change(&mut self, changed: impl IntoIterator<Item = MiddleboxKey>) {
-        if let Some(pending) = &mut self.pending {
-            pending.changed.extend(changed);
-        }
-    }
-
     /// Forgets the counters of everything that a policy does not have.
     fn retain(&mut self, policy: &Policy) {
         let carried = &mut self.carried_counters;
@@ -115,6 +116,10 @@ impl CarriedCounters {
         for key in replaced.middleboxes.keys() {
             last.middleboxes.remove(key);
         }
+        if let Some(pending) = &mut self.pending {
+            pending.renewed.rules.extend(replaced.rules.keys());
+            pending.renewed.middleboxes.extend(replaced.middleboxes.keys());
+        }
         self.carried_counters.add(replaced);
     }
 
@@ -124,6 +129,9 @@ impl CarriedCounters {
         for middlebox in new.changed(old) {
             for (key, slot) in old.slots.of(middlebox) {
                 let is_removed = new.slots.get(&key).is_none_or(|now| now.id != slot.id);
+                if let Some(pending) = self.pending.as_mut().filter(|_| is_removed) {
+                    pending.renewed.backends.push(key);
+                }
                 if is_removed && let Some(counters) = self.kernel_counters.backends.remove(&key) {
                     self.carried_counters.backends.entry(key).or_default().add(counters);
                 }
@@ -175,7 +183,11 @@ impl CarriedCounters {
     /// Reads the counters, or begins to, unless they were read recently.
     fn read(&mut self, kernel: &mut Kernel, desired: &Desired) {
         let start = Instant::now();
-        if self.is_reading() || self.next_read.is_some_and(|next| start < next) {
+        if self.reader.as_ref().is_some_and(CounterReader::has_ended) {
+            log::warn!("the thread that reads counters has ended; another one is started");
+            (self.reader, self.pending) = (None, None);
+        }
+        if self.pending.is_some() || self.next_read.is_some_and(|next| start < next) {
             return;
         }
         let is_long =
@@ -187,9 +199,9 @@ impl CarriedCounters {
         self.take_over(start, (counters, start.elapsed()));
     }
 
-    /// Whether the thread is at a reading, and will probably finish it.
+    /// Whether the thread is at a reading that is worth waiting for.
     fn is_reading(&self) -> bool {
-        self.pending.as_ref().is_some_and(|pending| pending.start.elapsed() < MAX_READING)
+        self.pending.as_ref().is_some_and(|pending| pending.start.elapsed() < MAX_WAIT)
     }
 
     /// Has the thread read. Returns false if there is none.
@@ -200,8 +212,8 @@ impl CarriedCounters {
             self.reader = reader.inspect_err(failed).ok();
         }
         let has_begun = self.reader.as_ref().is_some_and(|reader| reader.begin(desired.clone()));
-        let changed = BTreeSet::new();
-        self.pending = has_begun.then_some(PendingReading { start, changed, is_void: false });
+        let renewed = Renewed::default();
+        self.pending = has_begun.then_some(PendingReading { start, renewed, is_void: false });
         has_begun
     }
 
@@ -219,10 +231,17 @@ impl CarriedCounters {
             return;
         }
         if let Ok(counters) = &mut counters {
-            // What a middlebox had counted before its change was carried over.
-            for middlebox in &pending.changed {
-                replace(counters, &self.kernel_counters, *middlebox);
+            for key in pending.renewed.middleboxes {
+                counters.middleboxes.remove(&key);
             }
+            for rule in pending.renewed.rules {
+                counters.rules.remove(&rule);
+            }
+            for key in pending.renewed.backends {
+                counters.backends.remove(&key);
+            }
+            // What a commit has hidden from the reading keeps its count: counters never fall.
+            self.kernel_counters.raise(counters);
         }
         self.take_over(pending.start, (counters, duration));
     }
@@ -244,30 +263,6 @@ impl CarriedCounters {
     }
 }
 
-/// Replaces the counters of a middlebox by those of another reading.
-fn replace(counters: &mut Counters, by: &Counters, middlebox: MiddleboxKey) {
-    let of = |counters: &Counters| {
-        let rules = counters.rules.range((middlebox, None)..).map(|(rule, its)| (*rule, *its));
-        let rules: Vec<_> = rules.take_while(|((key, _), _)| *key == middlebox).collect();
-        let first = SlotKey::first(middlebox);
-        let backends = counters.backends.range(first..).map(|(key, its)| (*key, *its));
-        let backends: Vec<_> = backends.take_while(|(key, _)| key.middlebox == middlebox).collect();
-        (counters.middleboxes.get(&middlebox).copied(), rules, backends)
-    };
-    let (_, rules, backends) = of(counters);
-    counters.middleboxes.remove(&middlebox);
-    for (rule, _) in rules {
-        counters.rules.remove(&rule);
-    }
-    for (key, _) in backends {
-        counters.backends.remove(&key);
-    }
-    let (counter, rules, backends) = of(by);
-    counters.middleboxes.extend(counter.map(|counter| (middlebox, counter)));
-    counters.rules.extend(rules);
-    counters.backends.extend(backends);
-}
-
 impl CarriedCounters {
     /// Notes the maps that have not taken flows since the last reading, and are full; on a kernel that
     /// does not tell that, they are taken for full.
@@ -287,8 +282,13 @@ impl CarriedCounters {
 
 impl Enforcer {
     /// Reads the kernel's counters, unless they were read recently.
-    pub fn read_counters(&mut self, desired: &Desired) {
-        self.counters.read(&mut self.kernel, desired);
+    pub fn read_counters(&mut self) {
+        self.counters.read(&mut self.kernel, &self.desired_in_kernel);
+    }
+
+    /// Whether a thread reads the counters, because they are many.
+    pub fn reads_counters_by_thread(&self) -> bool {
+        self.counters.reader.is_some()
     }
 
     /// Whether a thread reads the counters, so that they are newer soon.
@@ -306,9 +306,9 @@ impl Enforcer {
         self.counters.finished.as_fd()
     }
 
-    /// Returns the time since the last reading.
-    pub fn counters_age(&self) -> Duration {
-        self.counters.last_read.map_or(Duration::ZERO, |read| read.elapsed())
+    /// Returns the time since the last reading, if there was one.
+    pub fn counters_age(&self) -> Option<Duration> {
+        self.counters.last_read.map(|read| read.elapsed())
     }
 
     /// Returns what went to a middlebox, as of the last reading.
@@ -392,8 +392,8 @@ mod tests {
         });
         let mut counters = CarriedCounters::new().unwrap();
         counters.kernel_counters.rules.insert(rules[0], packets(5));
-        let (start, changed) = (Instant::now(), BTreeSet::new());
-        counters.pending = Some(PendingReading { start, changed, is_void: false });
+        let (start, renewed) = (Instant::now(), Renewed::default());
+        counters.pending = Some(PendingReading { start, renewed, is_void: false });
         (counters, rules)
     }
 
@@ -415,7 +415,6 @@ mod tests {
     fn a_rule_that_changes_during_a_reading_counts_once() {
         let (mut counters, rules) = reading();
         counters.carry_replaced(&of_rules([rules[0]; 2], [7, 7]));
-        counters.note_change([rules[0].0]);
         // It was read before the change.
         counters.complete((Ok(of_rules(rules, [7, 3])), Duration::ZERO));
         assert_eq!(rules.map(|rule| total(&counters, rule)), [7, 3]);
@@ -423,11 +422,10 @@ mod tests {
     }
 
     #[test]
-    fn other_rules_of_a_middlebox_that_changes_keep_their_counts() {
+    fn a_rule_that_a_reading_has_missed_keeps_its_count() {
         let (mut counters, rules) = reading();
-        counters.note_change([rules[0].0]);
-        counters.complete((Ok(of_rules(rules, [9, 3])), Duration::ZERO));
-        // The next reading has what came since.
+        let seen = Counters { rules: [(rules[1], packets(3))].into(), ..Counters::default() };
+        counters.complete((Ok(seen), Duration::ZERO));
         assert_eq!(rules.map(|rule| total(&counters, rule)), [5, 3]);
     }
 

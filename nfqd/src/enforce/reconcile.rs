@@ -136,7 +136,6 @@ impl Enforcer {
             }
         };
         self.counters.carry_replaced(&replaced);
-        self.counters.note_change(desired.changed(&self.desired_in_kernel));
         self.publish(desired);
         let mut finished = Ok(());
         if change.has_leftovers() {

@@ -2,7 +2,8 @@
 //! privileges, which asks the daemon on the observation socket.
 //!
 //! The server answers only GET requests for a fixed set of paths, with one thread per connection and at
-//! most 32 connections. It queries the daemon at most once a second, regardless of the number of clients.
+//! most 32 connections. It asks the daemon for the status, and for the last decisions, at most once a second each,
+//! regardless of the number of clients.
 
 pub mod metrics;
 pub mod page;

@@ -122,7 +122,9 @@ fn show(
                 Event::Key(key) if key.is_press() && screen.press(key) == Wish::Quit => {
                     return Ok(());
                 }
-                _ => continue,
+                // A key that is held does not keep the rates from changing.
+                _ if Instant::now() < due => continue,
+                _ => {}
             }
         }
         match look() {

@@ -13,6 +13,9 @@ use std::time::Duration;
 /// The keys, in the order in which they are shown.
 const KEYS: &str = "Tab kind  s sort  / filter  up down select  p pause  q quit";
 
+/// The most rows of the table: a filter finds the others.
+const MAX_ROWS: usize = 1000;
+
 /// The state of the screen.
 pub(super) struct Screen {
     rates: Rates,
@@ -227,7 +230,7 @@ fn table(rows: &[Row], by: Sort, kind: &str) -> Table<'static> {
         Constraint::Length(20),
     ];
     let title = format!("{kind}: {} rows", rows.len());
-    Table::new(rows.iter().map(row), widths)
+    Table::new(rows.iter().take(MAX_ROWS).map(row), widths)
         .header(TableRow::new(header).style(Style::new().add_modifier(Modifier::BOLD)))
         .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED))
         .block(Block::bordered().title(title))

@@ -10,7 +10,7 @@ use crate::mark::slot_bits;
 use crate::network::MiddleboxKey;
 use crate::slots::{SlotKey, SlotVersion};
 use nfqd_shmctl::{MacAddr, RuleId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The counters of the fast path.
 #[derive(Clone, Debug, Default)]
@@ -59,6 +59,29 @@ impl Counters {
         }
         for (map, packets) in &other.cache_full {
             *self.cache_full.entry(map.clone()).or_default() += packets;
+        }
+    }
+
+    /// Raises the counters of another reading to those of this earlier one, where they are lower.
+    pub fn raise(&self, other: &mut Counters) {
+        fn higher<K: Ord + Copy>(from: &BTreeMap<K, Counter>, to: &mut BTreeMap<K, Counter>) {
+            for (key, counter) in from {
+                let its = to.entry(*key).or_default();
+                if its.packets < counter.packets {
+                    *its = *counter;
+                }
+            }
+        }
+        higher(&self.middleboxes, &mut other.middleboxes);
+        higher(&self.rules, &mut other.rules);
+        for (key, counters) in &self.backends {
+            let its = other.backends.entry(*key).or_default();
+            if its.sent.packets < counters.sent.packets {
+                its.sent = counters.sent;
+            }
+            if its.received.packets < counters.received.packets {
+                its.received = counters.received;
+            }
         }
     }
 
@@ -173,7 +196,9 @@ impl Kernel {
         out: &mut Counters,
     ) -> Result<(), KernelError> {
         let request = DumpRequest::Rules(Family::Bridge, chain.map(str::to_string));
-        for rule in self.dump(&request)?.rules {
+        // A commit during the dump may have shown one twice.
+        let mut seen = BTreeSet::new();
+        for rule in self.dump(&request)?.rules.into_iter().filter(|rule| seen.insert(rule.handle)) {
             let Some(counter) = rule.counter else { continue };
             let full = rule.comment.as_deref().and_then(|text| text.strip_prefix(CACHE_FULL));
             let middlebox = middlebox_of_chain(&rule.chain);

@@ -288,7 +288,12 @@ impl Kernel {
         family: Family,
         set: &str,
     ) -> Result<Vec<FoundElement>, KernelError> {
-        Ok(self.dump(&DumpRequest::Elements(family, set.to_string()))?.elements)
+        let mut elements = self.dump(&DumpRequest::Elements(family, set.to_string()))?.elements;
+        // A commit during the dump may have shown one twice. The end of a range has no counter, and may
+        // have the key of the next range.
+        let mut seen = BTreeSet::new();
+        elements.retain(|element| element.counter.is_none() || seen.insert(element.key.clone()));
+        Ok(elements)
     }
 
     /// Makes the kernel's tables equal to `wanted`, whatever an earlier nfqd left. Flow caches and

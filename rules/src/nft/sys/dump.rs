@@ -31,6 +31,8 @@ pub(in crate::nft) enum DumpRequest {
 /// The counter of a rule in the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(in crate::nft) struct FoundRule {
+    /// The kernel's number of the rule.
+    pub handle: u64,
     pub chain: String,
     pub comment: Option<String>,
     pub counter: Option<Counter>,
@@ -268,7 +270,9 @@ impl DumpRequest {
                     if get(sys::NFTNL_RULE_TABLE).as_deref() == Some(TABLE_NAME)
                         && let Some(chain) = get(sys::NFTNL_RULE_CHAIN)
                     {
+                        let kind = sys::NFTNL_RULE_HANDLE as u16;
                         answers.rules.push(FoundRule {
+                            handle: sys::nftnl_rule_get_u64(rule.0.pointer, kind),
                             chain,
                             comment: comment_of(data, 0),
                             counter,

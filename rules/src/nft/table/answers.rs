@@ -6,8 +6,8 @@
 //! direction is rewritten before these, in [`super::flow`], [`super::learn`] and [`super::upcall`].
 
 use super::learn::rewriting;
-use crate::mark::{ID, OPERATION, Operation, PORT};
-use crate::nft::dsl::{accept, clear_mark, commented, goto, rule, set_of, verdict};
+use crate::mark::{OPERATION, Operation, PORT};
+use crate::nft::dsl::{accept, clear_mark, commented, goto, rule, set_of};
 use crate::nft::family::{IpFamily, PORT_REWRITES, PortRewrite};
 use crate::nft::field::{Field, Type, Value};
 use crate::nft::model::{
@@ -34,13 +34,8 @@ pub(super) fn add_answers(table: &mut Table) {
         }
         let mut rules = rewriting(ports, IpFamily::reply_writes);
         rules.iter_mut().for_each(|rule| rule.statements.push(goto("finish")));
-        if ports == PortRewrite::Kept {
-            let no_slot = Statement::Is(Field::Mark(ID), Value::Mark(0));
-            rules.push(rule(vec![no_slot, goto("finish")]));
-        }
-        // Its sender sends again; the client would reset a connection that it does not know.
-        let drop = vec![verdict(Verdict::Drop)];
-        rules.push(commented(drop, "a reply whose slot is gone"));
+        // Without a slot there is nothing to translate; the mark may also be another program's.
+        rules.push(rule(vec![goto("finish")]));
         table.chains.insert(chain, Chain { base: None, rules });
     }
     table.sets.insert(ANSWERS.to_string(), operations);
