@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 const RATE: u32 = 100;
 /// The commands that a channel may send at once, in seconds of its rate.
 const BURST_SECONDS: f64 = 5.0;
+/// The most CPU time that is charged at once: three seconds of waiting at the default rate.
+const MAX_CHARGE: Duration = Duration::from_millis(300);
 /// The share of a core that a channel gets at [`RATE`] or less.
 const CPU_SHARE: f64 = 0.1;
 /// A command may take this CPU time, in seconds, however high the rate is; one that takes more counts as
@@ -46,8 +48,10 @@ impl Budget {
         self.commands -= commands as f64;
     }
 
-    /// Charges the CPU time that the host has spent on commands beyond their share.
+    /// Charges the CPU time that the host has spent on commands beyond their share, up to
+    /// [`MAX_CHARGE`]: where the host itself is slow, a guest does not wait for longer than its client does.
     pub(super) fn charge(&mut self, commands: usize, spent: Duration) {
+        let spent = spent.min(MAX_CHARGE);
         let command_time = (CPU_SHARE / self.rate).max(MIN_COMMAND_TIME);
         let excess = (spent.as_secs_f64() - command_time * commands as f64).max(0.0);
         self.commands -= excess / command_time;
@@ -172,6 +176,9 @@ mod tests {
         budget.charge(1, Duration::from_millis(26));
         assert!((before - budget.commands - 25.0).abs() < 1e-6);
         // A low rate is no smaller share of a core.
+        let before = budget.commands;
+        budget.charge(1, Duration::from_secs(5));
+        assert!((before - budget.commands - 299.0).abs() < 1e-6, "a host that is slow itself");
         let mut seldom = Budget::new(Some(1), Instant::now());
         let before = seldom.commands;
         seldom.charge(1, Duration::from_millis(100));
