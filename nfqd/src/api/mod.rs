@@ -175,7 +175,7 @@ impl StatusLine {
         if !self.0.ends_with(b"[") {
             self.0.push(b',');
         }
-        // Its type has string keys only, so it serializes; a vector takes what is written.
+        // The type has string keys only, so it serializes; a vector takes everything that is written.
         let _ = serde_json::to_writer(&mut self.0, middlebox);
     }
 

@@ -134,7 +134,7 @@ mod tests {
         }
         let found = std::fs::read_to_string(path).unwrap();
         assert_eq!(found, text, "write it by NFQD_WRITE_DOCS=1 cargo test -p nfqd schema");
-        // What is printed has the fields that the schema requires, and no others.
+        // The output has the fields that the schema requires, and no others.
         let printed: serde_json::Value =
             serde_json::from_str(&Status::default().to_json()).unwrap();
         let printed = printed.as_object().unwrap();

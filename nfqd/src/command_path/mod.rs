@@ -95,7 +95,7 @@ impl ControlPlane {
             self.follow_networks();
         }
         let noted = self.enforcer.neighbours(&self.desired);
-        // What a thread reads is ready when somebody asks.
+        // A thread's reading is to be recent when somebody asks.
         if self.backends.needs_activity() || self.enforcer.reads_counters_by_thread() {
             self.enforcer.read_counters();
         }

@@ -59,7 +59,7 @@ pub(super) struct CarriedCounters {
 /// A reading that the thread is at.
 struct PendingReading {
     start: Instant,
-    /// What has been made anew since, and begins at zero: what it had counted was carried over.
+    /// Counted things that were made anew since and begin at zero: their counts were carried over.
     renewed: Renewed,
     /// Whether the whole ruleset has been.
     is_void: bool,
@@ -240,7 +240,7 @@ impl CarriedCounters {
             for key in pending.renewed.backends {
                 counters.backends.remove(&key);
             }
-            // What a commit has hidden from the reading keeps its count: counters never fall.
+            // Counters never fall: a commit may have hidden elements from the reading.
             self.kernel_counters.raise(counters);
         }
         self.take_over(pending.start, (counters, duration));
@@ -415,7 +415,7 @@ mod tests {
     fn a_rule_that_changes_during_a_reading_counts_once() {
         let (mut counters, rules) = reading();
         counters.carry_replaced(&of_rules([rules[0]; 2], [7, 7]));
-        // It was read before the change.
+        // The reading was made before the change.
         counters.complete((Ok(of_rules(rules, [7, 3])), Duration::ZERO));
         assert_eq!(rules.map(|rule| total(&counters, rule)), [7, 3]);
         assert!(!counters.is_reading());

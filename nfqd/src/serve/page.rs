@@ -23,7 +23,7 @@ const MAX_ROWS: usize = 2000;
 /// The last decisions that the page shows.
 pub const DECISIONS: usize = 12;
 
-/// What the page shows.
+/// The content of the page.
 #[derive(Clone, Copy, Default)]
 pub struct Content<'a> {
     /// The status; `None` if the daemon does not answer.

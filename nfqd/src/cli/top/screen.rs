@@ -35,7 +35,7 @@ pub(super) struct Screen {
     table: TableState,
 }
 
-/// What the user wants.
+/// The user's wish after a key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Wish {
     GoOn,

@@ -152,7 +152,7 @@ impl Kernel {
                 let version: Option<SlotVersion> =
                     element.comment.as_ref().and_then(|text| text.parse().ok());
                 let Some((version, counter)) = version.zip(element.counter) else { continue };
-                // What a slot that is gone has counted was carried over.
+                // The counts of a slot that is gone were carried over.
                 if !is_counted(&element.key, &version) {
                     continue;
                 }
