@@ -176,7 +176,7 @@ impl Journal {
     fn write(&self, desired: &Desired) -> io::Result<(File, usize)> {
         let new = self.directory.join("commands.new");
         let mut file = BufWriter::new(File::create(&new)?);
-        file.write_all(b"# Registrations of nfqd. Edit them while it is stopped; a line that you change loses the checksum above it.\n")?;
+        file.write_all(b"# Registrations of nfqd. Edit them while it is stopped, and delete the checksum above a line that you change.\n")?;
         let mut lines = 0;
         for (network, command) in desired.policy.commands() {
             file.write_all(sealed(&line_of(&desired.networks, network, &command)).as_bytes())?;

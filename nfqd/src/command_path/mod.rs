@@ -166,7 +166,8 @@ impl ControlPlane {
 
     /// Gives slots anew, because observations have changed; the kernel follows at the next tick.
     fn follow_observations(&mut self) {
-        // The counters of slots that are removed now are carried over from this reading.
+        // The counters of slots that are removed now are carried over from the last reading: this one, unless a
+        // thread makes it.
         self.enforcer.read_counters();
         self.resync_slots();
         self.enforcer.mark_stale();

@@ -19,7 +19,6 @@ use crate::ids::SlotId;
 use crate::network::{MiddleboxKey, NetworkId};
 use nfqd_shmctl::{BackendName, Frontend, MacAddr, ParseValueError};
 use std::fmt;
-use std::net::IpAddr;
 use std::str::FromStr;
 
 /// The backend of a service that a slot stands for.
@@ -34,13 +33,6 @@ pub struct SlotKey {
 }
 
 impl SlotKey {
-    /// Returns a key that sorts before all of a middlebox.
-    pub fn first(middlebox: MiddleboxKey) -> SlotKey {
-        let least = IpAddr::from([0; 4]);
-        let backend = BackendName { ip: least, port: None };
-        SlotKey { middlebox, frontend: Frontend::of(least), backend }
-    }
-
     /// Returns the ports of frontend and backend, if they differ and are translated into each
     /// other.
     pub fn ports(&self) -> Option<(u16, u16)> {

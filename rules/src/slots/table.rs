@@ -180,7 +180,7 @@ impl Slots {
         self.claim(key, network.zip(middlebox));
         let wanted = network
             .map_or_else(BTreeMap::new, |network| wanted_slots(network, key, middlebox, view));
-        let first = SlotVersion { key: SlotKey::first(key), fingerprint: 0 };
+        let first = SlotVersion { key: first_key(key), fingerprint: 0 };
         let gone: Vec<SlotVersion> = self
             .slot_ids
             .used()
@@ -366,7 +366,7 @@ impl Slots {
 
     /// Returns the slots of one middlebox.
     pub fn of(&self, middlebox: MiddleboxKey) -> impl Iterator<Item = (SlotKey, Slot)> {
-        let from = self.current.range(SlotKey::first(middlebox)..);
+        let from = self.current.range(first_key(middlebox)..);
         let all = from.map(|(key, slot)| (*key, *slot));
         all.take_while(move |(key, _)| key.middlebox == middlebox)
     }
@@ -559,4 +559,11 @@ fn keeps_flows(frontend: &Frontend, service: &Service) -> bool {
         OnDead::KeepConnections => frontend.protocol != Some(Protocol::UDP),
         OnDead::Move | OnDead::Reset => false,
     }
+}
+
+/// Returns a key that sorts before all slots of a middlebox.
+fn first_key(middlebox: MiddleboxKey) -> SlotKey {
+    let least = IpAddr::from([0; 4]);
+    let backend = BackendName { ip: least, port: None };
+    SlotKey { middlebox, frontend: Frontend::of(least), backend }
 }

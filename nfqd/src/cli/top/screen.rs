@@ -135,7 +135,7 @@ impl Screen {
     pub(super) fn draw(&mut self, frame: &mut Frame<'_>) {
         let shown = self.shown();
         let selected = shown.iter().position(|row| Some(row.key()) == self.selected);
-        // Nothing is selected at first, and when the row is gone.
+        // The first row stands in for a selection that is missing.
         let selected = selected.or(if shown.is_empty() { None } else { Some(0) });
         let areas = Layout::vertical([
             Constraint::Length(2),

@@ -175,10 +175,10 @@ mod tests {
         assert!((before - budget.commands).abs() < 1e-9, "ten in less than their share");
         budget.charge(1, Duration::from_millis(26));
         assert!((before - budget.commands - 25.0).abs() < 1e-6);
-        // A low rate is no smaller share of a core.
         let before = budget.commands;
         budget.charge(1, Duration::from_secs(5));
         assert!((before - budget.commands - 299.0).abs() < 1e-6, "a host that is slow itself");
+        // A low rate is no smaller share of a core.
         let mut seldom = Budget::new(Some(1), Instant::now());
         let before = seldom.commands;
         seldom.charge(1, Duration::from_millis(100));
